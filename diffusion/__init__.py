@@ -1,0 +1,1 @@
+"""Patch-based image diffusion in JAX: pure functions that compose."""
