@@ -35,11 +35,11 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["chex", "diffusers", "hypothesis", "nbclient", "ipykernel", "pytest", "pytest-xdist", "ruff"],
+        "test": ["diffusers", "hypothesis", "nbclient", "ipykernel", "pytest", "pytest-xdist", "ruff"],
         "notebooks": ["nbclient", "ipykernel", "jupyterlab"],
         "tensorboard": ["tensorboardX", "tensorboard"],
         "torch": [TORCH],  # parity tests and benchmarks against PyTorch; never imported by the library
-        "bench": [TORCH, "einops", "patchify", "scikit-learn", "tensorflow-cpu"],
+        "bench": [TORCH, "einops", "scikit-learn", "tensorflow-cpu"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

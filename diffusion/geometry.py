@@ -12,8 +12,11 @@ Every patching function of this package (JAX, NumPy, Numba) takes its shapes and
 """
 
 from collections.abc import Sequence
+from math import prod
 from operator import index
 from typing import NamedTuple
+
+import numpy as np
 
 LAYOUTS = ("hwc", "chw")
 
@@ -46,19 +49,25 @@ def geometry(
     """Geometry of windows `patch_size` every `stride` (default: `patch_size`, no overlap) over an array of `size`.
 
     Raises:
-      ValueError: the windows do not tile the array, eq. (2); the message names the nearest patch size and stride that do.
+      ValueError: the windows do not tile the array, eq. (2); the message names the nearest sizes that do.
       TypeError: a length is not an integer.
     """
-    size = tuple(index(n) for n in size)
+    try:
+        size = tuple(index(n) for n in size)
+    except TypeError:
+        raise TypeError(f"size={size!r} must be a sequence of integers, one per spatial axis") from None
     if not size:
         raise ValueError("patching needs at least one spatial axis: the array must be [B, *S, C] with S of length >= 1")
     patch = per_axis("patch_size", patch_size, len(size))
     step = patch if stride is None else per_axis("stride", stride, len(size))
     for axis, (n, p, s) in enumerate(zip(size, patch, step, strict=True)):
+        if n < 1:
+            raise ValueError(f"spatial axis {axis} has length {n}: there is nothing to cut windows from")
         if p > n:
-            raise ValueError(f"patch_size={p} is larger than spatial axis {axis} of length {n}")
+            raise ValueError(f"patch_size={p} is larger than spatial axis {axis} of length {n}; at most {n} fits")
         if s > p:
-            raise ValueError(f"stride={s} is larger than patch_size={p}: elements between windows would be lost")
+            lost = f"stride={s} is larger than patch_size={p}: elements between windows would be lost"
+            raise ValueError(f"{lost}; stride={_nearest_stride(n, p, s)} tiles spatial axis {axis} of length {n}")
         if (n - p) % s:
             raise ValueError(_does_not_tile(axis, n, p, s, stride is None))
     return Geometry(size, patch, step, tuple((n - p) // s + 1 for n, p, s in zip(size, patch, step, strict=True)))
@@ -70,12 +79,92 @@ def check_layout(layout: str) -> None:
         raise ValueError(f"layout={layout!r} is not one of {LAYOUTS}")
 
 
+def array_geometry(
+    shape: Sequence[int], dtype, patch_size: int | Sequence[int], stride: int | Sequence[int] | None, layout: str
+) -> tuple[int, Geometry, int]:
+    """Batch, geometry and channels of an array [B, *S, C] about to be cut: every check of every `patchify`.
+
+    Raises:
+      ValueError: the shape has no spatial axis, the layout is unknown, or the windows do not tile the array.
+      TypeError: `dtype` is not numeric (boolean, integer, floating or complex), or a length is not an integer.
+    """
+    check_layout(layout)
+    _check_numeric("array", dtype)
+    if len(shape) < 3:
+        raise ValueError(f"expected an array [B, *S, C] with at least one spatial axis, got shape {tuple(shape)}")
+    b, *size, c = shape
+    return b, geometry(size, patch_size, stride), c
+
+
+def token_geometry(
+    shape: Sequence[int],
+    dtype,
+    size: Sequence[int],
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    layout: str,
+) -> tuple[int, Geometry, int]:
+    """Batch, geometry and channels of tokens [B, N, D] about to be joined: every check of `unpatchify`.
+
+    Raises:
+      ValueError: N or D does not belong to the geometry, the layout is unknown, or the windows do not tile `size`.
+      TypeError: `dtype` is not numeric, a length is not an integer, or integers would have to be averaged.
+    """
+    check_layout(layout)
+    _check_numeric("tokens", dtype)
+    cut = geometry(size, patch_size, stride)
+    n, p = prod(cut.grid), prod(cut.patch)
+    if len(shape) != 3 or shape[1] != n or shape[2] % p or not shape[2]:
+        raise ValueError(
+            f"tokens have shape {tuple(shape)}, but size={cut.size} with patch_size={cut.patch} and "
+            f"stride={cut.stride} has shape [B, {n}, {p} * C]"
+        )
+    if cut.patch != cut.stride:
+        check_summable(dtype)
+    return shape[0], cut, shape[2] // p
+
+
+def check_summable(dtype) -> None:
+    """Raises TypeError for integers: sums of overlapping windows would overflow, and averages are not integers."""
+    if np.can_cast(dtype, np.int64, "same_kind"):
+        raise TypeError(f"overlapping windows are added in floating point, not in {np.dtype(dtype)}: convert first")
+
+
+def coverage(
+    size: Sequence[int], patch_size: int | Sequence[int], stride: int | Sequence[int] | None = None
+) -> np.ndarray:
+    """How many windows cover each element, int [*size], known before anything runs.
+
+    >>> coverage((5,), 3, 2).tolist()
+    [1, 1, 2, 1, 1]
+    """
+    counts = np.ones((), int)
+    for n, p, s, g in zip(*geometry(size, patch_size, stride), strict=True):
+        starts = np.arange(g) * s
+        position = np.arange(n)[:, None]
+        along = ((starts <= position) & (position < starts + p)).sum(1)
+        counts = counts[..., None] * along
+    return counts
+
+
+def _check_numeric(what: str, dtype) -> None:
+    try:
+        # The one question that extension types (bfloat16 and friends) answer in the same way as NumPy's own.
+        numeric = np.can_cast(dtype, np.complex128, "same_kind")
+    except TypeError:  # not a NumPy dtype at all: JAX's random keys
+        numeric = False
+    if not numeric:
+        raise TypeError(f"{what} of dtype {dtype} cannot be cut into patches: the dtype must be a number or a boolean")
+
+
+def _nearest_stride(n: int, p: int, s: int) -> int:
+    return min((q for q in range(1, p + 1) if (n - p) % q == 0), key=lambda q: (abs(q - s), -q))
+
+
 def _does_not_tile(axis: int, n: int, p: int, s: int, stride_follows_patch: bool) -> str:
     nearest = min((q for q in range(1, n + 1) if n % q == 0), key=lambda q: (abs(q - p), q))
-    strides = [q for q in range(1, p + 1) if (n - p) % q == 0]
-    step = min(strides, key=lambda q: (abs(q - s), -q))
     subject = f"patch_size={p}" if stride_follows_patch else f"patch_size={p} with stride={s}"
     return (
-        f"{subject} does not tile spatial axis {axis} of length {n}; "
-        f"patch_size={p} with stride={step} does, and so does patch_size={nearest} without overlap"
+        f"{subject} does not tile spatial axis {axis} of length {n}; patch_size={p} with "
+        f"stride={_nearest_stride(n, p, s)} does, and so does patch_size={nearest} without overlap"
     )

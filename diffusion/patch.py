@@ -11,12 +11,13 @@ model" (piantedosi.github.io/diffusion_model). Windows are in row-major order; i
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.geometry import check_layout, geometry
+from diffusion.geometry import array_geometry, check_summable, coverage, token_geometry
 
 
 def patchify(
@@ -32,17 +33,15 @@ def patchify(
     Raises:
       ValueError: x has no spatial axis, or the windows do not tile it.
     """
-    check_layout(layout)
-    b, *size, c = _batched(x.shape)
-    shape = geometry(size, patch_size, stride)
-    rank = len(size)
+    b, shape, c = array_geometry(x.shape, x.dtype, patch_size, stride, layout)
+    rank = len(shape.size)
     for axis, (p, s, g) in enumerate(zip(shape.patch, shape.stride, shape.grid, strict=True)):
         # After earlier axes were split the array is [B, g1, p1, ..., n, ...]: this axis stands at 1 + 2 * axis.
         x = _split(x, 1 + 2 * axis, p, s, g)
     windows = range(1, 2 * rank + 1, 2)
     within = range(2, 2 * rank + 1, 2)
     inner = (2 * rank + 1, *within) if layout == "chw" else (*within, 2 * rank + 1)
-    return x.transpose(0, *windows, *inner).reshape(b, _prod(shape.grid), _prod(shape.patch) * c)
+    return x.transpose(0, *windows, *inner).reshape(b, prod(shape.grid), prod(shape.patch) * c)
 
 
 def fold(
@@ -62,10 +61,9 @@ def fold(
       ValueError: N or D does not belong to this geometry.
       TypeError: tokens are integers (sums of overlapping integers would not survive the dtype; convert first).
     """
-    b, c = _channels(tokens, size, patch_size, stride)
-    if not jnp.issubdtype(tokens.dtype, jnp.inexact):
-        raise TypeError(f"fold adds overlapping windows and needs floating point tokens, not {tokens.dtype}")
-    x = jax.ShapeDtypeStruct((b, *size, c), tokens.dtype)
+    b, shape, c = token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
+    check_summable(tokens.dtype)
+    x = jax.ShapeDtypeStruct((b, *shape.size, c), tokens.dtype)
     (y,) = jax.linear_transpose(lambda x: patchify(x, patch_size, stride, layout=layout), x)(tokens)
     return y
 
@@ -88,36 +86,16 @@ def unpatchify(
       ValueError: N or D does not belong to this geometry.
       TypeError: tokens of overlapping windows are integers (their average is not an integer).
     """
-    b, c = _channels(tokens, size, patch_size, stride)
-    shape = geometry(size, patch_size, stride)
+    b, shape, c = token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
     if shape.patch == shape.stride:
-        check_layout(layout)
-        rank = len(size)
+        rank = len(shape.size)
         inner = (c, *shape.patch) if layout == "chw" else (*shape.patch, c)
         first = 1 + rank + (layout == "chw")
         order = [a for axis in range(rank) for a in (1 + axis, first + axis)]
         last = 1 + rank if layout == "chw" else 1 + 2 * rank
-        return tokens.reshape(b, *shape.grid, *inner).transpose(0, *order, last).reshape(b, *size, c)
+        return tokens.reshape(b, *shape.grid, *inner).transpose(0, *order, last).reshape(b, *shape.size, c)
     total = fold(tokens, size, patch_size, stride, layout=layout)
-    return total / coverage(size, patch_size, stride).astype(tokens.dtype)[..., None]
-
-
-def coverage(
-    size: Sequence[int], patch_size: int | Sequence[int], stride: int | Sequence[int] | None = None
-) -> np.ndarray:
-    """How many windows cover each element, int [*size]: P^T 1 of eq. (3), known before anything runs.
-
-    >>> coverage((5,), 3, 2).tolist()
-    [1, 1, 2, 1, 1]
-    """
-    shape = geometry(size, patch_size, stride)
-    counts = np.ones((), int)
-    for n, p, s, g in zip(*shape, strict=True):
-        starts = np.arange(g) * s
-        position = np.arange(n)[:, None]
-        along = ((starts <= position) & (position < starts + p)).sum(1)
-        counts = counts[..., None] * along
-    return counts
+    return total / coverage(size, patch_size, stride).astype(tokens.dtype)[None, ..., None]
 
 
 def _split(x: jax.Array, axis: int, patch: int, stride: int, grid: int) -> jax.Array:
@@ -133,24 +111,3 @@ def _split(x: jax.Array, axis: int, patch: int, stride: int, grid: int) -> jax.A
         block = block.reshape(*x.shape[:axis], grid, stride, *x.shape[axis + 1 :])
         blocks.append(jax.lax.slice_in_dim(block, 0, width, axis=axis + 1))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis + 1)
-
-
-def _channels(tokens: jax.Array, size: Sequence[int], patch_size, stride) -> tuple[int, int]:
-    shape = geometry(size, patch_size, stride)
-    n, p = _prod(shape.grid), _prod(shape.patch)
-    if tokens.ndim != 3 or tokens.shape[1] != n or tokens.shape[2] % p or not tokens.shape[2]:
-        raise ValueError(
-            f"tokens have shape {tuple(tokens.shape)}, but size={shape.size} with patch_size={shape.patch} and "
-            f"stride={shape.stride} has shape [B, {n}, {p} * C]"
-        )
-    return tokens.shape[0], tokens.shape[2] // p
-
-
-def _batched(shape: Sequence[int]) -> Sequence[int]:
-    if len(shape) < 3:
-        raise ValueError(f"expected an array [B, *S, C] with at least one spatial axis, got shape {tuple(shape)}")
-    return shape
-
-
-def _prod(values: Sequence[int]) -> int:
-    return int(np.prod(values, dtype=int))

@@ -1,0 +1,448 @@
+"""Checkpoints that resume bit for bit, and the config stored beside them.
+
+A training state is a NamedTuple of pytrees, `State(step, params, ema, opt)`. One checkpoint is one directory:
+
+    directory/<step>/<field>/...        the arrays of one field, written by Orbax                      (1)
+    directory/<step>/digests.json       digests of every leaf and of every file of (1)                 (2)
+
+so a sampler reads `ema` without touching `params` or `opt`. The digest of a leaf is
+
+    SHA-256(path, shape, dtype, key implementation, bytes)                                             (3)
+
+because the array format has no checksum of its contents: a flipped byte would come back as another number. `restore`
+checks the files before Orbax parses them (damaged ones must not reach a parser) and then (3), which holds from the
+state that was saved to the state that is returned, whatever lies between. It falls back to the newest step that agrees.
+
+A checkpoint gets its name by one rename and loses it by one rename. A process killed at any moment therefore leaves
+whole checkpoints and at worst a directory of another name (`<step>.saving*`, `<step>.old`), which the next `save`
+removes. Directories are local or mounted paths. Where several JAX processes train together each calls `save` and
+`restore`; the first writes.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from operator import index
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CONFIG = "config.json"
+DIGESTS = "digests.json"
+LISTED = 20  # leaves of each kind in the message about a state that does not fit
+
+Leaves = dict[tuple[str, ...], Any]  # the names along the way to a leaf -> the leaf
+
+
+def save(directory: str | os.PathLike, step: int, state: Any, *, keep: int = 3) -> None:
+    """Writes `state`, a NamedTuple of pytrees of arrays, as checkpoint `step`; then removes all but the newest `keep`.
+
+    Saving makes `step` the newest: the same step is replaced, and later steps, which exist only where a run was taken
+    up again from before them, are renamed `<step>.aside` and never read. Leaves are JAX or NumPy arrays, typed keys
+    included. Returns when all is on disk.
+
+    Raises:
+      TypeError: `state` is not a NamedTuple, or a leaf is not an array of numbers.
+      ValueError: `step` is negative, `keep` < 1, or two leaves have the same dotted path.
+      OSError: the checkpoint could not be written; those before it are as they were.
+    """
+    step, keep = index(step), index(keep)
+    if step < 0 or keep < 1:
+        raise ValueError(f"step={step} must be at least 0 and keep={keep} at least 1")
+    leaves = _state_leaves(state, jax.Array | np.ndarray | np.generic)
+    arrays = _on_host(leaves)
+    digests = [_digest(path, _key_impl(leaf), arrays[path]) for path, leaf in leaves.items()]
+    directory = Path(directory).absolute()
+    final, saving, old = (directory / f"{step}{suffix}" for suffix in ("", ".saving", ".old"))
+    writer = jax.process_index() == 0
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if writer:
+            _remove([*directory.glob("[0-9]*.saving*"), *directory.glob("[0-9]*.old")])
+            needed, free = sum(x.nbytes for x in arrays.values()), shutil.disk_usage(directory).free
+            if needed > free:
+                raise OSError(errno.ENOSPC, f"needs {needed / 1e6:.1f} MB where {free / 1e6:.1f} MB are free")
+        _write_arrays(saving, arrays)
+        if writer:
+            files = {
+                p.relative_to(saving).as_posix(): _file_digest(p) for p in sorted(saving.rglob("*")) if p.is_file()
+            }
+            text = json.dumps({"leaves": digests, "files": files}, indent=1)
+            atomic_write(saving / DIGESTS, lambda file: file.write(text.encode()))
+            if final.exists():
+                os.replace(final, old)
+            os.replace(saving, final)
+            for n in steps(directory):
+                if n > step:
+                    _remove([directory / f"{n}.aside"])
+                    os.replace(directory / str(n), directory / f"{n}.aside")
+            for n in steps(directory)[:-keep]:
+                os.replace(directory / str(n), directory / f"{n}.old")
+            _remove(directory.glob("[0-9]*.old"))
+    except Exception as e:
+        if writer:
+            _remove(directory.glob("[0-9]*.saving*"))
+        raise OSError(f"could not write checkpoint {final}: {_brief(e)}") from e
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"checkpoint {step}")
+
+
+def restore(
+    directory: str | os.PathLike,
+    like: Any,
+    step: int | None = None,
+    *,
+    report: Callable[[str], object] = warnings.warn,
+) -> tuple[Any, int]:
+    """The newest undamaged checkpoint, or checkpoint `step`, in the form of `like`, bit for bit; and its step.
+
+    `like` is a state of arrays or `jax.ShapeDtypeStruct`s: it gives structure, shapes, dtypes and, where a leaf has
+    one, the sharding. NumPy leaves come back as NumPy, the others as JAX arrays (never weakly typed). `report` is told
+    of every damaged checkpoint that is passed over.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint, or none of `step`.
+      OSError: all checkpoints tried are damaged; the message lists them.
+      ValueError: the leaves saved are not those of `like`; the message lists the missing, surplus and misshapen ones.
+    """
+    wanted = _state_leaves(like, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    found, step = _newest(directory, step, None, report)
+    differences = _mismatch(wanted, found)
+    if differences:
+        raise ValueError(
+            "\n  ".join([f"checkpoint {Path(directory) / str(step)} does not fit this state:", *differences])
+        )
+    leaves = [_place(path, found[path], leaf) for path, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), step
+
+
+def restore_ema(
+    directory: str | os.PathLike, step: int | None = None, *, report: Callable[[str], object] = warnings.warn
+) -> tuple[Any, int]:
+    """The averaged parameters of the newest undamaged checkpoint, or of `step`, as a nested dict; and the step.
+
+    Needs no model and reads no other field. Sequences inside `ema` come back as dicts with keys "0", "1", ...
+
+    Raises:
+      FileNotFoundError: there is no checkpoint, or none of `step`.
+      OSError: all checkpoints tried are damaged; the message lists them.
+    """
+    found, step = _newest(directory, step, "ema", report)
+    return _nest({path: _place(path, leaf) for path, leaf in found.items()})["ema"], step
+
+
+def steps(directory: str | os.PathLike) -> list[int]:
+    """The steps that have a checkpoint in `directory`, ascending; empty where there is no such directory."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    names = [p.name for p in directory.iterdir() if p.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+
+def latest(directory: str | os.PathLike) -> int | None:
+    """The newest step that has a checkpoint in `directory`, damaged or not; None without one."""
+    return max(steps(directory), default=None)
+
+
+def write_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Writes `config`, a nested dict of plain values, as config.json in `workdir`, which is created if need be.
+
+    Raises:
+      TypeError: a value is not one of JSON's; the message names the field.
+      ValueError: a number is not finite (JSON has no such number: use None); the message names the field.
+      OSError: `workdir` cannot be written.
+    """
+    text = json.dumps(_plain(config), indent=2) + "\n"
+    check_writable(workdir)
+    atomic_write(Path(workdir) / CONFIG, lambda file: file.write(text.encode()))
+
+
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The config of the run in `workdir`.
+
+    Raises:
+      FileNotFoundError: `workdir` does not exist or is not the directory of a run; the message says what to pass.
+      ValueError: the stored config is damaged.
+    """
+    workdir = Path(workdir)
+    path = workdir / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        problem = f"holds no {CONFIG}" if workdir.exists() else "does not exist"
+        around = [*sorted(workdir.glob("*")), *workdir.parents[:2]]
+        runs = [str(p) for p in around if (p / CONFIG).is_file()][:3]
+        hint = f", such as {', '.join(runs)}" if runs else ""
+        raise FileNotFoundError(
+            f"work directory {workdir} {problem}; pass the directory that a training run wrote{hint}"
+        ) from None
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}); put back a copy or pass the directory of another run") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {config!r:.40}, not the config of a run; pass the directory of another run")
+    return config
+
+
+def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The fields in which configs `a` and `b` differ, sorted by path; a config equals what was written and read of it.
+
+    >>> config_differences({"model": {"depth": 6}, "seed": 0}, {"model": {"depth": 8, "width": 4}, "seed": 0})
+    ['model.depth: 6 -> 8', 'model.width: (absent) -> 4']
+    """
+    old, new = (_fields(_plain(config)) for config in (a, b))
+    lines = []
+    for path in sorted(old.keys() | new.keys()):
+        before, after = (json.dumps(side[path]) if path in side else "(absent)" for side in (old, new))
+        equal_numbers = {type(side.get(path)) for side in (old, new)} == {int, float} and old[path] == new[path]
+        if before != after and not equal_numbers:
+            lines.append(f"{_dotted(path)}: {before} -> {after}")
+    return lines
+
+
+def check_writable(directory: str | os.PathLike) -> None:
+    """Creates `directory` and proves, by writing a file and removing it, that results can be kept there.
+
+    Raises:
+      OSError: they cannot (read-only or full disk, no permission, a file in the way).
+    """
+    directory = Path(directory)
+    probe = directory / f".writable.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        atomic_write(probe, lambda file: file.write(b"\0" * 4096))
+        probe.unlink()
+    except OSError as e:
+        raise OSError(
+            e.errno, f"cannot write in {directory} ({_brief(e)}); pass a directory that can be written"
+        ) from e
+
+
+def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Calls `write(file)` on a temporary neighbour of `path` and renames it: `path` is whole, new or as it was."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _paths(tree: Any) -> Leaves:
+    return {
+        tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def _nest(leaves: Leaves) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for (*parents, name), leaf in leaves.items():
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _state_leaves(state: Any, kinds: Any) -> Leaves:
+    if not isinstance(state, tuple) or not hasattr(state, "_fields"):
+        raise TypeError(
+            f"the state must be a NamedTuple such as State(step, params, ema, opt), not {type(state).__name__}"
+        )
+    leaves = _paths(state)
+    for path, leaf in leaves.items():
+        if not isinstance(leaf, kinds):
+            raise TypeError(
+                f"leaf {_dotted(path)}={leaf!r:.80} of the state must be an array, not {type(leaf).__name__}"
+            )
+        if not (_is_key(leaf) or leaf.dtype == bool or jnp.issubdtype(leaf.dtype, np.number)):
+            raise TypeError(f"leaf {_dotted(path)} of the state has dtype {leaf.dtype}; only numbers can be kept")
+    names = [_dotted(path) for path in leaves]
+    if len(set(names)) < len(names):  # Orbax joins names with dots as well, and would write one array over the other.
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"two leaves of the state have the same dotted path {twice}; take the dots out of their names")
+    return leaves
+
+
+def _on_host(leaves: Leaves) -> dict[tuple[str, ...], np.ndarray]:
+    """Leaves as contiguous NumPy arrays in this machine's byte order, keys as their words."""
+    leaves = {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            from jax.experimental import multihost_utils
+
+            leaves[path] = multihost_utils.process_allgather(leaf, tiled=True)
+    arrays = {path: np.asarray(leaf) for path, leaf in jax.device_get(leaves).items()}
+    return {path: np.asarray(x, x.dtype.newbyteorder("="), order="C") for path, x in arrays.items()}
+
+
+def _digest(path: tuple[str, ...], key_impl: str | None, x: np.ndarray) -> dict[str, Any]:
+    entry = {"path": list(path), "shape": list(x.shape), "dtype": x.dtype.name, "key": key_impl}
+    sha = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
+    sha.update(x.reshape(-1).view(np.uint8))
+    return {**entry, "sha256": sha.hexdigest()}
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_arrays(path: Path, arrays: Leaves) -> None:
+    # Orbax refuses arrays without elements; their shape and dtype in DIGESTS say all there is to say.
+    tree = _nest({path: x for path, x in arrays.items() if x.size})
+    with _orbax() as ocp, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        items = {field: ocp.args.PyTreeSave({field: value}) for field, value in tree.items()}
+        checkpointer.save(path, args=ocp.args.Composite(**items))
+
+
+def _read(path: Path, only: str | None) -> Leaves:
+    """The verified leaves of one checkpoint, or of one field of it, on the host."""
+    digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
+    entries = {tuple(e["path"]): e for e in digests["leaves"] if only in (None, e["path"][0])}
+    if only and not entries:
+        raise ValueError(f"it holds no {only}")
+    fields = {p[0] for p, e in entries.items() if 0 not in e["shape"]}
+    for name, digest in digests["files"].items():
+        field, nested, _ = name.partition("/")
+        if (not nested or field in fields) and _file_digest(path / name) != digest:
+            raise ValueError(f"file {name} does not match its digest")
+    with _orbax() as ocp, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        trees = checkpointer.restore(path, ocp.args.Composite(**{f: ocp.args.PyTreeRestore() for f in fields}))
+    arrays = {p: np.zeros(e["shape"], jnp.dtype(e["dtype"])) for p, e in entries.items() if 0 in e["shape"]}
+    arrays |= _paths({f: trees[f][f] for f in fields})
+    for p in entries.keys() ^ arrays.keys():
+        raise ValueError(f"leaf {_dotted(p)} is in only one of {DIGESTS} and the arrays")
+    for p, e in entries.items():
+        if _digest(p, e["key"], arrays[p]) != e:
+            raise ValueError(f"leaf {_dotted(p)} does not match its digest")
+    return {
+        p: jax.random.wrap_key_data(arrays[p], impl=e["key"]) if e["key"] else arrays[p] for p, e in entries.items()
+    }
+
+
+def _newest(
+    directory: str | os.PathLike, step: int | None, only: str | None, report: Callable[[str], object]
+) -> tuple[Leaves, int]:
+    directory = Path(directory).absolute()
+    available = steps(directory)
+    if not available:
+        raise FileNotFoundError(
+            f"there is no checkpoint in {directory}; pass the checkpoint directory of a training run"
+        )
+    if step is not None and step not in available:
+        raise FileNotFoundError(f"there is no checkpoint of step {step} in {directory}; there are {available}")
+    tried = available[::-1] if step is None else [index(step)]
+    problems = []
+    for n, earlier in zip(tried, [*tried[1:], None], strict=True):
+        try:
+            return _read(directory / str(n), only), n
+        except Exception as e:  # Damaged files make the readers below raise nearly anything.
+            problems.append(f"{n}: {_brief(e)}")
+            if earlier is not None:
+                report(f"checkpoint {directory / str(n)} cannot be read ({_brief(e)}); going back to step {earlier}")
+    raise OSError("\n  ".join([f"no checkpoint in {directory} can be read; tried", *problems]))
+
+
+def _mismatch(wanted: Leaves, found: Leaves) -> list[str]:
+    def described(leaf):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+
+    kinds = {
+        "missing": [f"{_dotted(p)} {described(wanted[p])}" for p in wanted if p not in found],
+        "surplus": [f"{_dotted(p)} {described(found[p])}" for p in found if p not in wanted],
+        "misshapen": [
+            f"{_dotted(p)} is {described(found[p])}, must be {described(wanted[p])}"
+            for p in wanted
+            if p in found and (found[p].shape, found[p].dtype) != (wanted[p].shape, wanted[p].dtype)
+        ],
+    }
+    lines = []
+    for kind, names in kinds.items():
+        lines += [f"{kind}: {name}" for name in names[:LISTED]]
+        lines += [f"{kind}: and {len(names) - LISTED} more"] * (len(names) > LISTED)
+    return lines
+
+
+def _place(path: tuple[str, ...], value: Any, like: Any = None) -> Any:
+    """`value` where `like` is: in NumPy, on devices with its sharding, or on the default device."""
+    if isinstance(like, np.ndarray | np.generic):
+        return value[()] if isinstance(like, np.generic) else value
+    committed = like.committed if isinstance(like, jax.Array) else getattr(like, "sharding", None) is not None
+    placed = jax.device_put(value, like.sharding) if committed else jnp.asarray(value)
+    if placed.dtype != value.dtype:
+        raise ValueError(f"leaf {_dotted(path)} is {value.dtype}, which JAX reads only with jax_enable_x64")
+    return placed
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(leaf: Any) -> str | None:
+    return str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
+
+
+def _dotted(path: Iterable[str]) -> str:
+    return ".".join(path)
+
+
+def _fields(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Path -> value of every field that is not a section; an empty section counts as a value."""
+    fields: dict[tuple[str, ...], Any] = {}
+    for name, value in config.items():
+        here = (*path, str(name))
+        fields |= _fields(value, here) if isinstance(value, Mapping) and value else {here: value}
+    return fields
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` as JSON gives it back (tuples are lists), or an error that names the field JSON cannot hold."""
+    fields = {}
+    for path, value in _fields(config).items():
+        try:
+            fields[path] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError) as e:
+            raise type(e)(f"config field {_dotted(path)}={value!r:.80} cannot be stored as JSON: {e}") from None
+    return _nest(fields)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _brief(e: Exception) -> str:
+    """One line for an error: tensorstore's go on for pages, with the cause somewhere between address and options."""
+    line = str(e).strip().partition("\n")[0].partition(" [tensorstore_spec=")[0]
+    return f"{type(e).__name__}: {line if len(line) <= 300 else f'{line[:100]} ... {line[-200:]}'}"
+
+
+@contextmanager
+def _orbax() -> Iterator[Any]:
+    """Orbax without its log: what goes wrong comes as an exception, and the log repeats it in pages of traceback."""
+    import orbax.checkpoint as ocp
+
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield ocp
+    finally:
+        log.setLevel(level)

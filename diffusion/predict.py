@@ -1,0 +1,84 @@
+"""What a network predicts, and how to read x0 and eps out of it.
+
+Every prediction is a row (u, w) over (x0, eps), and so is the noisy picture itself:
+
+    pred = u x0 + w eps,        xt = alpha x0 + sigma eps                                          (1)
+
+    "x0"    (1, 0)
+    "eps"   (0, 1)
+    "v"     (-sigma, alpha)         Salimans & Ho 2022 (2202.00512)
+    "flow"  (dalpha/dt, dsigma/dt)  the velocity dxt/dt, Lipman et al. 2022 (2210.02747)
+
+Two rows are a 2x2 system in (x0, eps), so one solve decodes them all:
+
+    det = alpha w - sigma u,    x0 = (w xt - sigma pred) / det,    eps = (alpha pred - u xt) / det  (2)
+
+The same determinants convert errors: at fixed xt, an error in the coordinates of prediction a is det_a / det_b times
+the error in those of b.                                                                           (3)
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from diffusion.process import Coefficients, Path, coefficients, expand
+
+Prediction = Literal["x0", "eps", "v", "flow"]
+Denoise = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+# Below this the system (2) is singular: pred and xt hold the same information.
+_SINGULAR = 1e-6
+
+
+def row(prediction: Prediction, coef: Coefficients) -> tuple[jax.Array, jax.Array]:
+    """(u, w) of eq. (1), [B] each."""
+    zero, one = jnp.zeros_like(coef.alpha), jnp.ones_like(coef.alpha)
+    rows = {
+        "x0": (one, zero),
+        "eps": (zero, one),
+        "v": (-coef.sigma, coef.alpha),
+        "flow": (coef.dalpha, coef.dsigma),
+    }
+    if prediction not in rows:
+        raise ValueError(f"prediction={prediction!r} is not one of {get_args(Prediction)}")
+    return rows[prediction]
+
+
+def determinant(prediction: Prediction, coef: Coefficients) -> jax.Array:
+    """det of eq. (2), [B]."""
+    u, w = row(prediction, coef)
+    return coef.alpha * w - coef.sigma * u
+
+
+def target(prediction: Prediction, coef: Coefficients, x0: jax.Array, eps: jax.Array) -> jax.Array:
+    """What the network should predict, [B, ...], eq. (1)."""
+    u, w = row(prediction, coef)
+    return expand(u, x0) * x0 + expand(w, x0) * eps
+
+
+def decode(prediction: Prediction, coef: Coefficients, xt: jax.Array, pred: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(x0_hat, eps_hat) [B, ...] from a prediction at xt, eq. (2).
+
+    Where the two rows are parallel (x0 at sigma = 0, eps at alpha = 0) one unknown cannot be recovered: it is set to
+    zero, its mean, and the other, which the prediction names, stays exact.
+    """
+    u, w = (expand(a, xt) for a in row(prediction, coef))
+    det = expand(determinant(prediction, coef), xt)
+    alpha, sigma = expand(coef.alpha, xt), expand(coef.sigma, xt)
+    singular = jnp.abs(det) < _SINGULAR
+    safe = jnp.where(singular, 1, det)
+    x0 = jnp.where(singular, u * pred, (w * xt - sigma * pred) / safe)
+    eps = jnp.where(singular, w * pred, (alpha * pred - u * xt) / safe)
+    return x0, eps
+
+
+def convert(denoise: Denoise, path: Path, source: Prediction, to: Prediction) -> Denoise:
+    """The same denoiser, predicting `to` where it predicted `source`."""
+
+    def converted(xt: jax.Array, t: jax.Array, y: jax.Array | None = None) -> jax.Array:
+        coef = coefficients(path, t)
+        return target(to, coef, *decode(source, coef, xt, denoise(xt, t, y)))
+
+    return converted

@@ -1,0 +1,145 @@
+"""Noising processes: how much data and how much noise a picture holds at time t.
+
+    xt = alpha(t) x0 + sigma(t) eps,    eps ~ N(0, I),    t in [0, 1], 0 = data, 1 = noise          (1)
+    logsnr(t) = 2 log(alpha / sigma)                                                               (2)
+
+A path is a function t [B] -> (alpha [B], sigma [B]); derivatives come from `jax.jvp`, so a path of your own is one
+function. Times are continuous; the discrete chains of the literature are grids of them.
+
+    Linear      alpha = 1 - t            sigma = t                  flow matching, Lipman et al. 2022 (2210.02747)
+    Cosine      alpha = cos(pi t / 2)    sigma = sin(pi t / 2)      Salimans & Ho 2022 (2202.00512)
+    VP          alpha^2 = prod(1 - beta) sigma^2 = 1 - alpha^2      DDPM, Ho et al. 2020 (2006.11239)
+    Geometric   alpha = a^(n t)          sigma = 1 - alpha          Piantedosi, piantedosi.github.io/diffusion_model
+
+Geometric is Linear on another clock: both have alpha + sigma = 1.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Path = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class Coefficients(NamedTuple):
+    """alpha, sigma and their time derivatives, [B] each."""
+
+    alpha: jax.Array
+    sigma: jax.Array
+    dalpha: jax.Array
+    dsigma: jax.Array
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The straight path from data to noise."""
+
+    def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return 1 - t, t
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """The quarter circle from data to noise; written with sines so that both end points are exact."""
+
+    def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sin(math.pi / 2 * (1 - t)), jnp.sin(math.pi / 2 * t)
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """The blog's path: `steps` times xt <- rate xt + (1 - rate) eps. Defined for t < 0 too: its sampler may overstep.
+
+    At t = 1 a trace of data, rate^steps (0.0066 for the published 0.99 and 500), is left.
+    """
+
+    rate: float = 0.99
+    steps: int = 500
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate={self.rate} must lie between 0 and 1")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+
+    def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        decay = self.steps * math.log(self.rate) * t
+        return jnp.exp(decay), -jnp.expm1(decay)
+
+
+@dataclass(frozen=True, eq=False)
+class VP:
+    """The variance-preserving chain of `betas` [T], exact at its grid times t = i / T, i = 0..T, smooth between them.
+
+    alpha = cos(phi), sigma = sin(phi) with the angle phi interpolated linearly between grid times. Index i of DDPM's
+    tables (0-based) is time (i + 1) / T.
+    """
+
+    betas: np.ndarray
+
+    def __post_init__(self) -> None:
+        betas = np.asarray(self.betas, np.float64)
+        if betas.ndim != 1 or not betas.size or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError(f"betas must be a vector of values in (0, 1], got shape {betas.shape}")
+        abar = np.concatenate([[1.0], np.cumprod(1 - betas)])
+        object.__setattr__(self, "betas", betas)
+        # The angle from either end, so that neither a small sigma nor a small alpha is lost to rounding.
+        object.__setattr__(self, "_phi", np.arctan2(np.sqrt(1 - abar), np.sqrt(abar)))
+        object.__setattr__(self, "_psi", np.arctan2(np.sqrt(abar), np.sqrt(1 - abar)))
+
+    def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        position = jnp.asarray(t) * len(self.betas)
+        low = jnp.clip(jnp.floor(position), 0, len(self.betas) - 1).astype(int)
+        fraction = position - low
+
+        def at(table: np.ndarray) -> jax.Array:
+            values = jnp.asarray(table, position.dtype)
+            return values[low] * (1 - fraction) + values[low + 1] * fraction
+
+        return jnp.sin(at(self._psi)), jnp.sin(at(self._phi))
+
+
+def linear_betas(steps: int = 1000, low: float = 1e-4, high: float = 0.02) -> np.ndarray:
+    """DDPM's linear betas [steps] in float64, stretched so that any `steps` span the same noise (2006.11239)."""
+    _check_steps(steps)
+    return np.linspace(low, high, steps) * (1000 / steps)
+
+
+def cosine_betas(steps: int = 1000, highest: float = 0.999) -> np.ndarray:
+    """Betas [steps] in float64 of abar = cos^2 with offset 0.008, Nichol & Dhariwal 2021 (2102.09672), eq. 17."""
+    _check_steps(steps)
+    abar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - abar[1:] / abar[:-1], highest)
+
+
+def coefficients(path: Path, t: jax.Array) -> Coefficients:
+    """alpha, sigma and their derivatives at t [B]."""
+    (alpha, sigma), (dalpha, dsigma) = jax.jvp(path, (t,), (jnp.ones_like(t),))
+    return Coefficients(alpha, sigma, dalpha, dsigma)
+
+
+def logsnr(path: Path, t: jax.Array) -> jax.Array:
+    """2 log(alpha / sigma), eq. (2), [B]; infinite where nothing of one of them is left."""
+    alpha, sigma = path(t)
+    return 2 * (jnp.log(alpha) - jnp.log(sigma))
+
+
+def noise(path: Path, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+    """xt [B, ...] at times t [B] for data x0 and noise eps of the same shape, eq. (1)."""
+    alpha, sigma = path(t)
+    return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+
+
+def expand(a: jax.Array, like: jax.Array) -> jax.Array:
+    """a [B] with trailing axes of length 1, to multiply `like` [B, ...]."""
+    return a.reshape(a.shape + (1,) * (like.ndim - a.ndim))
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")

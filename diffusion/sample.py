@@ -1,0 +1,156 @@
+"""Samplers: from noise to data along a grid of times, in one `lax.scan`.
+
+With (x0_hat, eps_hat) decoded at (xt, t), a step to a time s < t is one of
+
+    ddim    xs = alpha_s x0_hat + sqrt(sigma_s^2 - eta^2 var) eps_hat + eta sqrt(var) z             (1)
+            var = (sigma_s / sigma_t)^2 (sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2)
+    heun    trapezoidal rule for dx/dt = alpha' x0_hat + sigma' eps_hat                             (2)
+
+(1) is Song et al. 2020 (2010.02502), written for any path; eta = 1 is ancestral sampling. (2) is Karras et al. 2022
+(2206.00364), algorithm 1. A step is any function (key [B], predict, path, xt, t, s) -> xs; `predict(xt, t)` returns
+(x0_hat, eps_hat).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.predict import Denoise, Prediction, decode
+from diffusion.process import Path, coefficients
+
+Predict = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Step = Callable[[jax.Array, Predict, Path, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def sample(
+    key: jax.Array,
+    denoise: Denoise,
+    path: Path,
+    x1: jax.Array,
+    times: np.ndarray | jax.Array,
+    y: jax.Array | None = None,
+    *,
+    prediction: Prediction,
+    step: Step | None = None,
+    keep: int | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """x0 [B, *S, C] from x1 along `times` [T + 1], which fall. Memory does not grow with T.
+
+    Args:
+      key: one key, or one per sample [B] (`sample_keys`), so that a sample does not depend on its neighbours.
+      x1: where to start, at time times[0]; usually `initial_noise`.
+      step: default `ddim()`.
+      keep: also return this many frames [keep, B, *S, C] of xt, evenly spaced, the first x1 and the last x0.
+
+    Raises:
+      ValueError: times do not fall, or keep is not in 2..T + 1.
+    """
+    if isinstance(times, np.ndarray) and (times.ndim != 1 or len(times) < 2 or (np.diff(times) >= 0).any()):
+        raise ValueError("times must be a vector of at least two falling values, see `uniform_grid`")
+    steps = len(times) - 1
+    if keep is not None and not 2 <= keep <= steps + 1:
+        raise ValueError(f"keep={keep} frames must lie in 2..{steps + 1} for {steps} steps")
+    b = x1.shape[0]
+    keys = key if key.ndim else sample_keys(key, jnp.arange(b))
+    step = step or ddim()
+    times = jnp.asarray(times, x1.dtype)
+
+    def predict(xt: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        t = jnp.broadcast_to(t, (b,))
+        return decode(prediction, coefficients(path, t), xt, denoise(xt, t, y))
+
+    # Frame k is kept after step_of[k] steps; slot `keep` lies outside the buffer, and writes to it are dropped.
+    slots = np.full(steps + 1, keep or 0)
+    frames = None
+    if keep is not None:
+        slots[np.round(np.linspace(0, steps, keep)).astype(int)] = np.arange(keep)
+        frames = jnp.zeros((keep, *x1.shape), x1.dtype).at[0].set(x1)
+
+    def advance(carry, now):
+        xt, frames = carry
+        t, s, i, slot = now
+        xs = step(jax.vmap(jax.random.fold_in, (0, None))(keys, i), predict, path, xt, t, s)
+        if frames is not None:
+            frames = frames.at[slot].set(xs, mode="drop")
+        return (xs, frames), None
+
+    grid = (times[:-1], times[1:], jnp.arange(steps), jnp.asarray(slots[1:]))
+    (x0, frames), _ = jax.lax.scan(advance, (x1, frames), grid)
+    return x0 if keep is None else (x0, frames)
+
+
+def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+    """One key per sample [B] from sample numbers `index` [B]: sample i depends on (key, i) alone."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """x1 [B, *shape] of standard normal values, one key per sample."""
+    # Steps fold in their index 0, 1, ...; the start must not share their noise.
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2**31 - 1), shape))(keys)
+
+
+def uniform_grid(steps: int, start: float = 1.0) -> np.ndarray:
+    """Times [steps + 1] from `start` to 0 in equal steps."""
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+    if not 0 < start <= 1:
+        raise ValueError(f"start={start} must lie in (0, 1]")
+    return np.linspace(start, 0, steps + 1)
+
+
+def shifted_grid(steps: int, shift: float = 1.0) -> np.ndarray:
+    """`uniform_grid` bent: t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, 2403.03206): > 1 dwells in noise."""
+    if not shift > 0:
+        raise ValueError(f"shift={shift} must be positive")
+    t = uniform_grid(steps)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def ddim(eta: float = 0.0, overstep: float = 1.0) -> Step:
+    """DDIM, eq. (1): deterministic for eta = 0, ancestral for eta = 1.
+
+    `overstep` is the blog's step size: the picture moves to t - overstep (t - s) while the clock moves to s. The last
+    step may then land at a time below 0, for which the path must be defined.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} must lie in [0, 1]")
+    if not overstep > 0:
+        raise ValueError(f"overstep={overstep} must be positive")
+    if eta and overstep != 1:
+        raise ValueError(f"eta={eta} with overstep={overstep}: overstepping is defined for the deterministic sampler")
+
+    def step(key, predict, path, xt, t, s):
+        x0, eps = predict(xt, t)
+        alpha, sigma = path(t - overstep * (t - s) if overstep != 1 else s)
+        if not eta:
+            return alpha * x0 + sigma * eps
+        alpha_t, sigma_t = path(t)
+        var = jnp.square(sigma / sigma_t) * (jnp.square(sigma_t) - jnp.square(alpha_t / alpha * sigma))
+        # Rounding can push either difference of squares just below zero.
+        rest = jnp.sqrt(jnp.maximum(jnp.square(sigma) - eta**2 * var, 0))
+        z = jax.vmap(lambda k: jax.random.normal(k, xt.shape[1:], xt.dtype))(key)
+        return alpha * x0 + rest * eps + eta * jnp.sqrt(jnp.maximum(var, 0)) * z
+
+    return step
+
+
+def heun() -> Step:
+    """Heun's second-order method, eq. (2): two evaluations a step, one (Euler's) on a step to where sigma = 0."""
+
+    def step(key, predict, path, xt, t, s):
+        del key
+
+        def velocity(x: jax.Array, at: jax.Array) -> jax.Array:
+            x0, eps = predict(x, at)
+            coef = coefficients(path, at)
+            return coef.dalpha * x0 + coef.dsigma * eps
+
+        here = velocity(xt, t)
+        euler = xt + (s - t) * here
+        # At sigma = 0 a network that predicts x0 says nothing about eps, so the slope there is unknown.
+        return jax.lax.cond(path(s)[1] <= 0, lambda: euler, lambda: xt + (s - t) * (here + velocity(euler, s)) / 2)
+
+    return step

@@ -1,0 +1,236 @@
+"""From a config to the library's functions: the one place that knows both."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from diffusion import data, guide, process, train
+from diffusion import loss as losses
+from diffusion import sample as sampling
+from diffusion.models import Model, recomposed
+from diffusion.models.blog import blog
+from diffusion.models.vit import vit
+from diffusion.patch import patchify
+from diffusion.predict import Denoise
+from experiments import config as configs
+
+Images = np.ndarray
+Draw = Callable[..., jax.Array]
+
+
+def choose(name: str, value: str, options: dict[str, Any]) -> Any:
+    """options[value], or an error that names the flag and the choices."""
+    if value not in options:
+        raise ValueError(f"--config.{name}={value!r} is not one of {', '.join(options)}")
+    return options[value]
+
+
+def source(config: configs.Config, split: str = "train") -> data.Source:
+    """The pictures of a split."""
+    c = config.data
+    if not c.low < c.high:
+        raise ValueError(f"--config.data.low={c.low} must be below --config.data.high={c.high}")
+    return data.load(c.name, split, size=c.size, crop=c.crop, channels=c.channels, data_dir=c.data_dir)
+
+
+def num_classes(config: configs.Config, pictures: data.Source) -> int:
+    """Classes that the network is conditioned on; 0 if none. The null label is this number."""
+    return pictures.num_classes if config.model.conditional else 0
+
+
+def path(config: configs.Config) -> process.Path:
+    """The noising process."""
+    c = config.process
+    options = {
+        "linear": process.Linear,
+        "cosine": process.Cosine,
+        "vp": lambda: process.VP(process.linear_betas(c.steps)),
+        "geometric": lambda: process.Geometric(c.rate, c.steps),
+    }
+    return choose("process.path", c.path, options)()
+
+
+def network(config: configs.Config, classes: int) -> Model:
+    """The network as it is trained: it answers in patches if the loss is measured there, else in pictures."""
+    c = config.model
+    if c.name == "blog":
+        trained = blog(
+            path(config), patch_size=c.patch_size, stride=c.stride, depth=c.depth, heads=c.heads, head_dim=c.head_dim
+        )
+        return trained if config.process.patches else recomposed(trained, c.patch_size, c.stride)
+    choose("model.name", c.name, {"vit": vit, "blog": blog})
+    if config.process.patches:
+        raise ValueError(
+            "--config.process.patches measures the loss on patches; only --config.model.name=blog answers in them"
+        )
+    return vit(
+        patch_size=c.patch_size,
+        stride=c.stride,
+        width=c.width,
+        depth=c.depth,
+        heads=c.heads,
+        num_classes=classes,
+        bottleneck=c.bottleneck,
+        mlp_ratio=c.mlp_ratio,
+        norm=c.norm,
+        mlp=c.mlp,
+        qk_norm=c.qk_norm,
+        positions=c.positions,
+        class_tokens=c.class_tokens if classes else 0,
+        class_tokens_from=c.class_tokens_from,
+        dropout=c.dropout,
+        dtype=choose(
+            "model.dtype", c.dtype, {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+        ),
+        remat=c.remat,
+        attention=c.attention,
+        clock=choose("model.clock", c.clock, {"1000 t": lambda t: 1000 * t, "1 - t": lambda t: 1 - t}),
+    )
+
+
+def times(config: configs.Config) -> losses.Times:
+    """The time sampler of the loss."""
+    c = config.process
+    options = {
+        "uniform": lambda: losses.uniform_times,
+        "antithetic": lambda: losses.antithetic_times,
+        "logit_normal": lambda: losses.logit_normal_times(c.times_mean, c.times_std),
+        "grid": lambda: losses.grid_times(c.steps),
+    }
+    return choose("process.times", c.times, options)()
+
+
+def example_loss(config: configs.Config, model: Model, classes: int) -> Callable[..., jax.Array]:
+    """(params, key, batch, dropout: bool) -> loss of each noised picture [B * repeat]."""
+    c = config.process
+    space = partial(patchify, patch_size=config.model.patch_size, stride=config.model.stride) if c.patches else None
+    weight = None if c.loss_in in (None, c.prediction) else losses.measured_in(c.loss_in, c.prediction, c.loss_floor)
+    noising, sampler = path(config), times(config)
+
+    def example_losses(params: Any, key: jax.Array, batch: dict[str, jax.Array], training: bool) -> jax.Array:
+        key_loss, key_labels, key_dropout = jax.random.split(key, 3)
+        x0 = jnp.repeat(to_float(config, batch["x"]), config.train.repeat, 0)
+        y = None
+        if classes:
+            y = jnp.repeat(batch["y"], config.train.repeat, 0)
+            y = guide.drop_labels(key_labels, y, classes, config.train.label_drop if training else 0.0)
+        denoise = partial(model.apply, params, key=key_dropout if training and config.model.dropout else None)
+        values, _ = losses.loss(
+            key_loss, denoise, noising, x0, y, prediction=c.prediction, times=sampler, weight=weight, space=space
+        )
+        return values
+
+    return example_losses
+
+
+def loss_fn(config: configs.Config, model: Model, classes: int) -> train.LossFn:
+    """(params, key, batch) -> (mean loss, no further metrics), for `train.make_step`."""
+    examples = example_loss(config, model, classes)
+    return lambda params, key, batch: (examples(params, key, batch, True).mean(), {})
+
+
+def optimizer(config: configs.Config) -> optax.GradientTransformation:
+    """AdamW as configured."""
+    c = config.train
+    return train.adamw(
+        c.learning_rate,
+        c.steps,
+        warmup=c.warmup,
+        schedule=c.schedule,
+        b2=c.b2,
+        weight_decay=c.weight_decay,
+        clip=c.clip,
+    )
+
+
+def init_params(config: configs.Config, model: Model, shape: tuple[int, ...]) -> Any:
+    """Parameters from the config's seed for pictures of `shape` (H, W, C)."""
+    return jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, int))
+
+
+def denoiser(config: configs.Config, model: Model, params: Any, classes: int) -> Denoise:
+    """The trained denoiser in pictures, with the config's guidance and clipping."""
+    c = config.sample
+    if config.process.patches:
+        model = recomposed(model, config.model.patch_size, config.model.stride)
+    denoise = partial(model.apply, params)
+    if classes:
+        scale = c.guidance if c.guidance in (0, 1) else guide.interval(c.guidance, c.guidance_low, c.guidance_high)
+        denoise = guide.classifier_free(denoise, classes, scale)
+    if c.clip:
+        denoise = guide.clip(denoise, path(config), config.process.prediction, config.data.low, config.data.high)
+    return denoise
+
+
+def sampler_step(config: configs.Config) -> sampling.Step:
+    """One step of the configured sampler."""
+    c = config.sample
+    options = {
+        "ddim": lambda: sampling.ddim(overstep=c.overstep),
+        "ancestral": lambda: sampling.ddim(eta=1.0),
+        "heun": sampling.heun,
+    }
+    if c.overstep != 1 and c.sampler != "ddim":
+        raise ValueError(f"--config.sample.overstep={c.overstep} belongs to the ddim sampler, not to {c.sampler}")
+    return choose("sample.sampler", c.sampler, options)()
+
+
+def drawer(config: configs.Config, model: Model, shape: tuple[int, ...], classes: int, keep: int | None = None) -> Draw:
+    """Compiled (params, index [B], y [B]) -> uint8 pictures [B, H, W, C]; with `keep`, also frames [keep, B, H, W, C].
+
+    Picture i depends on the sample seed, its number i and its label alone.
+    """
+    noising, step = path(config), sampler_step(config)
+    grid = sampling.shifted_grid(config.sample.steps, config.sample.shift)
+    key = jax.random.key(config.sample.seed)
+
+    @jax.jit
+    def draw(params: Any, index: jax.Array, y: jax.Array) -> Any:
+        keys = sampling.sample_keys(key, index)
+        drawn = sampling.sample(
+            keys,
+            denoiser(config, model, params, classes),
+            noising,
+            sampling.initial_noise(keys, shape),
+            grid,
+            y if classes else None,
+            prediction=config.process.prediction,
+            step=step,
+            keep=keep,
+        )
+        return jax.tree.map(partial(to_uint8, config), drawn)
+
+    return draw
+
+
+def in_batches(
+    draw: Draw, params: Any, labels: np.ndarray, batch_size: int, seconds: list | None = None
+) -> Iterator[Any]:
+    """Draws pictures 0..len(labels) - 1 batch by batch; the last batch is filled up, so that one program serves all."""
+    for start in range(0, len(labels), batch_size):
+        index = np.arange(start, start + batch_size)
+        y = labels[np.minimum(index, len(labels) - 1)]
+        began = time.perf_counter()
+        drawn = jax.tree.map(np.asarray, draw(params, index, y))
+        if seconds is not None:
+            seconds.append(time.perf_counter() - began)
+        count = min(batch_size, len(labels) - start)
+        yield drawn[:count] if isinstance(drawn, np.ndarray) else (drawn[0][:count], drawn[1][:, :count])
+
+
+def to_float(config: configs.Config, images: jax.Array) -> jax.Array:
+    """uint8 pictures to the network's range [low, high]."""
+    c = config.data
+    return c.low + (c.high - c.low) * (images.astype(jnp.float32) / 255)
+
+
+def to_uint8(config: configs.Config, x: jax.Array) -> jax.Array:
+    """Inverse of `to_float`, rounded and clipped."""
+    c = config.data
+    return jnp.round(jnp.clip((x - c.low) / (c.high - c.low), 0, 1) * 255).astype(jnp.uint8)

@@ -1,0 +1,51 @@
+"""Pictures out of arrays: grids, film strips, animations. uint8 [N, H, W, C] in, files out, written whole or not at all."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffusion.checkpoint import atomic_write
+
+# Small pictures are enlarged until they reach this many pixels, so that a grid of digits can be looked at.
+_READABLE = 56
+
+
+def grid(images: np.ndarray, columns: int, *, gap: int = 2, background: int = 255) -> Image.Image:
+    """Images [N, H, W, C] in rows of `columns`; a C that PIL does not know shows its first channel."""
+    n, h, w, c = images.shape
+    if c not in (1, 3):
+        images, c = images[..., :1], 1
+    scale = max(1, _READABLE // max(h, w))
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    h, w = h * scale, w * scale
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), background, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        canvas[top : top + h, left : left + w] = image
+    return Image.fromarray(canvas[..., 0] if c == 1 else canvas)
+
+
+def strip(frames: np.ndarray) -> Image.Image:
+    """Frames [K, N, H, W, C] as N rows that read from noise on the left to picture on the right."""
+    k, n = frames.shape[:2]
+    return grid(frames.swapaxes(0, 1).reshape(n * k, *frames.shape[2:]), k)
+
+
+def save(path: Path, image: Image.Image) -> None:
+    """Writes a picture in the format of the path's suffix."""
+    atomic_write(path, lambda file: image.save(file, format=path.suffix[1:].upper()))
+
+
+def save_animation(path: Path, frames: Sequence[Image.Image], *, milliseconds: int = 80, hold: int = 1500) -> None:
+    """Writes frames as a looping GIF or WebP that rests on the last one."""
+    durations = [milliseconds] * (len(frames) - 1) + [hold]
+    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
+    atomic_write(path, lambda file: frames[0].save(file, format=path.suffix[1:].upper(), **options))
+
+
+def save_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Writes arr_0 uint8 [N, H, W, C] and arr_1 int labels [N], the layout that guided-diffusion's evaluator reads."""
+    atomic_write(path, lambda file: np.savez(file, images, labels))

@@ -1,0 +1,184 @@
+"""What surrounds a long job: compilation cache, stop signals, a log, a progress bar."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app
+from tqdm import tqdm
+
+
+class Stopped(Exception):
+    """A signal ended the job after everything was saved."""
+
+
+class Stop:
+    """Whether a signal asked for the end."""
+
+    asked = False
+
+
+def start() -> None:
+    """Keeps compiled programs between processes: in $JAX_COMPILATION_CACHE_DIR, or in the user's cache folder."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "patch-diffusion" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """absl's app.run, with errors meant for the user as one message on stderr instead of a traceback.
+
+    Exit status: 1 for such an error, 130 when a signal stopped the job and it can be continued.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except Stopped as e:
+            sys.exit(_complain(e, 130))
+        except (ValueError, TypeError, OSError, FloatingPointError) as e:
+            if os.environ.get("PATCH_DIFFUSION_TRACEBACK"):
+                raise
+            sys.exit(_complain(e, 1))
+
+    app.run(guarded)
+
+
+def _complain(error: Exception, status: int) -> int:
+    print(f"\n{'' if status == 130 else 'error: '}{error}", file=sys.stderr)
+    return status
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turns the first SIGINT or SIGTERM into `asked`, so that the job can save; the second one acts as usual."""
+    stop = Stop()
+    previous = {}
+
+    def ask(number: int, frame: Any) -> None:
+        del frame
+        stop.asked = True
+        print(
+            f"\n{signal.Signals(number).name}: finishing this step and saving (again to quit at once)", file=sys.stderr
+        )
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    try:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            previous[each] = signal.signal(each, ask)
+    except ValueError:  # not in the main thread, as in a notebook's worker: signals stay as they are
+        pass
+    try:
+        yield stop
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+class Log:
+    """Numbers in metrics.jsonl, a row per step, and in TensorBoard if asked for."""
+
+    def __init__(self, workdir: Path, tensorboard: bool = False) -> None:
+        self.path = workdir / "metrics.jsonl"
+        self._events = None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    "--tensorboard needs tensorboardX: pip install 'patch-diffusion[tensorboard]'"
+                ) from None
+            self._events = SummaryWriter(str(workdir / "tensorboard"))
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._events:
+            self._events.close()
+
+    def rows(self) -> list[dict[str, float]]:
+        """What was logged so far; a last line cut short by a crash is left out."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after `step`: those steps will be run again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Appends a row."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._events:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """A picture [H, W] or [H, W, C] for TensorBoard; without it, nothing (pictures are files anyway)."""
+        if self._events:
+            self._events.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
+
+
+class Progress:
+    """A bar with loss, images/s and time left; plain lines now and then where there is no terminal."""
+
+    def __init__(self, log: Log, begin: int, total: int, images_per_step: int, seconds: float = 0.0) -> None:
+        self._log, self._begin, self._total, self._images = log, begin, total, images_per_step
+        self._earlier = seconds
+        self._spent = 0.0
+        self._since = time.perf_counter()
+        self._first: tuple[int, float] | None = None
+        self._printed = 0.0
+        self._bar = tqdm(total=total, initial=begin, unit="step", disable=None, dynamic_ncols=True)
+
+    def seconds(self) -> float:
+        """Seconds of training so far, earlier sessions included and pauses left out."""
+        return self._earlier + self._spent + time.perf_counter() - self._since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is not training."""
+        self._spent += time.perf_counter() - self._since
+        yield
+        self._since = time.perf_counter()
+
+    def step(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def report(self, done: int, values: dict[str, float]) -> None:
+        """Logs the numbers of step `done` and shows the loss."""
+        now = self.seconds()
+        if self._first is None:
+            self._first = (done, now)  # the rate leaves out compilation
+        steps, elapsed = done - self._first[0], now - self._first[1]
+        rate = steps * self._images / elapsed if elapsed else 0.0
+        self._log.scalars(done, {**values, "images_per_second": rate, "seconds": now})
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
+        if self._bar.disable and (now - self._printed > 20 or done == self._total):
+            self._printed = now
+            left = (self._total - done) * self._images / rate if rate else 0.0
+            print(
+                f"step {done}/{self._total}  loss {values['loss']:.4f}  {rate:.0f} images/s  {left:.0f} s left",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()

@@ -1,0 +1,270 @@
+"""Trains a diffusion model and shows what it draws.
+
+    python -m experiments.train                                              digits, in minutes on a CPU
+    python -m experiments.train --config=experiments/configs/blog.py         the blog's model
+    python -m experiments.train --config.data.name=folder:PATH --config.data.size="(64, 64)" --workdir=runs/mine
+
+The same command continues a run that was stopped, bit for bit. `--dry_run` prints what would be trained.
+"""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from diffusion import checkpoint, data
+from diffusion import train as training
+from diffusion.geometry import geometry
+from diffusion.models import Model
+from experiments import build, measure, pictures, session
+from experiments.config import Config, to_dict
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    str(Path(__file__).parent / "configs" / "mnist.py"),
+    "Config file; its fields are flags: --config.model.depth=8.",
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; default: runs/ and the config's name.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, size and cost of the network, and stop.")
+_TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events (needs the tensorboard extra).")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set as in --config.train.steps=100")
+    config: Config = _CONFIG.value
+    session.start()
+    if _DRY_RUN.value:
+        dry_run(config)
+    else:
+        train(config, Path(_WORKDIR.value or Path("runs") / config.name), tensorboard=_TENSORBOARD.value)
+
+
+def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any]:
+    """Trains (or continues) the run in `workdir` to its end, draws and measures; returns what was reached.
+
+    Raises:
+      ValueError: config and data do not fit each other, or `workdir` holds a run with another config.
+      session.Stopped: a signal ended training; everything is saved.
+    """
+    check(config)
+    source = build.source(config)
+    classes = build.num_classes(config, source)
+    model = build.network(config, classes)
+    params = build.init_params(config, model, source.images.shape[1:])
+    claim(workdir, config)
+    finished = workdir / "report.json"
+    if finished.exists():
+        print(f"{workdir} is finished; nothing was trained again.\n")
+        print(measure.paragraph(workdir, json.loads(finished.read_text())))
+        return json.loads(finished.read_text())
+    with session.stop_signals() as stop, session.Log(workdir, tensorboard) as log:
+        ema, seconds = fit(config, workdir, source, model, params, log, stop)
+        report = measure.finish(config, workdir, source, model, ema, seconds, log)
+    print("\n" + measure.paragraph(workdir, report))
+    return report
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for numbers that cannot be meant, naming the flag."""
+    c = config.train
+    counts = {f"train.{name}": getattr(c, name) for name in ("steps", "batch_size", "repeat", "log_every")}
+    counts |= {f"train.{name}": getattr(c, name) for name in ("sample_every", "save_every", "eval_count")}
+    counts |= {f"sample.{name}": getattr(config.sample, name) for name in ("count", "steps", "batch_size")}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"--config.{name}={value} must be at least 1")
+    if c.batch_size % jax.device_count():
+        raise ValueError(f"--config.train.batch_size={c.batch_size} must be a multiple of {jax.device_count()} devices")
+    if c.patience is not None and not c.eval_every:
+        raise ValueError(f"--config.train.patience={c.patience} needs --config.train.eval_every")
+    build.path(config), build.times(config), build.sampler_step(config), build.optimizer(config)
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Makes `workdir` this run's, or makes sure that it already is.
+
+    Raises:
+      ValueError: it holds a run with another config; the fields that differ are listed.
+      OSError: nothing can be written there.
+    """
+    checkpoint.check_writable(workdir)
+    resolved = to_dict(config)
+    if not (workdir / checkpoint.CONFIG).exists():
+        checkpoint.write_config(workdir, resolved)
+        return
+    differing = checkpoint.config_differences(checkpoint.read_config(workdir), resolved)
+    if differing:
+        raise ValueError(
+            f"{workdir} holds a run with another config (stored -> asked for):\n  "
+            + "\n  ".join(differing)
+            + "\nPass another --workdir, or the stored values to continue that run."
+        )
+
+
+def fit(
+    config: Config,
+    workdir: Path,
+    source: data.Source,
+    model: Model,
+    params: Any,
+    log: session.Log,
+    stop: session.Stop,
+) -> tuple[Any, float]:
+    """Trains from the newest checkpoint, or from `params`, to the end: (averaged parameters, seconds of training)."""
+    c = config.train
+    classes = build.num_classes(config, source)
+    optimizer = build.optimizer(config)
+    checkpoints = workdir / "checkpoints"
+    state, begin = training.init_state(params, optimizer), 0
+    if checkpoint.latest(checkpoints) is not None:
+        state, begin = checkpoint.restore(checkpoints, state, report=print)
+    log.rewind(begin)
+    seconds = max((row["seconds"] for row in log.rows() if "seconds" in row), default=0.0)
+    held_out = HeldOut(config, model, classes, workdir, log) if c.eval_every else None
+    if begin >= c.steps or (held_out and held_out.exhausted()):
+        return state.ema, seconds
+
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+    split = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    step = training.make_step(build.loss_fn(config, model, classes), optimizer, ema_decay=c.ema)
+    step = jax.jit(step, donate_argnums=1)
+    state, key = jax.device_put((state, jax.random.key(config.seed)), everywhere)
+    make_batch = partial(batch, config, source)
+    preview = Preview(config, model, source, workdir, log)
+
+    print(
+        f"{'continuing at' if begin else 'training from'} step {begin} of {c.steps}: {describe(config, source, params)}"
+    )
+    progress = session.Progress(log, begin, c.steps, c.batch_size * c.repeat, seconds)
+    for i, examples in data.prefetch(make_batch, begin, c.steps):
+        state, metrics = step(key, state, jax.device_put(examples, split))
+        done = i + 1
+        progress.step()
+        if done % c.log_every == 0 or done in (begin + 1, c.steps):
+            values = {name: float(value) for name, value in metrics.items()}
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(diverged(done, values["loss"], checkpoints))
+            progress.report(done, values)
+        if held_out and (done % c.eval_every == 0 or done == c.steps):
+            held_out.judge(done, state)
+        over = done == c.steps or bool(held_out and held_out.exhausted())
+        if over and held_out:
+            state = held_out.best(state)
+        if over or stop.asked or done % c.save_every == 0:
+            checkpoint.save(checkpoints, done, state)
+        if over:
+            break
+        if stop.asked:
+            progress.close()
+            raise session.Stopped(f"Stopped at step {done} of {c.steps}; the same command continues from there.")
+        if done % c.sample_every == 0:
+            with progress.paused():
+                preview(done, state.ema)
+    progress.close()
+    return state.ema, progress.seconds()
+
+
+def batch(config: Config, source: data.Source, step: int) -> dict[str, np.ndarray]:
+    """The training batch of a step, uint8 [B, H, W, C] and labels [B]."""
+    c = config.data
+    return data.batch(source, config.seed, step, config.train.batch_size, flip=c.flip, shift=c.shift)
+
+
+class HeldOut:
+    """Loss on a fixed set of noised held-out pictures; remembers the best weights and when to give up."""
+
+    def __init__(self, config: Config, model: Model, classes: int, workdir: Path, log: session.Log) -> None:
+        c = config.train
+        self._patience, self._log, self._kept = c.patience, log, workdir / "best"
+        held = data.batch(build.source(config, "test"), config.seed, 0, -(-c.eval_count // c.repeat))
+        examples = build.example_loss(config, model, classes)
+        key = jax.random.key(config.seed + 1)
+        self._loss = jax.jit(lambda params: examples(params, key, held, False).mean())
+
+    def losses(self) -> dict[int, float]:
+        return {row["step"]: row["held_out_loss"] for row in self._log.rows() if "held_out_loss" in row}
+
+    def judge(self, step: int, state: training.State) -> None:
+        """Measures, and keeps the weights if they are the best so far."""
+        before = self.losses()
+        value = float(self._loss(state.ema))
+        self._log.scalars(step, {"held_out_loss": value})
+        if value < min(before.values(), default=math.inf):
+            checkpoint.save(self._kept, step, state, keep=1)
+
+    def exhausted(self) -> bool:
+        """Whether the last `patience` measurements brought nothing better."""
+        losses = self.losses()
+        if self._patience is None or not losses:
+            return False
+        best = min(losses, key=losses.get)
+        return sum(step > best for step in losses) >= self._patience
+
+    def best(self, state: training.State) -> training.State:
+        """The best weights, in the form of `state`."""
+        return checkpoint.restore(self._kept, state, report=print)[0]
+
+
+class Preview:
+    """A grid of what the averaged weights draw, the same noise every time, as training goes."""
+
+    def __init__(self, config: Config, model: Model, source: data.Source, workdir: Path, log: session.Log) -> None:
+        classes = build.num_classes(config, source)
+        self._columns = min(classes, 10) or 8
+        self._labels = np.arange(4 * self._columns) % max(classes, 1)
+        self._draw = build.drawer(config, model, source.images.shape[1:], classes)
+        self._folder, self._log = workdir / "previews", log
+
+    def __call__(self, step: int, params: Any) -> None:
+        index = np.arange(len(self._labels))
+        image = pictures.grid(np.asarray(self._draw(params, index, self._labels)), self._columns)
+        self._folder.mkdir(exist_ok=True)
+        pictures.save(self._folder / f"{step:07d}.png", image)
+        self._log.image(step, "samples", np.asarray(image))
+
+
+def describe(config: Config, source: data.Source, params: Any) -> str:
+    """One line: what learns what."""
+    count = sum(p.size for p in jax.tree.leaves(params))
+    n, *shape = source.images.shape
+    grid = geometry(shape[:-1], config.model.patch_size, config.model.stride).grid
+    size = "x".join(map(str, shape))
+    return f"{config.model.name} of {count:,} parameters, {math.prod(grid)} tokens, on {n:,} pictures {size} of {source.name}"
+
+
+def diverged(step: int, loss: float, checkpoints: Path) -> str:
+    """What to say when the loss is no number."""
+    saved = checkpoint.latest(checkpoints)
+    return (
+        f"the loss is {loss} at step {step}; nothing was saved after step {saved or 0}. "
+        "Lower --config.train.learning_rate or set --config.train.clip=1.0, with another --workdir."
+    )
+
+
+def dry_run(config: Config) -> None:
+    """Prints the resolved config and what a training step would cost; computes nothing."""
+    check(config)
+    source = build.source(config)
+    classes = build.num_classes(config, source)
+    model = build.network(config, classes)
+    params = jax.eval_shape(partial(build.init_params, config, model, source.images.shape[1:]))
+    state = jax.eval_shape(lambda p: training.init_state(p, build.optimizer(config)), params)
+    step = training.make_step(
+        build.loss_fn(config, model, classes), build.optimizer(config), ema_decay=config.train.ema
+    )
+    lowered = jax.jit(step).lower(jax.random.key(0), state, batch(config, source, 0))
+    print(json.dumps(to_dict(config), indent=2))
+    print(describe(config, source, params))
+    print(f"{lowered.cost_analysis()['flops']:.3e} FLOPs per training step, as XLA counts them before optimisation")
+
+
+if __name__ == "__main__":
+    session.run(main)

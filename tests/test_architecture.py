@@ -1,0 +1,61 @@
+"""The rules of the house: who may import what, and what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = {"jax", "flax", "numpy", "optax", "diffusion"}
+# Modules that own a heavier dependency; nothing in diffusion/ imports these modules at its top.
+OWNERS = {
+    "patch_numba.py": {"numba"},
+    "checkpoint.py": {"orbax", "ml_dtypes"},
+    "mnist5k.py": {"tensorflow_datasets", "etils"},
+    "data.py": {"PIL"},
+}
+EVERYWHERE_ELSE = {"numpy", "diffusion"}
+WITHOUT_JAX = ("geometry.py", "patch_numpy.py", "patch_numba.py", "data.py", "mnist5k.py")
+FILES = sorted((ROOT / "diffusion").rglob("*.py"))
+
+
+def imports(path, nested=True):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if nested else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def roots(path, nested):
+    return {name.split(".")[0] for name in imports(path, nested)} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_who_imports_what(path):
+    top = roots(path, nested=False)
+    assert top <= CORE | OWNERS.get(path.name, set()), "import heavier packages in the module that owns them, or lazily"
+    assert not roots(path, nested=True) & {"absl", "ml_collections", "torch", "tensorflow", "experiments"}
+    assert "flax" not in top or path.parent.name == "models"
+    if path.name in WITHOUT_JAX:
+        assert not top & {"jax", "flax", "optax"}
+
+
+def test_experiments_are_the_only_ones_to_know_flags():
+    assert any("absl" in roots(p, True) for p in (ROOT / "experiments").rglob("*.py"))
+
+
+def test_no_module_calls_itself_utils():
+    assert not [p for p in ROOT.glob("*/**/*.py") if "util" in p.stem or "helper" in p.stem]
+
+
+def test_import_is_light():
+    program = "import diffusion, sys; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    )
+    heavy = {"numba", "tensorflow_datasets", "orbax", "absl", "PIL", "matplotlib", "safetensors", "tqdm", "torch"}
+    assert "diffusion" in loaded and not loaded & heavy

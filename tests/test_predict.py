@@ -1,0 +1,74 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.predict import convert, decode, target
+from diffusion.process import coefficients, noise
+from tests.test_process import PATHS
+
+PREDICTIONS = ("x0", "eps", "v", "flow")
+
+
+def draw(key, n):
+    a, b = jax.random.split(key)
+    return jax.random.normal(a, (n, 4, 3)), jax.random.normal(b, (n, 4, 3))
+
+
+@pytest.mark.parametrize(("name", "prediction"), list(itertools.product(PATHS, PREDICTIONS)))
+def test_decode_inverts_target_inside(key, name, prediction):
+    t = jnp.array([0.05, 0.3, 0.5, 0.7, 0.95])
+    x0, eps = draw(key, len(t))
+    coef = coefficients(PATHS[name], t)
+    got = decode(prediction, coef, noise(PATHS[name], x0, t, eps), target(prediction, coef, x0, eps))
+    np.testing.assert_allclose(got[0], x0, atol=2e-3)
+    np.testing.assert_allclose(got[1], eps, atol=2e-3)
+
+
+@pytest.mark.parametrize(("name", "prediction"), list(itertools.product(PATHS, PREDICTIONS)))
+def test_decode_at_the_end_points_is_exact_where_the_system_is_regular_and_finite_elsewhere(key, name, prediction):
+    t = jnp.array([0.0, 1.0])
+    x0, eps = draw(key, 2)
+    coef = coefficients(PATHS[name], t)
+    xt = noise(PATHS[name], x0, t, eps)
+    x0_hat, eps_hat = decode(prediction, coef, xt, target(prediction, coef, x0, eps))
+    # The picture at t = 0 and the noise at t = 1 are what xt itself shows: never lost.
+    np.testing.assert_allclose(x0_hat[0], x0[0], atol=1e-5)
+    np.testing.assert_allclose(eps_hat[1], eps[1], atol=1e-2 if name == "vp cosine" else 1e-4)
+    # The other one can only be known if the prediction is not xt once more.
+    eps_known, x0_known = prediction != "x0", not (prediction == "eps" and float(coef.alpha[1]) < 1e-6)
+    np.testing.assert_allclose(eps_hat[0], eps[0] if eps_known else 0 * eps[0], atol=1e-4)
+    if x0_known:
+        np.testing.assert_allclose(x0_hat[1], x0[1], atol=5e-2)
+    else:
+        np.testing.assert_array_equal(x0_hat[1], 0 * x0[1])
+
+
+def test_gradients_through_decode_are_finite_at_the_end_points():
+    coef = coefficients(PATHS["linear"], jnp.array([0.0, 1.0]))
+    for prediction in PREDICTIONS:
+        grad = jax.grad(lambda p, kind=prediction: sum(a.sum() for a in decode(kind, coef, p, p)))(jnp.ones((2, 3)))
+        assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize(("source", "to"), list(itertools.permutations(PREDICTIONS, 2)))
+def test_convert_gives_the_same_denoiser(key, source, to):
+    path, t = PATHS["cosine"], jnp.array([0.2, 0.6])
+    x0, eps = draw(key, 2)
+    coef, xt = coefficients(path, t), noise(path, x0, t, eps)
+    oracle = lambda xt, t, y: target(source, coef, x0, eps)  # noqa: E731
+    np.testing.assert_allclose(convert(oracle, path, source, to)(xt, t), target(to, coef, x0, eps), atol=1e-5)
+
+
+def test_flow_is_the_velocity_of_xt(key):
+    x0, eps = draw(key, 2)
+    path, t = PATHS["vp"], jnp.array([0.31, 0.77])
+    _, velocity = jax.jvp(lambda t: noise(path, x0, t, eps), (t,), (jnp.ones(2),))
+    np.testing.assert_allclose(target("flow", coefficients(path, t), x0, eps), velocity, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_prediction_is_named():
+    with pytest.raises(ValueError, match="'epsilon' is not one of"):
+        target("epsilon", coefficients(PATHS["linear"], jnp.zeros(1)), jnp.zeros((1, 1)), jnp.zeros((1, 1)))

@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import process
+
+PATHS = {
+    "linear": process.Linear(),
+    "cosine": process.Cosine(),
+    "vp": process.VP(process.linear_betas(1000)),
+    "vp cosine": process.VP(process.cosine_betas(50)),
+    "geometric": process.Geometric(0.99, 500),
+}
+VARIANCE_PRESERVING = ("cosine", "vp", "vp cosine")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_path_runs_from_data_to_noise(name):
+    alpha, sigma = PATHS[name](jnp.linspace(0, 1, 101))
+    assert alpha[0] == 1 and sigma[0] == 0
+    assert (jnp.diff(alpha) < 0).all() and (jnp.diff(sigma) > 0).all()
+    assert alpha[-1] < 0.01 and sigma[-1] > 0.99
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_pure_noise_is_reached_exactly(name):
+    alpha, sigma = PATHS[name](jnp.ones(1))
+    assert alpha[0] == 0 and sigma[0] == 1
+
+
+@pytest.mark.parametrize("name", VARIANCE_PRESERVING)
+def test_variance_is_preserved_between_grid_times_too(name):
+    alpha, sigma = PATHS[name](jnp.linspace(0, 1, 777))
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_derivatives_match_central_differences(name):
+    t, h = jnp.array([0.1234, 0.507, 0.8191]), 1e-3
+    coef = process.coefficients(PATHS[name], t)
+    (a1, s1), (a0, s0) = PATHS[name](t + h), PATHS[name](t - h)
+    np.testing.assert_allclose(coef.dalpha, (a1 - a0) / (2 * h), rtol=0.03, atol=2e-3)
+    np.testing.assert_allclose(coef.dsigma, (s1 - s0) / (2 * h), rtol=0.03, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_derivatives_are_finite_at_both_ends(name):
+    assert np.isfinite(np.stack(process.coefficients(PATHS[name], jnp.array([0.0, 1.0])))).all()
+
+
+@pytest.mark.parametrize("betas", [process.linear_betas(1000), process.linear_betas(50), process.cosine_betas(1000)])
+def test_vp_holds_the_cumulative_products_at_its_grid_times(betas):
+    abar = np.concatenate([[1], np.cumprod(1 - betas)])
+    alpha, sigma = process.VP(betas)(jnp.arange(len(betas) + 1) / len(betas))
+    np.testing.assert_allclose(alpha, np.sqrt(abar), rtol=2e-5, atol=2e-7)
+    np.testing.assert_allclose(sigma, np.sqrt(1 - abar), rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
+def test_betas_match_diffusers(kind):
+    pytest.importorskip("torch", reason="diffusers needs torch: pip install 'patch-diffusion[torch]'")
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=kind).betas.numpy()
+    ours = process.linear_betas(1000) if kind == "linear" else process.cosine_betas(1000)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_geometric_is_the_limit_of_repeated_noising():
+    rate, n = 0.99, 37
+    x = 1.0
+    for _ in range(n):
+        x = rate * x
+    alpha, sigma = process.Geometric(rate, 500)(jnp.array([n / 500]))
+    np.testing.assert_allclose(alpha, x, rtol=1e-6)
+    np.testing.assert_allclose(sigma, 1 - x, rtol=1e-6)
+
+
+def test_logsnr_falls_and_matches_its_definition():
+    t = jnp.linspace(0.01, 0.99, 9)
+    np.testing.assert_allclose(process.logsnr(process.Linear(), t), 2 * np.log((1 - t) / t), rtol=1e-5, atol=1e-5)
+
+
+def test_noise_mixes_each_example_at_its_own_time(key):
+    a, b = jax.random.split(key)
+    x0, eps = jax.random.normal(a, (3, 4, 5, 2)), jax.random.normal(b, (3, 4, 5, 2))
+    xt = process.noise(process.Linear(), x0, jnp.array([0.0, 0.25, 1.0]), eps)
+    np.testing.assert_array_equal(xt[0], x0[0])
+    np.testing.assert_allclose(xt[1], 0.75 * x0[1] + 0.25 * eps[1], rtol=1e-6)
+    np.testing.assert_array_equal(xt[2], eps[2])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: process.Geometric(1.0, 500),
+        lambda: process.Geometric(0.9, 0),
+        lambda: process.VP(np.array([0.1, -0.1])),
+        lambda: process.VP(np.zeros((0,))),
+        lambda: process.linear_betas(0),
+    ],
+)
+def test_impossible_processes_are_refused(make):
+    with pytest.raises(ValueError, match="must"):
+        make()
