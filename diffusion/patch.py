@@ -2,12 +2,15 @@
 
     tokens = P x                     patchify: every window, flattened                             (1)
     P^T tokens                       fold: windows added where they overlap                        (2)
-    x = P^T tokens / P^T 1           unpatchify: windows averaged where they overlap               (3)
+    x = P^T tokens * (1 / P^T 1)     unpatchify: windows averaged where they overlap               (3)
 
 P is linear and made of slices, reshapes and transposes, so its adjoint, which JAX derives, is pads and adds rather than
-scatters. (3) is the left inverse of (1); for the 2-D overlapping case it is the `recompose` of Piantedosi, "Diffusion
-model" (piantedosi.github.io/diffusion_model). Windows are in row-major order; inside a token values are ordered
-(*patch, C), channels fastest (DiT, JiT, space-to-depth), or (C, *patch) with layout="chw" (PixelUnshuffle).
+scatters; sums run over windows in ascending order, last axis first. (3) is the left inverse of (1): exact where one or
+two windows meet along an axis, to rounding elsewhere. It multiplies by the reciprocal because XLA would make that of a
+division anyway, and so the result is the same in and out of jit. For the 2-D overlapping case (3) is the `recompose` of
+Piantedosi, "Diffusion model" (piantedosi.github.io/diffusion_model). Windows are in row-major order; inside a token
+values are ordered (*patch, C), channels fastest (DiT, JiT, space-to-depth), or (C, *patch) with layout="chw"
+(PixelUnshuffle). `diffusion.patch_numpy` and `diffusion.patch_numba` do the same on the host, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -95,7 +98,7 @@ def unpatchify(
         last = 1 + rank if layout == "chw" else 1 + 2 * rank
         return tokens.reshape(b, *shape.grid, *inner).transpose(0, *order, last).reshape(b, *shape.size, c)
     total = fold(tokens, size, patch_size, stride, layout=layout)
-    return total / coverage(size, patch_size, stride).astype(tokens.dtype)[None, ..., None]
+    return total * (1 / coverage(size, patch_size, stride)).astype(tokens.dtype)[None, ..., None]
 
 
 def _split(x: jax.Array, axis: int, patch: int, stride: int, grid: int) -> jax.Array:

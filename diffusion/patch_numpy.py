@@ -1,4 +1,4 @@
-"""Patches in NumPy: windows that are views of the array, and the copies `patchify`, `fold` and `unpatchify` built on them.
+"""Patches in NumPy: windows as views of the array, and `patchify`, `fold` and `unpatchify` built on them.
 
 An array in memory is a start, a shape and a stride per axis, the bytes from one element to the next. Cutting windows of
 p elements every s elements along an axis of length n and byte stride b needs no copy; the axis becomes two,
@@ -28,8 +28,8 @@ def windows(
 ) -> np.ndarray:
     """Windows of x [B, *S, C] as a read-only view [B, *grid, *patch, C], eq. (1): nothing is copied.
 
-    With `channels=False` x is [B, *S] and the view [B, *grid, *patch]. Any memory layout will do (Fortran order, slices,
-    negative strides, foreign byte order). Reductions over the patch axes pool, `einsum` with a kernel convolves.
+    With `channels=False` x is [B, *S] and the view [B, *grid, *patch]. Any memory layout will do (Fortran order,
+    slices, negative strides, foreign byte order). Reductions over the patch axes pool, `einsum` convolves.
 
     >>> x = np.arange(16).reshape(1, 4, 4, 1)
     >>> windows(x, 2).max((3, 4))[0, ..., 0].tolist()  # max pooling
@@ -65,9 +65,8 @@ def patchify(
     """
     x = np.asarray(x)
     b, cut, c = array_geometry(x.shape, x.dtype, patch_size, stride, layout)
-    return np.array(token_view(x, patch_size, stride, layout), order="C").reshape(
-        b, prod(cut.grid), prod(cut.patch) * c
-    )
+    tokens = np.array(token_view(x, patch_size, stride, layout), order="C")
+    return tokens.reshape(b, prod(cut.grid), prod(cut.patch) * c)
 
 
 def fold(
@@ -121,7 +120,7 @@ def unpatchify(
     if cut.patch == cut.stride:
         return np.array(image_view(split_tokens(tokens, b, cut, c, layout)), order="C").reshape(b, *cut.size, c)
     total = fold(tokens, size, patch_size, stride, layout=layout)
-    total /= coverage(size, patch_size, stride).astype(tokens.dtype)[..., None]
+    total *= (1 / coverage(size, patch_size, stride)).astype(tokens.dtype)[..., None]
     return total
 
 

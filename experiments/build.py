@@ -1,16 +1,16 @@
 """From a config to the library's functions: the one place that knows both."""
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import data, guide, process, train
+from diffusion import checkpoint, data, guide, process, train
 from diffusion import loss as losses
 from diffusion import sample as sampling
 from diffusion.models import Model, recomposed
@@ -39,9 +39,40 @@ def source(config: configs.Config, split: str = "train") -> data.Source:
     return data.load(c.name, split, size=c.size, crop=c.crop, channels=c.channels, data_dir=c.data_dir)
 
 
-def num_classes(config: configs.Config, pictures: data.Source) -> int:
-    """Classes that the network is conditioned on; 0 if none. The null label is this number."""
-    return pictures.num_classes if config.model.conditional else 0
+class Seen(NamedTuple):
+    """What a network must know of its data: pictures (H, W, C), and the classes if it is conditioned on them."""
+
+    shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """0 without labels; the null label is this number."""
+        return len(self.class_names)
+
+
+def seen(config: configs.Config, pictures: data.Source) -> Seen:
+    """The part of the data that the network depends on."""
+    return Seen(tuple(pictures.images.shape[1:]), tuple(pictures.class_names) if config.model.conditional else ())
+
+
+def to_stored(config: configs.Config, seen: Seen) -> dict[str, Any]:
+    """What config.json of a run holds: enough to rebuild its network without its data."""
+    return configs.to_dict(config) | {"seen": {"shape": list(seen.shape), "class_names": list(seen.class_names)}}
+
+
+def stored(workdir: Path) -> tuple[configs.Config, Seen]:
+    """Config and data facts of the run in `workdir`.
+
+    Raises:
+      FileNotFoundError: no run was made there.
+      ValueError: it was made by a version with other fields.
+    """
+    values = checkpoint.read_config(workdir)
+    facts = values.pop("seen", None)
+    if facts is None:
+        raise ValueError(f"{workdir}/config.json was not written by experiments.train; pass another --workdir")
+    return configs.from_dict(values), Seen(tuple(facts["shape"]), tuple(facts["class_names"]))
 
 
 def path(config: configs.Config) -> process.Path:
@@ -56,38 +87,34 @@ def path(config: configs.Config) -> process.Path:
     return choose("process.path", c.path, options)()
 
 
-def network(config: configs.Config, classes: int) -> Model:
+def network(config: configs.Config, seen: Seen) -> Model:
     """The network as it is trained: it answers in patches if the loss is measured there, else in pictures."""
     c = config.model
     if c.name == "blog":
-        trained = blog(
-            path(config), patch_size=c.patch_size, stride=c.stride, depth=c.depth, heads=c.heads, head_dim=c.head_dim
-        )
+        shape = {"patch_size": c.patch_size, "stride": c.stride, "depth": c.depth}
+        trained = blog(path(config), heads=c.heads, head_dim=c.head_dim, **shape)
         return trained if config.process.patches else recomposed(trained, c.patch_size, c.stride)
     choose("model.name", c.name, {"vit": vit, "blog": blog})
     if config.process.patches:
-        raise ValueError(
-            "--config.process.patches measures the loss on patches; only --config.model.name=blog answers in them"
-        )
+        raise ValueError("--config.process.patches needs --config.model.name=blog, the network that answers in patches")
+    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     return vit(
         patch_size=c.patch_size,
         stride=c.stride,
         width=c.width,
         depth=c.depth,
         heads=c.heads,
-        num_classes=classes,
+        num_classes=seen.num_classes,
         bottleneck=c.bottleneck,
         mlp_ratio=c.mlp_ratio,
         norm=c.norm,
         mlp=c.mlp,
         qk_norm=c.qk_norm,
         positions=c.positions,
-        class_tokens=c.class_tokens if classes else 0,
+        class_tokens=c.class_tokens if seen.num_classes else 0,
         class_tokens_from=c.class_tokens_from,
         dropout=c.dropout,
-        dtype=choose(
-            "model.dtype", c.dtype, {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-        ),
+        dtype=choose("model.dtype", c.dtype, dtypes),
         remat=c.remat,
         attention=c.attention,
         clock=choose("model.clock", c.clock, {"1000 t": lambda t: 1000 * t, "1 - t": lambda t: 1 - t}),
@@ -106,12 +133,12 @@ def times(config: configs.Config) -> losses.Times:
     return choose("process.times", c.times, options)()
 
 
-def example_loss(config: configs.Config, model: Model, classes: int) -> Callable[..., jax.Array]:
+def example_loss(config: configs.Config, seen: Seen) -> Callable[..., jax.Array]:
     """(params, key, batch, dropout: bool) -> loss of each noised picture [B * repeat]."""
     c = config.process
     space = partial(patchify, patch_size=config.model.patch_size, stride=config.model.stride) if c.patches else None
     weight = None if c.loss_in in (None, c.prediction) else losses.measured_in(c.loss_in, c.prediction, c.loss_floor)
-    noising, sampler = path(config), times(config)
+    noising, sampler, model, classes = path(config), times(config), network(config, seen), seen.num_classes
 
     def example_losses(params: Any, key: jax.Array, batch: dict[str, jax.Array], training: bool) -> jax.Array:
         key_loss, key_labels, key_dropout = jax.random.split(key, 3)
@@ -129,9 +156,9 @@ def example_loss(config: configs.Config, model: Model, classes: int) -> Callable
     return example_losses
 
 
-def loss_fn(config: configs.Config, model: Model, classes: int) -> train.LossFn:
+def loss_fn(config: configs.Config, seen: Seen) -> train.LossFn:
     """(params, key, batch) -> (mean loss, no further metrics), for `train.make_step`."""
-    examples = example_loss(config, model, classes)
+    examples = example_loss(config, seen)
     return lambda params, key, batch: (examples(params, key, batch, True).mean(), {})
 
 
@@ -149,20 +176,22 @@ def optimizer(config: configs.Config) -> optax.GradientTransformation:
     )
 
 
-def init_params(config: configs.Config, model: Model, shape: tuple[int, ...]) -> Any:
-    """Parameters from the config's seed for pictures of `shape` (H, W, C)."""
-    return jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, int))
+def init_params(config: configs.Config, seen: Seen) -> Any:
+    """Parameters from the config's seed."""
+    init = jax.jit(network(config, seen).init)
+    return init(jax.random.key(config.seed), jnp.zeros((1, *seen.shape)), jnp.zeros(1), jnp.zeros(1, int))
 
 
-def denoiser(config: configs.Config, model: Model, params: Any, classes: int) -> Denoise:
+def denoiser(config: configs.Config, seen: Seen, params: Any) -> Denoise:
     """The trained denoiser in pictures, with the config's guidance and clipping."""
     c = config.sample
+    model = network(config, seen)
     if config.process.patches:
         model = recomposed(model, config.model.patch_size, config.model.stride)
     denoise = partial(model.apply, params)
-    if classes:
+    if seen.num_classes:
         scale = c.guidance if c.guidance in (0, 1) else guide.interval(c.guidance, c.guidance_low, c.guidance_high)
-        denoise = guide.classifier_free(denoise, classes, scale)
+        denoise = guide.classifier_free(denoise, seen.num_classes, scale)
     if c.clip:
         denoise = guide.clip(denoise, path(config), config.process.prediction, config.data.low, config.data.high)
     return denoise
@@ -181,7 +210,7 @@ def sampler_step(config: configs.Config) -> sampling.Step:
     return choose("sample.sampler", c.sampler, options)()
 
 
-def drawer(config: configs.Config, model: Model, shape: tuple[int, ...], classes: int, keep: int | None = None) -> Draw:
+def drawer(config: configs.Config, seen: Seen, keep: int | None = None) -> Draw:
     """Compiled (params, index [B], y [B]) -> uint8 pictures [B, H, W, C]; with `keep`, also frames [keep, B, H, W, C].
 
     Picture i depends on the sample seed, its number i and its label alone.
@@ -195,11 +224,11 @@ def drawer(config: configs.Config, model: Model, shape: tuple[int, ...], classes
         keys = sampling.sample_keys(key, index)
         drawn = sampling.sample(
             keys,
-            denoiser(config, model, params, classes),
+            denoiser(config, seen, params),
             noising,
-            sampling.initial_noise(keys, shape),
+            sampling.initial_noise(keys, seen.shape),
             grid,
-            y if classes else None,
+            y if seen.num_classes else None,
             prediction=config.process.prediction,
             step=step,
             keep=keep,
@@ -209,19 +238,12 @@ def drawer(config: configs.Config, model: Model, shape: tuple[int, ...], classes
     return draw
 
 
-def in_batches(
-    draw: Draw, params: Any, labels: np.ndarray, batch_size: int, seconds: list | None = None
-) -> Iterator[Any]:
-    """Draws pictures 0..len(labels) - 1 batch by batch; the last batch is filled up, so that one program serves all."""
+def in_batches(draw: Draw, params: Any, labels: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Draws pictures 0..len(labels) - 1 batch by batch; the last one is filled up, so that one program serves all."""
+    batch_size = min(batch_size, len(labels))
     for start in range(0, len(labels), batch_size):
         index = np.arange(start, start + batch_size)
-        y = labels[np.minimum(index, len(labels) - 1)]
-        began = time.perf_counter()
-        drawn = jax.tree.map(np.asarray, draw(params, index, y))
-        if seconds is not None:
-            seconds.append(time.perf_counter() - began)
-        count = min(batch_size, len(labels) - start)
-        yield drawn[:count] if isinstance(drawn, np.ndarray) else (drawn[0][:count], drawn[1][:, :count])
+        yield np.asarray(draw(params, index, labels[index % len(labels)]))[: len(labels) - start]
 
 
 def to_float(config: configs.Config, images: jax.Array) -> jax.Array:

@@ -1,47 +1,91 @@
 """The end of a run: pictures drawn from the trained weights, and how good they are, in numbers and in words."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion import checkpoint, data
-from diffusion.models import Model
+from diffusion import checkpoint, evaluate
 from experiments import build, pictures, session
 from experiments.config import Config
 
-# Data sets whose pictures the digit classifier understands.
+# Data sets whose pictures the digit classifier was made for.
 _DIGITS = ("mnist5k", "mnist")
 
 
 def finish(
-    config: Config,
-    workdir: Path,
-    source: data.Source,
-    model: Model,
-    params: Any,
-    train_seconds: float,
-    log: session.Log,
+    config: Config, workdir: Path, seen: build.Seen, params: Any, train_seconds: float, log: session.Log
 ) -> dict[str, Any]:
-    """Draws config.sample.count pictures, writes samples.npz, samples.png and report.json, returns the report."""
-    classes = build.num_classes(config, source)
-    labels = np.arange(config.sample.count) % max(classes, 1)
-    draw = build.drawer(config, model, source.images.shape[1:], classes)
-    began = time.perf_counter()
-    images = collect(draw, params, labels, config.sample.batch_size)
-    report: dict[str, Any] = {"train_seconds": train_seconds, "sample_seconds": time.perf_counter() - began}
-    pictures.save_npz(workdir / "samples.npz", images, labels)
-    columns = min(classes, 10) or 10
-    grid = pictures.grid(images[: 10 * columns], columns)
-    pictures.save(workdir / "samples.png", grid)
-    log.image(config.train.steps, "samples", np.asarray(grid))
-    report |= {
-        "count": len(images),
-        "steps": config.train.steps,
-        **quality(images, labels if classes else None, config),
-    }
+    """Draws config.sample.count pictures, writes samples.npz, samples.png and report.json, and returns the report."""
+    labels = equal_share(config.sample.count, seen.num_classes)
+    images, seconds = collect(build.drawer(config, seen), params, labels, config.sample.batch_size)
+    save(workdir, images, labels, seen.num_classes)
+    log.image(config.train.steps, "samples", images[0])
+    report = {"train_steps": config.train.steps, "train_seconds": train_seconds, "sample_seconds": seconds}
+    report |= {"sample_count": len(images), "sample_steps": config.sample.steps, "guidance": config.sample.guidance}
+    report |= quality(config, images, labels if seen.num_classes else None)
     text = json.dumps(report, indent=2) + "\n"
     checkpoint.atomic_write(workdir / "report.json", lambda file: file.write(text.encode()))
     return report
+
+
+def equal_share(count: int, classes: int) -> np.ndarray:
+    """Labels [count] that go round all classes; zeros if there are none."""
+    return np.arange(count) % max(classes, 1)
+
+
+def collect(draw: build.Draw, params: Any, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, float]:
+    """All pictures [N, H, W, C] of `labels`, drawn behind a progress bar, and the seconds that it took."""
+    batches = []
+    with session.Bar(len(labels), "drawing", "picture") as progress:
+        for batch in build.in_batches(draw, params, labels, batch_size):
+            batches.append(batch)
+            progress.update(len(batch))
+            progress.note(f"{progress.rate():.0f} pictures/s")
+        seconds = progress.seconds()
+    return np.concatenate(batches), seconds
+
+
+def save(folder: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
+    """Writes samples.npz with all pictures and samples.png with the first rows of them."""
+    pictures.save_npz(folder / "samples.npz", images, labels)
+    columns = min(len(images), classes if 1 < classes <= 20 else 10)
+    pictures.save(folder / "samples.png", pictures.grid(images[: 10 * columns], columns))
+
+
+def quality(config: Config, images: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
+    """`diffusion.evaluate.report` where there is a feature network for the data (digits), else nothing."""
+    if config.data.name.split(":")[0] not in _DIGITS or images.shape[1:] != (28, 28, 1):
+        return {}
+    return evaluate.report(images, labels, build.source(config, "all"))
+
+
+def paragraph(workdir: Path, report: dict[str, Any]) -> str:
+    """What a run reached, in words, and what to type next."""
+    words = [
+        f"Trained {report['train_steps']} steps in {minutes(report['train_seconds'])}, then drew "
+        f"{report['sample_count']} pictures in {minutes(report['sample_seconds'])} "
+        f"({report['sample_steps']} steps each, guidance {report['guidance']:g})."
+    ]
+    if "distance" in report:
+        words.append(
+            f"Feature distance to real digits: {report['distance']:.2f}, {report['distance'] / report['floor']:.2f} "
+            f"times the {report['floor']:.2f} of as many real digits (1 would be as good as real; lower is better)."
+        )
+    else:
+        words.append("There is no feature network for this data set: look at the pictures.")
+    if report.get("agreement") is not None:
+        words.append(
+            f"An independent classifier reads the digit that was asked for in {report['agreement']:.1%} of them."
+        )
+    words.append(f"Pictures: {workdir / 'samples.png'}; arrays: {workdir / 'samples.npz'}.")
+    return (
+        " ".join(words)
+        + f"\nNext: python -m experiments.sample --workdir={workdir} --num_samples=64 --steps=50 --trajectory"
+    )
+
+
+def minutes(seconds: float) -> str:
+    """A duration in words."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} minutes"

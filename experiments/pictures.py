@@ -1,4 +1,4 @@
-"""Pictures out of arrays: grids, film strips, animations. uint8 [N, H, W, C] in, files out, written whole or not at all."""
+"""Pictures out of arrays: grids, film strips, animations. uint8 [N, H, W, C] in, files out, whole or not at all."""
 
 from collections.abc import Sequence
 from pathlib import Path

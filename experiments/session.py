@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app
+from absl import app, logging
 from tqdm import tqdm
 
 
@@ -40,6 +40,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
     """
 
     def guarded(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators it did not find
         try:
             main(argv)
         except Stopped as e:
@@ -135,50 +136,52 @@ class Log:
             self._events.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
 
 
-class Progress:
-    """A bar with loss, images/s and time left; plain lines now and then where there is no terminal."""
+class Bar:
+    """A progress bar with time left; where there is no terminal, as in a log file, a plain line every 20 seconds."""
 
-    def __init__(self, log: Log, begin: int, total: int, images_per_step: int, seconds: float = 0.0) -> None:
-        self._log, self._begin, self._total, self._images = log, begin, total, images_per_step
-        self._earlier = seconds
-        self._spent = 0.0
-        self._since = time.perf_counter()
+    def __init__(self, total: int, verb: str, unit: str, begin: int = 0, earlier: float = 0.0) -> None:
+        self._verb, self._done, self._total = verb, begin, total
+        self._spent, self._since = earlier, time.perf_counter()
         self._first: tuple[int, float] | None = None
-        self._printed = 0.0
-        self._bar = tqdm(total=total, initial=begin, unit="step", disable=None, dynamic_ncols=True)
+        self._printed = self._since
+        self._bar = tqdm(total=total, initial=begin, desc=verb, unit=unit, disable=None, dynamic_ncols=True)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
 
     def seconds(self) -> float:
-        """Seconds of training so far, earlier sessions included and pauses left out."""
-        return self._earlier + self._spent + time.perf_counter() - self._since
+        """Seconds spent, those of earlier sessions included and pauses left out."""
+        return self._spent + time.perf_counter() - self._since
+
+    def rate(self) -> float:
+        """Units per second, without the first one, which compiles."""
+        done, seconds = self._first or (self._done, self.seconds())
+        elapsed = self.seconds() - seconds
+        return (self._done - done) / elapsed if elapsed > 0 else 0.0
+
+    def update(self, units: int = 1) -> None:
+        """So many more are done."""
+        self._done += units
+        self._bar.update(units)
+        if self._first is None:
+            self._first = (self._done, self.seconds())
+
+    def note(self, text: str) -> None:
+        """Shows something beside the bar."""
+        self._bar.set_postfix_str(text)
+        now = time.perf_counter()
+        if self._bar.disable and (now - self._printed > 20 or self._done == self._total):
+            self._printed = now
+            rate = self.rate()
+            left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
+            print(f"{self._verb} {self._done}/{self._total}  {text}{left}", flush=True)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here is not training."""
-        self._spent += time.perf_counter() - self._since
+        """Time in here does not count."""
+        self._spent = self.seconds()
         yield
         self._since = time.perf_counter()
-
-    def step(self) -> None:
-        """One more step is done."""
-        self._bar.update()
-
-    def report(self, done: int, values: dict[str, float]) -> None:
-        """Logs the numbers of step `done` and shows the loss."""
-        now = self.seconds()
-        if self._first is None:
-            self._first = (done, now)  # the rate leaves out compilation
-        steps, elapsed = done - self._first[0], now - self._first[1]
-        rate = steps * self._images / elapsed if elapsed else 0.0
-        self._log.scalars(done, {**values, "images_per_second": rate, "seconds": now})
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
-        if self._bar.disable and (now - self._printed > 20 or done == self._total):
-            self._printed = now
-            left = (self._total - done) * self._images / rate if rate else 0.0
-            print(
-                f"step {done}/{self._total}  loss {values['loss']:.4f}  {rate:.0f} images/s  {left:.0f} s left",
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Ends the bar."""
-        self._bar.close()

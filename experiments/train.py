@@ -7,6 +7,7 @@
 The same command continues a run that was stopped, bit for bit. `--dry_run` prints what would be trained.
 """
 
+import contextlib
 import json
 import math
 from functools import partial
@@ -21,7 +22,6 @@ from ml_collections import config_flags
 from diffusion import checkpoint, data
 from diffusion import train as training
 from diffusion.geometry import geometry
-from diffusion.models import Model
 from experiments import build, measure, pictures, session
 from experiments.config import Config, to_dict
 
@@ -55,18 +55,17 @@ def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[s
     """
     check(config)
     source = build.source(config)
-    classes = build.num_classes(config, source)
-    model = build.network(config, classes)
-    params = build.init_params(config, model, source.images.shape[1:])
-    claim(workdir, config)
+    seen = build.seen(config, source)
+    params = build.init_params(config, seen)
+    claim(workdir, build.to_stored(config, seen))
     finished = workdir / "report.json"
     if finished.exists():
-        print(f"{workdir} is finished; nothing was trained again.\n")
-        print(measure.paragraph(workdir, json.loads(finished.read_text())))
-        return json.loads(finished.read_text())
+        report = json.loads(finished.read_text())
+        print(f"{workdir} is finished; nothing was trained again.\n\n{measure.paragraph(workdir, report)}")
+        return report
     with session.stop_signals() as stop, session.Log(workdir, tensorboard) as log:
-        ema, seconds = fit(config, workdir, source, model, params, log, stop)
-        report = measure.finish(config, workdir, source, model, ema, seconds, log)
+        ema, seconds = fit(config, workdir, source, params, log, stop)
+        report = measure.finish(config, workdir, seen, ema, seconds, log)
     print("\n" + measure.paragraph(workdir, report))
     return report
 
@@ -87,7 +86,7 @@ def check(config: Config) -> None:
     build.path(config), build.times(config), build.sampler_step(config), build.optimizer(config)
 
 
-def claim(workdir: Path, config: Config) -> None:
+def claim(workdir: Path, resolved: dict[str, Any]) -> None:
     """Makes `workdir` this run's, or makes sure that it already is.
 
     Raises:
@@ -95,7 +94,6 @@ def claim(workdir: Path, config: Config) -> None:
       OSError: nothing can be written there.
     """
     checkpoint.check_writable(workdir)
-    resolved = to_dict(config)
     if not (workdir / checkpoint.CONFIG).exists():
         checkpoint.write_config(workdir, resolved)
         return
@@ -109,17 +107,11 @@ def claim(workdir: Path, config: Config) -> None:
 
 
 def fit(
-    config: Config,
-    workdir: Path,
-    source: data.Source,
-    model: Model,
-    params: Any,
-    log: session.Log,
-    stop: session.Stop,
+    config: Config, workdir: Path, source: data.Source, params: Any, log: session.Log, stop: session.Stop
 ) -> tuple[Any, float]:
     """Trains from the newest checkpoint, or from `params`, to the end: (averaged parameters, seconds of training)."""
     c = config.train
-    classes = build.num_classes(config, source)
+    seen = build.seen(config, source)
     optimizer = build.optimizer(config)
     checkpoints = workdir / "checkpoints"
     state, begin = training.init_state(params, optimizer), 0
@@ -127,49 +119,48 @@ def fit(
         state, begin = checkpoint.restore(checkpoints, state, report=print)
     log.rewind(begin)
     seconds = max((row["seconds"] for row in log.rows() if "seconds" in row), default=0.0)
-    held_out = HeldOut(config, model, classes, workdir, log) if c.eval_every else None
+    held_out = HeldOut(config, seen, workdir, log) if c.eval_every else None
     if begin >= c.steps or (held_out and held_out.exhausted()):
         return state.ema, seconds
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
     split = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    step = training.make_step(build.loss_fn(config, model, classes), optimizer, ema_decay=c.ema)
+    step = training.make_step(build.loss_fn(config, seen), optimizer, ema_decay=c.ema)
     step = jax.jit(step, donate_argnums=1)
     state, key = jax.device_put((state, jax.random.key(config.seed)), everywhere)
-    make_batch = partial(batch, config, source)
-    preview = Preview(config, model, source, workdir, log)
+    batches = data.prefetch(partial(batch, config, source), begin, c.steps)
+    preview = Preview(config, seen, workdir, log)
 
-    print(
-        f"{'continuing at' if begin else 'training from'} step {begin} of {c.steps}: {describe(config, source, params)}"
-    )
-    progress = session.Progress(log, begin, c.steps, c.batch_size * c.repeat, seconds)
-    for i, examples in data.prefetch(make_batch, begin, c.steps):
-        state, metrics = step(key, state, jax.device_put(examples, split))
-        done = i + 1
-        progress.step()
-        if done % c.log_every == 0 or done in (begin + 1, c.steps):
-            values = {name: float(value) for name, value in metrics.items()}
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(diverged(done, values["loss"], checkpoints))
-            progress.report(done, values)
-        if held_out and (done % c.eval_every == 0 or done == c.steps):
-            held_out.judge(done, state)
-        over = done == c.steps or bool(held_out and held_out.exhausted())
-        if over and held_out:
-            state = held_out.best(state)
-        if over or stop.asked or done % c.save_every == 0:
-            checkpoint.save(checkpoints, done, state)
-        if over:
-            break
-        if stop.asked:
-            progress.close()
-            raise session.Stopped(f"Stopped at step {done} of {c.steps}; the same command continues from there.")
-        if done % c.sample_every == 0:
-            with progress.paused():
-                preview(done, state.ema)
-    progress.close()
-    return state.ema, progress.seconds()
+    print(describe(config, source, params))
+    print(f"{'continuing after' if begin else 'training from'} step {begin} of {c.steps}, writing to {workdir}")
+    with session.Bar(c.steps, "training", "step", begin, seconds) as bar, contextlib.closing(batches):
+        for i, examples in batches:
+            state, metrics = step(key, state, jax.device_put(examples, split))
+            bar.update()
+            done = i + 1
+            if done % c.log_every == 0 or done in (begin + 1, c.steps):
+                values = {name: float(value) for name, value in metrics.items()}
+                if not math.isfinite(values["loss"]):
+                    raise FloatingPointError(diverged(done, values["loss"], checkpoints))
+                rate = bar.rate() * c.batch_size * c.repeat
+                bar.note(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
+                log.scalars(done, {**values, "images_per_second": rate, "seconds": bar.seconds()})
+            if held_out and (done % c.eval_every == 0 or done == c.steps):
+                held_out.judge(done, state)
+            over = done == c.steps or bool(held_out and held_out.exhausted())
+            if over and held_out:
+                state = held_out.best(state)
+            if over or stop.asked or done % c.save_every == 0:
+                checkpoint.save(checkpoints, done, state)
+            if over:
+                break
+            if stop.asked:
+                raise session.Stopped(f"Stopped at step {done} of {c.steps}; the same command continues from there.")
+            if done % c.sample_every == 0:
+                with bar.paused():
+                    preview(done, state.ema)
+        return state.ema, bar.seconds()
 
 
 def batch(config: Config, source: data.Source, step: int) -> dict[str, np.ndarray]:
@@ -181,15 +172,16 @@ def batch(config: Config, source: data.Source, step: int) -> dict[str, np.ndarra
 class HeldOut:
     """Loss on a fixed set of noised held-out pictures; remembers the best weights and when to give up."""
 
-    def __init__(self, config: Config, model: Model, classes: int, workdir: Path, log: session.Log) -> None:
+    def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
         c = config.train
         self._patience, self._log, self._kept = c.patience, log, workdir / "best"
         held = data.batch(build.source(config, "test"), config.seed, 0, -(-c.eval_count // c.repeat))
-        examples = build.example_loss(config, model, classes)
+        examples = build.example_loss(config, seen)
         key = jax.random.key(config.seed + 1)
         self._loss = jax.jit(lambda params: examples(params, key, held, False).mean())
 
     def losses(self) -> dict[int, float]:
+        """Step to loss, of every measurement so far."""
         return {row["step"]: row["held_out_loss"] for row in self._log.rows() if "held_out_loss" in row}
 
     def judge(self, step: int, state: training.State) -> None:
@@ -214,13 +206,12 @@ class HeldOut:
 
 
 class Preview:
-    """A grid of what the averaged weights draw, the same noise every time, as training goes."""
+    """A grid of what the averaged weights draw, from the same noise every time, as training goes."""
 
-    def __init__(self, config: Config, model: Model, source: data.Source, workdir: Path, log: session.Log) -> None:
-        classes = build.num_classes(config, source)
-        self._columns = min(classes, 10) or 8
-        self._labels = np.arange(4 * self._columns) % max(classes, 1)
-        self._draw = build.drawer(config, model, source.images.shape[1:], classes)
+    def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
+        self._columns = min(seen.num_classes, 10) or 8
+        self._labels = measure.equal_share(4 * self._columns, seen.num_classes)
+        self._draw = build.drawer(config, seen)
         self._folder, self._log = workdir / "previews", log
 
     def __call__(self, step: int, params: Any) -> None:
@@ -235,16 +226,15 @@ def describe(config: Config, source: data.Source, params: Any) -> str:
     """One line: what learns what."""
     count = sum(p.size for p in jax.tree.leaves(params))
     n, *shape = source.images.shape
-    grid = geometry(shape[:-1], config.model.patch_size, config.model.stride).grid
+    tokens = math.prod(geometry(shape[:-1], config.model.patch_size, config.model.stride).grid)
     size = "x".join(map(str, shape))
-    return f"{config.model.name} of {count:,} parameters, {math.prod(grid)} tokens, on {n:,} pictures {size} of {source.name}"
+    return f"{config.model.name}: {count:,} parameters, {tokens} tokens, on {n:,} pictures {size} of {source.name}"
 
 
 def diverged(step: int, loss: float, checkpoints: Path) -> str:
     """What to say when the loss is no number."""
-    saved = checkpoint.latest(checkpoints)
     return (
-        f"the loss is {loss} at step {step}; nothing was saved after step {saved or 0}. "
+        f"the loss is {loss} at step {step}; nothing was saved after step {checkpoint.latest(checkpoints) or 0}. "
         "Lower --config.train.learning_rate or set --config.train.clip=1.0, with another --workdir."
     )
 
@@ -253,17 +243,15 @@ def dry_run(config: Config) -> None:
     """Prints the resolved config and what a training step would cost; computes nothing."""
     check(config)
     source = build.source(config)
-    classes = build.num_classes(config, source)
-    model = build.network(config, classes)
-    params = jax.eval_shape(partial(build.init_params, config, model, source.images.shape[1:]))
-    state = jax.eval_shape(lambda p: training.init_state(p, build.optimizer(config)), params)
-    step = training.make_step(
-        build.loss_fn(config, model, classes), build.optimizer(config), ema_decay=config.train.ema
-    )
+    seen = build.seen(config, source)
+    params = jax.eval_shape(partial(build.init_params, config, seen))
+    optimizer = build.optimizer(config)
+    state = jax.eval_shape(lambda p: training.init_state(p, optimizer), params)
+    step = training.make_step(build.loss_fn(config, seen), optimizer, ema_decay=config.train.ema)
     lowered = jax.jit(step).lower(jax.random.key(0), state, batch(config, source, 0))
     print(json.dumps(to_dict(config), indent=2))
     print(describe(config, source, params))
-    print(f"{lowered.cost_analysis()['flops']:.3e} FLOPs per training step, as XLA counts them before optimisation")
+    print(f"{lowered.cost_analysis()['flops']:.3e} FLOPs per training step, as XLA counts them before optimising")
 
 
 if __name__ == "__main__":

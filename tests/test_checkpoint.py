@@ -280,13 +280,18 @@ def test_a_step_that_is_asked_for_is_restored_or_refused(two):
     assert checkpoint.latest(two / "nowhere") is None
 
 
-def test_damage_does_not_spill_pages_of_log(two, capfd):
-    level = logging.getLogger("absl").level
-    flip(max(files_of(two / "2" / "opt"), key=lambda p: p.stat().st_size))
-    checkpoint.restore(two, state_of(0), report=lambda message: None)
-    checkpoint.save(two, 3, state_of(3))
-    assert capfd.readouterr() == ("", "")
-    assert logging.getLogger("absl").level == level
+@pytest.mark.parametrize("dtype", ["float32", "uint4"])  # the array format knows no uint4
+def test_orbax_fails_by_exception_and_not_by_pages_of_log(two, caplog, capfd, dtype):
+    state = State(np.uint32(3), {}, np.ones(2, jnp.dtype(dtype)), ())
+    with caplog.at_level(logging.INFO, "absl"):
+        if dtype == "uint4":
+            with pytest.raises(OSError, match=r"could not write checkpoint .*3: .*uint4"):
+                checkpoint.save(two, 3, state)
+        else:
+            checkpoint.save(two, 3, state)
+        assert logging.getLogger("absl").level == logging.INFO
+    assert (caplog.records, capfd.readouterr()) == ([], ("", ""))
+    assert checkpoint.latest(two) == (2 if dtype == "uint4" else 3)
 
 
 # Killed processes
@@ -329,7 +334,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("step", "at_least"), [(3, 2), (2, 1), (1, 1)], ids=["newer step", "same step again", "back to an earlier step"]
 )
-def test_a_save_cut_off_before_any_rename_or_removal_leaves_a_state(two, monkeypatch, step, at_least):
+def test_a_save_cut_off_at_any_rename_or_removal_leaves_whole_states(two, monkeypatch, step, at_least):
     (two / "9.old").mkdir()
     seeds = {1: [1], 2: [2]}
     seeds.setdefault(step, []).append(10)
@@ -337,19 +342,24 @@ def test_a_save_cut_off_before_any_rename_or_removal_leaves_a_state(two, monkeyp
     def save_until(cut: int, directory: Path) -> bool:
         calls = 0
 
-        def counted(function):
-            def call(*args, **kwargs):
+        def counted(function, half_way):
+            def call(path, *args, **kwargs):
                 nonlocal calls
                 if calls == cut:
+                    half_way(path)
                     raise Killed
                 calls += 1
-                return function(*args, **kwargs)
+                return function(path, *args, **kwargs)
 
             return call
 
+        def remove_one_file(path):
+            for file in files_of(path)[-1:]:
+                file.unlink()
+
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, "replace", counted(os.replace))
-            patch.setattr(checkpoint.shutil, "rmtree", counted(shutil.rmtree))
+            patch.setattr(checkpoint.os, "replace", counted(os.replace, lambda path: None))
+            patch.setattr(checkpoint.shutil, "rmtree", counted(shutil.rmtree, remove_one_file))
             try:
                 checkpoint.save(directory, step, state_of(10), keep=1)
             except Killed:
@@ -360,7 +370,9 @@ def test_a_save_cut_off_before_any_rename_or_removal_leaves_a_state(two, monkeyp
     while not finished:
         directory = shutil.copytree(two, two.parent / str(cut))
         finished = save_until(cut, directory)
-        restored, found = checkpoint.restore(directory, state_of(0))
+        messages = []
+        restored, found = checkpoint.restore(directory, state_of(0), report=messages.append)
+        assert messages == [], cut
         assert found >= at_least, cut
         assert any(bits(restored) == bits(state_of(seed)) for seed in seeds[found]), cut
         cut += 1
@@ -645,6 +657,10 @@ def test_atomic_write_is_all_or_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         atomic_write(path, stops_half_way)
     assert np.load(path)["arr_0"].tolist() == [0, 1, 2]
+    with path.open("rb") as reader:  # whoever reads while a new file comes has the old one, whole
+        atomic_write(path, lambda file: file.write(b"new"))
+        assert np.load(reader)["arr_0"].tolist() == [0, 1, 2]
+    assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,0 +1,708 @@
+"""Patches in Numba: what `diffusion.patch_numpy` says in views, copied at the speed of memory by compiled kernels.
+
+A view of windows already knows where each value of the output lies. What remains is a copy, and three facts about
+memory decide its speed:
+
+1. The values that lie together in both arrays form runs (a row of a window, 28 bytes at patch size 7). With their length
+   known at compile time a run is two vector moves, else a loop. So one kernel is compiled per shape of *piece*, the
+   longest tail of the view's axes that fits in 1 KiB; the rest of the geometry is a table of offsets, built by NumPy.
+2. A store to a line that is not in cache first reads that line: a third of the traffic of a copy. Pieces are therefore
+   collected in one page of scratch memory, which leaves in whole 64-byte lines, converted and scaled on the way, and
+   past the caches (non-temporal) if the arrays would not fit there anyway. One page, since a store that crosses two
+   waits for all earlier ones.
+3. The order in which windows read rows defeats the hardware's prefetcher. The kernel prefetches in the order of memory,
+   as far ahead as the rows of one line of windows reach.
+
+Kernels release the GIL and run on plain threads that begin and end inside the call. No threading layer of Numba takes
+part and nothing survives a call, so calls from many threads, after fork and in spawned workers are all alike. Compiled
+code is kept on disk between processes where Numba finds a folder to write to.
+
+Signatures, order of values and errors are those of `diffusion.patch`; results are the same bit for bit.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from math import isfinite, prod
+from operator import index
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from diffusion import patch_numpy
+from diffusion.geometry import array_geometry, check_summable, coverage, token_geometry
+
+_LINE = 64  # bytes of a cache line
+_PAGE = 4096  # bytes of a page of memory
+_PIECE = 1024  # bytes gathered at once, and bytes collected before lines leave: two pieces and a line fit one page
+_LEAD = 8192  # bytes to prefetch beyond the rows that a line of windows spans
+_STREAM = 1 << 24  # bytes read and written from which the caches are no help
+_CHUNK = 1 << 22  # bytes written per call of a copying kernel
+_BLOCK = 1 << 19  # the same where a second pass over the chunk should find it in cache
+_THREADS = 8  # more threads than this do not make memory faster
+
+_CONVERTIBLE = {"bool": ir.IntType(8), "float32": ir.FloatType(), "float64": ir.DoubleType()}
+_CONVERTIBLE |= {f"{sign}int{bits}": ir.IntType(bits) for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_SUMMABLE = ("float32", "float64", "complex64", "complex128")
+
+
+def patchify(
+    x: np.ndarray,
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    layout: str = "hwc",
+    dtype=None,
+    scale: float | None = None,
+    shift: float | None = None,
+    out: np.ndarray | None = None,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Cuts x [B, *S, C] into tokens [B, N, prod(patch) * C], any numeric dtype and memory layout.
+
+    In the same pass values become `dtype(x * scale + shift)`, computed in the dtype that NumPy promotes x, `dtype` and
+    float32 to. Bytes to [-1, 1] are `dtype=np.float32, scale=1 / 127.5, shift=-1`.
+
+    >>> x = np.arange(0, 256, 17, np.uint8).reshape(1, 4, 4, 1)
+    >>> patchify(x, 2, dtype=np.float32, scale=2 / 255, shift=-1)[0, 3].round(2).tolist()
+    [0.33, 0.47, 0.87, 1.0]
+
+    Args:
+      dtype: of the tokens; default that of `out`, else of x. Conversions stay within a kind or widen it (NumPy's
+        "same_kind"). Between booleans, integers, float32 and float64 they are compiled; others are NumPy's.
+      out: C-contiguous array for the tokens that shares no memory with x; default a new one.
+      threads: at most this many at once; default the cores this process may use, up to 8.
+
+    Raises:
+      ValueError: x has no spatial axis, the windows do not tile it, the layout is unknown, scale or shift is not finite,
+        or `out` has the wrong shape or layout or overlaps x.
+      TypeError: x is not numeric, it does not convert to `dtype`, or `out` is not an array of that dtype.
+    """
+    x = np.asarray(x)
+    b, cut, c = array_geometry(x.shape, x.dtype, patch_size, stride, layout)
+    dtype = np.dtype(dtype) if dtype is not None else out.dtype if isinstance(out, np.ndarray) else x.dtype
+    affine = _affine(x.dtype, dtype, scale, shift)
+    out = _output("out", out, (b, prod(cut.grid), prod(cut.patch) * c), dtype, x)
+    _copy(patch_numpy.token_view(x, patch_size, stride, layout), out, x.flags.c_contiguous, affine, threads)
+    return out
+
+
+def fold(
+    tokens: np.ndarray,
+    size: Sequence[int],
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    layout: str = "hwc",
+    out: np.ndarray | None = None,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Adds tokens [B, N, D] back into an array [B, *size, C]; the adjoint of `patchify`.
+
+    >>> fold(np.ones((1, 2, 3)), (5,), 3, 2)[0, :, 0].tolist()
+    [1.0, 1.0, 2.0, 1.0, 1.0]
+
+    Sums of overlapping windows are compiled for float and complex of 32 and 64 bits a part and up to three spatial axes;
+    others are NumPy's.
+
+    Raises:
+      ValueError: N or D does not belong to this geometry, or `out` has the wrong shape or layout or overlaps the tokens.
+      TypeError: tokens are integers (sums of overlapping integers would not survive the dtype; convert first), or `out`
+        is not an array of their dtype.
+    """
+    tokens = np.asarray(tokens)
+    token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
+    check_summable(tokens.dtype)
+    return _join(tokens, size, patch_size, stride, layout, False, out, threads)
+
+
+def unpatchify(
+    tokens: np.ndarray,
+    size: Sequence[int],
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    layout: str = "hwc",
+    out: np.ndarray | None = None,
+    threads: int | None = None,
+) -> np.ndarray:
+    """Puts tokens [B, N, D] back into an array [B, *size, C], averaging overlaps: the inverse of `patchify`.
+
+    >>> x = np.arange(10.0).reshape(1, 10, 1)
+    >>> bool((unpatchify(patchify(x, 4, 2), (10,), 4, 2) == x).all())
+    True
+
+    Raises:
+      ValueError: N or D does not belong to this geometry, or `out` has the wrong shape or layout or overlaps the tokens.
+      TypeError: tokens of overlapping windows are integers (their average is not an integer), or `out` is not an array
+        of their dtype.
+    """
+    return _join(np.asarray(tokens), size, patch_size, stride, layout, True, out, threads)
+
+
+def noised_patches(
+    x0: np.ndarray,
+    eps: np.ndarray,
+    alpha: np.ndarray,
+    sigma: np.ndarray,
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    level: np.ndarray | None = None,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    layout: str = "hwc",
+    out: tuple[np.ndarray, np.ndarray] | None = None,
+    threads: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One pass from images x0 [B, *S, C] and noise eps [R, *S, C] to noised tokens [R, N + 1, D] and targets [R, N, D].
+
+        tokens[r, :N] = patchify(alpha[r] (scale x0[r mod B] + shift) + sigma[r] eps[r])
+        tokens[r, N] = level[r]                                   (default alpha[r])
+        targets[r] = patchify(eps[r])
+
+    in float32. This is the data generator of Piantedosi, "Diffusion model" (piantedosi.github.io/diffusion_model), whose
+    steps tile x0 R / B times, mix, cast, cut twice and append the noise level as a token, each through memory.
+
+    >>> tokens, targets = noised_patches(np.full((1, 4, 1), 255, np.uint8), np.ones((2, 4, 1), np.float32),
+    ...                                  np.array([1.0, 0.5]), np.array([0.0, 0.5]), 2, scale=1 / 255)
+    >>> tokens[1].tolist(), targets.shape
+    ([[1.0, 1.0], [1.0, 1.0], [0.5, 0.5]], (2, 2, 2))
+
+    Raises:
+      ValueError: the geometry is wrong, there are more than three spatial axes, shapes disagree, a coefficient is not
+        finite, or an array of `out` has the wrong shape or layout or overlaps an input or the other.
+      TypeError: x0 is not an array of booleans, integers or floats, eps is not of floats, or `out` is not float32.
+    """
+    x0, eps = np.asarray(x0), np.asarray(eps)
+    b, cut, c = array_geometry(x0.shape, x0.dtype, patch_size, stride, layout)
+    _, grid, patch, step = _three_axes(cut)
+    if x0.dtype.name not in _CONVERTIBLE or not x0.dtype.isnative:
+        raise TypeError(f"x0 has dtype {x0.dtype}: convert it to one of {', '.join(_CONVERTIBLE)}")
+    if eps.dtype.kind != "f":
+        raise TypeError(f"eps has dtype {eps.dtype}, expected noise in floating point")
+    r = eps.shape[0] if eps.ndim else 0
+    if eps.shape[1:] != x0.shape[1:] or r % max(b, 1) or (r and not b):
+        raise ValueError(f"eps has shape {eps.shape}, expected [R, {', '.join(map(str, x0.shape[1:]))}] with R a "
+                         f"multiple of the {b} images of x0")  # fmt: skip
+    alpha, sigma, level = (
+        _per_image(name, value, r)
+        for name, value in (("alpha", alpha), ("sigma", sigma), ("level", alpha if level is None else level))
+    )
+    _affine(x0.dtype, np.dtype(np.float32), scale, shift)
+    n, d = prod(cut.grid), prod(cut.patch) * c
+    noised, target = (None, None) if out is None else out
+    noised = _output("out[0]", noised, (r, n + 1, d), np.dtype(np.float32), x0, eps)
+    target = _output("out[1]", target, (r, n, d), np.dtype(np.float32), x0, eps, noised)
+    if not target.size:
+        noised[:, n:] = level[:, None, None]
+        return noised, target
+    kernel = _kernel(_noise_kernel, *grid, *patch, *step, c, layout == "chw", x0.dtype.name)
+    images = np.ascontiguousarray(x0).reshape(-1)
+    noise = np.ascontiguousarray(eps, np.float32).reshape(-1)
+    a, s = np.float32(scale), np.float32(shift)
+    _in_chunks(
+        lambda start, stop: kernel(images, noise, alpha, sigma, level, a, s, b, noised, target, start, stop),
+        r, 2 * noised[0].nbytes, _BLOCK, threads,
+    )  # fmt: skip
+    return noised, target
+
+
+def _join(tokens, size, patch_size, stride, layout, average, out, threads) -> np.ndarray:
+    """`fold`, or `unpatchify` if `average`."""
+    b, cut, c = token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
+    out = _output("out", out, (b, *cut.size, c), tokens.dtype, tokens)
+    if cut.patch == cut.stride:
+        view = patch_numpy.image_view(patch_numpy.split_tokens(tokens, b, cut, c, layout))
+        _copy(view, out, tokens.flags.c_contiguous, None, threads)
+        return out
+    if tokens.dtype.name not in _SUMMABLE or not tokens.dtype.isnative or len(cut.size) > 3:
+        join = patch_numpy.unpatchify if average else patch_numpy.fold
+        out[...] = join(tokens, size, patch_size, stride, layout=layout)
+        return out
+    if not out.size:
+        return out
+    whole, grid, patch, step = _three_axes(cut)
+    kernel = _kernel(_fold_kernel, *grid, *patch, *step, c, layout == "chw", tokens.dtype.name)
+    tokens, image = np.ascontiguousarray(tokens), out.reshape(b, *whole[:2], whole[2] * c)
+    weight = (1 / coverage(cut.size, cut.patch, cut.stride)).astype(out.dtype)[..., None]
+
+    def work(start: int, stop: int) -> None:
+        kernel(tokens, image, start, stop)
+        if average:
+            out[start:stop] *= weight
+
+    _in_chunks(work, b, tokens[0].nbytes + out[0].nbytes, _BLOCK, threads)
+    return out
+
+
+def _copy(view: np.ndarray, out: np.ndarray, ordered: bool, affine, threads: int | None) -> None:
+    """Writes view [B, ...] into out, C-contiguous and of as many values; `ordered` if the view's array is contiguous."""
+    threads = _check_threads(threads)
+    if not out.size:
+        return
+    while len(view) == 1 and view.ndim > 2:  # a single image: its first axis takes the place of the batch
+        view = view[0]
+    out = out.reshape(len(view), -1)
+    source, target = view.dtype, out.dtype
+    wide, scale, shift = affine or (None, 1.0, 0.0)
+    if source == target and not wide:
+        names = ("", "", "")
+    elif all(t.name in _CONVERTIBLE and t.isnative for t in (source, target)):
+        names = (source.name, target.name, wide.name if wide else "")
+    else:
+        _in_chunks(
+            lambda start, stop: _convert(view[start:stop], out[start:stop], affine),
+            len(view),
+            out[0].nbytes,
+            _BLOCK,
+            threads,
+        )
+        return
+    limit = _PIECE * source.itemsize // max(source.itemsize, target.itemsize)
+    shape, steps, offsets = _pieces(view.shape[1:], view.strides[1:], source.itemsize, limit)
+    kernel = _kernel(_copy_kernel, *shape, *names)
+    origin, batch, destination = _address(view), view.strides[0], _address(out)
+    stream = view.nbytes + out.nbytes > _STREAM
+    ahead = _span(view[0, 0]) + _LEAD if stream and ordered and batch > 0 and view.ndim > 2 else 0
+    ratio = batch / out.strides[0]
+    _in_chunks(
+        lambda start, stop: kernel(
+            origin + start * batch, destination + start * out.strides[0], stop - start, batch, *steps, offsets,
+            stream, ahead, ratio, scale, shift,
+        ),
+        len(view), out.strides[0], _CHUNK, threads,
+    )  # fmt: skip
+
+
+def _convert(view: np.ndarray, out: np.ndarray, affine) -> None:
+    if affine:
+        wide, scale, shift = affine
+        view = view.astype(wide) * wide.type(scale) + wide.type(shift)
+    out[...] = view.reshape(out.shape)
+
+
+@lru_cache(maxsize=256)
+def _pieces(shape: tuple[int, ...], strides: tuple[int, ...], item: int, limit: int):
+    """Splits the axes of one image's view into a piece (n1, n2, n3, run), its three strides, and offsets of pieces.
+
+    A piece is n1 x n2 x n3 runs of `run` contiguous bytes, as large as `limit` allows; all numbers are in bytes.
+    """
+    axes = []
+    for n, stride in zip(shape, strides, strict=True):
+        if axes and axes[-1][1] == n * stride:
+            axes[-1] = (axes[-1][0] * n, stride)  # two axes that follow each other in memory are one
+        elif n > 1:
+            axes.append((n, stride))
+    run = item
+    if axes and axes[-1][1] == item:
+        n, _ = axes.pop()
+        keep = _divisor(n, limit // item) if n * item > limit else n
+        keep = keep if keep * item >= _LINE else n  # a long run with no useful divisor is copied whole
+        run = keep * item
+        if keep < n:
+            axes.append((n // keep, run))
+    inner, room = [], limit // run
+    while axes and len(inner) < 3:
+        n, stride = axes.pop()
+        keep = _divisor(n, room)
+        if keep > 1:
+            inner.insert(0, (keep, stride))
+            room //= keep
+        if keep < n:
+            axes.append((n // keep, stride * keep))
+            break
+    inner = [(1, 0)] * (3 - len(inner)) + inner
+    offsets = np.zeros(1, np.int64)
+    for n, stride in axes:
+        offsets = (offsets[:, None] + np.arange(n) * stride).reshape(-1)
+    offsets.flags.writeable = False
+    return (*(n for n, _ in inner), run), tuple(stride for _, stride in inner), offsets
+
+
+def _divisor(n: int, most: int) -> int:
+    return max((d for d in range(1, min(n, most) + 1) if n % d == 0), default=1)
+
+
+def _span(view: np.ndarray) -> int:
+    return sum((n - 1) * abs(stride) for n, stride in zip(view.shape, view.strides, strict=True))
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _three_axes(cut):
+    """Size, grid, patch and stride with axes of length one in front, so that one kernel serves 1-D, 2-D and 3-D."""
+    if len(cut.size) > 3:
+        raise ValueError(f"compiled for up to 3 spatial axes, got size={cut.size}")
+    return ((1,) * (3 - len(values)) + values for values in (cut.size, cut.grid, cut.patch, cut.stride))
+
+
+def _affine(source: np.dtype, target: np.dtype, scale: float | None, shift: float | None):
+    """(dtype to compute in, scale, shift), or None if values are only moved or converted."""
+    if not np.can_cast(source, target, "same_kind"):
+        raise TypeError(
+            f"{source} does not convert to {target} without changing kind; dtype={source} or a wider one does"
+        )
+    if scale is None and shift is None:
+        return None
+    if np.can_cast(target, np.int64, "same_kind") or not np.can_cast(target, np.float64, "same_kind"):
+        raise TypeError(f"scaled values need a real floating dtype, not {target}: pass dtype=np.float32, for example")
+    scale, shift = 1.0 if scale is None else float(scale), 0.0 if shift is None else float(shift)
+    if not (isfinite(scale) and isfinite(shift)):
+        raise ValueError(f"scale={scale} and shift={shift} must be finite")
+    return np.result_type(source, target, np.float32), scale, shift
+
+
+def _output(name: str, out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype, *others: np.ndarray):
+    if out is None:
+        return np.empty(shape, dtype)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(out).__name__}")
+    if out.dtype != dtype:
+        raise TypeError(f"{name} has dtype {out.dtype}, expected {dtype}")
+    if out.shape != shape:
+        raise ValueError(f"{name} has shape {out.shape}, expected {shape}")
+    if not (out.flags.c_contiguous and out.flags.aligned and out.flags.writeable):
+        raise ValueError(f"{name} must be C-contiguous, aligned and writeable: np.empty({shape}, np.{dtype}) is")
+    if any(np.may_share_memory(out, other) for other in others):
+        raise ValueError(f"{name} overlaps another argument in memory: pass a separate array")
+    return out
+
+
+def _per_image(name: str, value: np.ndarray, n: int) -> np.ndarray:
+    value = np.ascontiguousarray(value, np.float32)
+    if value.shape != (n,):
+        raise ValueError(f"{name} has shape {value.shape}, expected one number for each of the {n} images of eps")
+    if not np.isfinite(value).all():
+        raise ValueError(f"{name}[{np.flatnonzero(~np.isfinite(value))[0]}] is not finite")
+    return value
+
+
+def _check_threads(threads: int | None) -> int:
+    if threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, _THREADS)
+    if index(threads) < 1:
+        raise ValueError(f"threads={threads} must be positive")
+    return index(threads)
+
+
+def _in_chunks(work: Callable, n: int, each: int, chunk: int, threads: int | None) -> None:
+    """Calls work(start, stop) until [0, n) is done, in steps of about `chunk` bytes at `each` bytes per item."""
+    step = max(1, chunk // each)
+    starts = deque(range(0, n, step))
+
+    def drain() -> None:
+        while starts:
+            try:
+                start = starts.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            work(start, min(start + step, n))
+
+    helpers = min(_check_threads(threads), len(starts), max(1, n * each // _CHUNK)) - 1
+    if helpers < 1:
+        return drain()
+    with ThreadPoolExecutor(helpers) as pool:
+        futures = [pool.submit(drain) for _ in range(helpers)]
+        drain()
+        for future in futures:
+            future.result()
+    return None
+
+
+# Compilation. Numba keeps its compiler lock in a global that a forked child inherits as it was: held forever, if another
+# thread was compiling. All compilation here happens under a lock that fork waits for.
+_lock = threading.RLock()
+_kernels = {}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def _kernel(make: Callable, *constants) -> Callable:
+    """The kernel of `make(*constants)`, compiled once; from disk if an earlier process did and could save it."""
+    key = (make, *constants)
+    if key in _kernels:
+        return _kernels[key]
+    with _lock:
+        if key not in _kernels:
+            signature, function = make(*constants)
+            # Numba names files after __qualname__. A file of its own for each kernel, because the shared index of files
+            # that two processes write at once can end up naming the wrong one.
+            function.__qualname__ = "_".join(str(part) for part in (make.__name__.strip("_"), *constants))
+            try:
+                kernel = njit(signature, nogil=True, cache=True)(function)
+            except Exception:  # no folder, no space, a damaged file: whatever is wrong with the cache, do without
+                kernel = njit(signature, nogil=True)(function)
+            _kernels[key] = kernel
+        return _kernels[key]
+
+
+def _copy_kernel(n1: int, n2: int, n3: int, run: int, source: str, target: str, wide: str):
+    """Copies pieces of n1 x n2 x n3 runs of `run` bytes, converting `source` to `target`; empty names move bytes."""
+    source, target = source or "uint8", target or "uint8"
+    item, unit = np.dtype(source).itemsize, np.dtype(target).itemsize
+    piece = n1 * n2 * n3 * run
+    lanes = _LINE // unit  # values of one line of output
+    line = lanes * item  # and their bytes in the source
+    limit = _PIECE * item // max(item, unit)
+    room = _PAGE * -(-(limit + piece + line) // _PAGE)
+    i, f = types.intp, types.float64
+    signature = types.void(i, i, i, i, i, i, i, _given(types.int64, 1), types.boolean, i, f, f, f)
+
+    def copy(origin, out, images, batch, step1, step2, step3, offsets, stream, ahead, ratio, scale, shift):
+        scratch = np.empty(room + _PAGE, np.uint8)
+        base = scratch.ctypes.data + _PAGE - 1
+        base -= base % _PAGE
+        skip = out % _LINE // unit  # values of the first line that are not ours
+        out -= out % _LINE
+        fill = base + skip * item
+        written = 0
+        fetched = origin
+        for b in range(images):
+            image = origin + b * batch
+            for q in range(offsets.size):
+                corner = image + offsets[q]
+                for j1 in range(n1):
+                    for j2 in range(n2):
+                        for j3 in range(n3):
+                            run_at = fill + ((j1 * n2 + j2) * n3 + j3) * run
+                            _move(run_at, corner + j1 * step1 + j2 * step2 + j3 * step3, run)
+                fill += piece
+                if fill - base >= limit:
+                    at = base
+                    if skip > 0:
+                        for k in range(skip, lanes):
+                            _put(out + k * unit, at + k * item, scale, shift, source, target, wide, 1, False)
+                        skip = 0
+                        at += line
+                        out += _LINE
+                    lines = (fill - at) // line
+                    if stream:
+                        for _ in range(lines):
+                            _put(out, at, scale, shift, source, target, wide, lanes, True)
+                            at += line
+                            out += _LINE
+                    else:
+                        for _ in range(lines):
+                            _put(out, at, scale, shift, source, target, wide, lanes, False)
+                            at += line
+                            out += _LINE
+                    _move(base, at, line)  # what is left, less than a line, begins the next
+                    fill = base + (fill - at)
+                    if ahead > 0:
+                        written += lines
+                        goal = origin + ahead + np.intp(written * _LINE * ratio)
+                        while fetched < goal:
+                            _prefetch(fetched)
+                            fetched += _LINE
+        at = base
+        while skip > 0 and skip < lanes and at + skip * item < fill:
+            _put(out + skip * unit, at + skip * item, scale, shift, source, target, wide, 1, False)
+            skip += 1
+        if skip > 0:
+            at += line
+            out += _LINE
+        while at + line <= fill:
+            _put(out, at, scale, shift, source, target, wide, lanes, False)
+            at += line
+            out += _LINE
+        while at < fill:
+            _put(out, at, scale, shift, source, target, wide, 1, False)
+            at += item
+            out += unit
+        _fence()
+
+    return signature, copy
+
+
+def _fold_kernel(
+    g1: int, g2: int, g3: int, p1: int, p2: int, p3: int, s1: int, s2: int, s3: int, c: int, chw: bool, dtype: str
+):
+    """Sums tokens [B, N, D] into images [B, n1, n2, n3 * c]: along the last axis first, earlier windows first."""
+    n2, n3 = (g2 - 1) * s2 + p2, (g3 - 1) * s3 + p3
+    flat = g1 == p1 == 1  # two axes or one: rows are added to the image itself
+    number = getattr(types, dtype)
+    signature = types.void(_given(number, 3), types.Array(number, 4, "C"), types.intp, types.intp)
+
+    def add(tokens, image, start, stop):
+        row = np.empty(n3 * c, image.dtype)
+        slab = np.empty((1 if flat else n2, n3 * c), image.dtype)
+        for b in range(start, stop):
+            image[b] = 0
+            for i1 in range(g1):
+                for u1 in range(p1):
+                    plane = image[b, 0] if flat else slab
+                    plane[:] = 0
+                    for i2 in range(g2):
+                        for u2 in range(p2):
+                            row[:] = 0
+                            for i3 in range(g3):
+                                token = tokens[b, (i1 * g2 + i2) * g3 + i3]
+                                at = i3 * s3 * c
+                                if chw:
+                                    for k in range(c):
+                                        for v in range(p3):
+                                            row[at + v * c + k] += token[((k * p1 + u1) * p2 + u2) * p3 + v]
+                                else:
+                                    for e in range(p3 * c):
+                                        row[at + e] += token[(u1 * p2 + u2) * p3 * c + e]
+                            plane[i2 * s2 + u2] += row
+                    if not flat:
+                        image[b, i1 * s1 + u1] += slab
+
+    return signature, add
+
+
+def _noise_kernel(
+    g1: int, g2: int, g3: int, p1: int, p2: int, p3: int, s1: int, s2: int, s3: int, c: int, chw: bool, source: str
+):
+    """Cuts alpha (scale x0 + shift) + sigma eps and eps; one image after the other is in cache while it is cut."""
+    n1, n2, n3 = (g1 - 1) * s1 + p1, (g2 - 1) * s2 + p2, (g3 - 1) * s3 + p3
+    size = n1 * n2 * n3 * c
+    # A window is `bands` x p1 x p2 runs of `run` values that lie `apart` in the image: "chw" takes one channel at a time.
+    bands, run, apart = (c, p3, c) if chw else (1, p3 * c, 1)
+    f, i, tokens = types.float32, types.intp, types.Array(types.float32, 3, "C")
+    coefficient = _given(f, 1)
+    signature = types.void(
+        _given(getattr(types, source), 1),
+        coefficient,
+        coefficient,
+        coefficient,
+        coefficient,
+        f,
+        f,
+        i,
+        tokens,
+        tokens,
+        i,
+        i,
+    )
+
+    def noise(x0, eps, alpha, sigma, level, scale, shift, images, noised, target, start, stop):
+        for r in range(start, stop):
+            a, s = alpha[r], sigma[r]
+            x0_at, eps_at = (r % images) * size, r * size
+            n = 0
+            for i1 in range(g1):
+                for i2 in range(g2):
+                    for i3 in range(g3):
+                        d = 0
+                        for k in range(bands):
+                            for u1 in range(p1):
+                                for u2 in range(p2):
+                                    at = (((i1 * s1 + u1) * n2 + i2 * s2 + u2) * n3 + i3 * s3) * c + k
+                                    for e in range(run):
+                                        value = eps[eps_at + at + e * apart]
+                                        clean = np.float32(x0[x0_at + at + e * apart]) * scale + shift
+                                        noised[r, n, d + e] = a * clean + s * value
+                                        target[r, n, d + e] = value
+                                    d += run
+                        n += 1
+            noised[r, n] = level[r]
+
+    return signature, noise
+
+
+def _given(dtype, ndim: int) -> types.Array:
+    """Type of an input array: read-only in the signature, so that both kinds of arrays fit it."""
+    return types.Array(dtype, ndim, "C", readonly=True)
+
+
+# Four instructions that Numba has no word for. They take addresses; nothing in them checks bounds.
+
+
+@intrinsic(prefer_literal=True)
+def _move(typing, to, at, count):
+    """Copies a constant number of bytes between places that do not overlap: inlined as vector moves if short."""
+
+    def code(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        copy = builder.module.declare_intrinsic("llvm.memcpy", [byte, byte, ir.IntType(64)])
+        n = ir.IntType(64)(count.literal_value)
+        builder.call(copy, [builder.inttoptr(args[0], byte), builder.inttoptr(args[1], byte), n, ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, count), code
+
+
+@intrinsic(prefer_literal=True)
+def _put(typing, to, at, scale, shift, source, target, wide, lanes, stream):
+    """Converts `lanes` values `source` at one address to `target` at another, through `wide` with scale and shift."""
+    source, target, wide, lanes, stream = (t.literal_value for t in (source, target, wide, lanes, stream))
+
+    def kind(name):
+        return ir.VectorType(_CONVERTIBLE[name], lanes) if lanes > 1 else _CONVERTIBLE[name]
+
+    def cast(builder, value, name, to):
+        if name == to:
+            return value
+        a, b = _CONVERTIBLE[name], _CONVERTIBLE[to]
+        if name.startswith("float"):
+            return (builder.fpext if to == "float64" else builder.fptrunc)(value, kind(to))
+        signed = name.startswith("int")
+        if to.startswith("float"):
+            return (builder.sitofp if signed else builder.uitofp)(value, kind(to))
+        if a.width >= b.width:
+            return builder.trunc(value, kind(to)) if a.width > b.width else value
+        return (builder.sext if signed else builder.zext)(value, kind(to))
+
+    def spread(builder, number):
+        number = cast_scalar(builder, number)
+        if lanes == 1:
+            return number
+        empty = ir.Constant(kind(wide), ir.Undefined)
+        first = builder.insert_element(empty, number, ir.IntType(32)(0))
+        return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
+
+    def cast_scalar(builder, number):
+        return builder.fptrunc(number, _CONVERTIBLE[wide]) if wide == "float32" else number
+
+    def code(context, builder, signature, args):
+        value = builder.load(builder.inttoptr(args[1], kind(source).as_pointer()), align=1)
+        if wide:
+            value = cast(builder, value, source, wide)
+            value = builder.fadd(builder.fmul(value, spread(builder, args[2])), spread(builder, args[3]))
+            value = cast(builder, value, wide, target)
+        else:
+            value = cast(builder, value, source, target)
+        store = builder.store(value, builder.inttoptr(args[0], kind(target).as_pointer()), align=_LINE if stream else 1)
+        if stream:
+            store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    i, f = types.intp, types.float64
+    constants = (types.literal(value) for value in (source, target, wide, lanes, stream))
+    return types.void(i, i, f, f, *constants), code
+
+
+@intrinsic
+def _prefetch(typing, at):
+    """Asks for the line at an address to be brought into the second-level cache; any address is harmless."""
+
+    def code(context, builder, signature, args):
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        builder.call(fetch, [builder.inttoptr(args[0], byte), word(0), word(2), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), code
+
+
+@intrinsic
+def _fence(typing):
+    """Completes all stores, also those past the caches, before anything that follows."""
+
+    def code(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), code
