@@ -3,9 +3,9 @@
 A view of windows already knows where each value of the output lies. What remains is a copy, and three facts about
 memory decide its speed:
 
-1. The values that lie together in both arrays form runs (a row of a window, 28 bytes at patch size 7). With their length
-   known at compile time a run is two vector moves, else a loop. So one kernel is compiled per shape of *piece*, the
-   longest tail of the view's axes that fits in 1 KiB; the rest of the geometry is a table of offsets, built by NumPy.
+1. Values that lie together in both arrays form runs (a row of a window: 28 bytes at patch size 7). With a length known
+   at compile time a run is two vector moves, else a loop. So one kernel is compiled per shape of *piece*, the longest
+   tail of the view's axes that fits in 1 KiB; the rest of the geometry is a table of offsets, built by NumPy.
 2. A store to a line that is not in cache first reads that line: a third of the traffic of a copy. Pieces are therefore
    collected in one page of scratch memory, which leaves in whole 64-byte lines, converted and scaled on the way, and
    past the caches (non-temporal) if the arrays would not fit there anyway. One page, since a store that crosses two
@@ -69,8 +69,8 @@ def patchify(
     float32 to. Bytes to [-1, 1] are `dtype=np.float32, scale=1 / 127.5, shift=-1`.
 
     >>> x = np.arange(0, 256, 17, np.uint8).reshape(1, 4, 4, 1)
-    >>> patchify(x, 2, dtype=np.float32, scale=2 / 255, shift=-1)[0, 3].round(2).tolist()
-    [0.33, 0.47, 0.87, 1.0]
+    >>> patchify(x, 2, dtype=np.float32, scale=2 / 255, shift=-1)[0, 0]
+    array([-1.        , -0.8666667 , -0.46666664, -0.3333333 ], dtype=float32)
 
     Args:
       dtype: of the tokens; default that of `out`, else of x. Conversions stay within a kind or widen it (NumPy's
@@ -79,8 +79,8 @@ def patchify(
       threads: at most this many at once; default the cores this process may use, up to 8.
 
     Raises:
-      ValueError: x has no spatial axis, the windows do not tile it, the layout is unknown, scale or shift is not finite,
-        or `out` has the wrong shape or layout or overlaps x.
+      ValueError: x has no spatial axis, the windows do not tile it, the layout is unknown, scale or shift is not
+        finite, or `out` has the wrong shape or layout or overlaps x.
       TypeError: x is not numeric, it does not convert to `dtype`, or `out` is not an array of that dtype.
     """
     x = np.asarray(x)
@@ -107,13 +107,14 @@ def fold(
     >>> fold(np.ones((1, 2, 3)), (5,), 3, 2)[0, :, 0].tolist()
     [1.0, 1.0, 2.0, 1.0, 1.0]
 
-    Sums of overlapping windows are compiled for float and complex of 32 and 64 bits a part and up to three spatial axes;
-    others are NumPy's.
+    Sums of overlapping windows are compiled for single and double precision, real or complex, and up to three spatial
+    axes; others are NumPy's.
 
     Raises:
-      ValueError: N or D does not belong to this geometry, or `out` has the wrong shape or layout or overlaps the tokens.
-      TypeError: tokens are integers (sums of overlapping integers would not survive the dtype; convert first), or `out`
-        is not an array of their dtype.
+      ValueError: N or D does not belong to this geometry, or `out` has the wrong shape or layout or overlaps the
+        tokens.
+      TypeError: tokens are integers (sums of overlapping integers would not survive the dtype; convert first), or
+        `out` is not an array of their dtype.
     """
     tokens = np.asarray(tokens)
     token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
@@ -138,7 +139,8 @@ def unpatchify(
     True
 
     Raises:
-      ValueError: N or D does not belong to this geometry, or `out` has the wrong shape or layout or overlaps the tokens.
+      ValueError: N or D does not belong to this geometry, or `out` has the wrong shape or layout or overlaps the
+        tokens.
       TypeError: tokens of overlapping windows are integers (their average is not an integer), or `out` is not an array
         of their dtype.
     """
@@ -166,8 +168,8 @@ def noised_patches(
         tokens[r, N] = level[r]                                   (default alpha[r])
         targets[r] = patchify(eps[r])
 
-    in float32. This is the data generator of Piantedosi, "Diffusion model" (piantedosi.github.io/diffusion_model), whose
-    steps tile x0 R / B times, mix, cast, cut twice and append the noise level as a token, each through memory.
+    in float32. This is the data generator of Piantedosi, "Diffusion model" (piantedosi.github.io/diffusion_model),
+    whose steps tile x0 R / B times, mix, cast, cut twice and append the noise level as a token, each through memory.
 
     >>> tokens, targets = noised_patches(np.full((1, 4, 1), 255, np.uint8), np.ones((2, 4, 1), np.float32),
     ...                                  np.array([1.0, 0.5]), np.array([0.0, 0.5]), 2, scale=1 / 255)
@@ -242,7 +244,7 @@ def _join(tokens, size, patch_size, stride, layout, average, out, threads) -> np
 
 
 def _copy(view: np.ndarray, out: np.ndarray, ordered: bool, affine, threads: int | None) -> None:
-    """Writes view [B, ...] into out, C-contiguous and of as many values; `ordered` if the view's array is contiguous."""
+    """Writes view [B, ...] into out, C-contiguous of as many values; `ordered` if the view's array is contiguous."""
     threads = _check_threads(threads)
     if not out.size:
         return
@@ -418,8 +420,8 @@ def _in_chunks(work: Callable, n: int, each: int, chunk: int, threads: int | Non
     return None
 
 
-# Compilation. Numba keeps its compiler lock in a global that a forked child inherits as it was: held forever, if another
-# thread was compiling. All compilation here happens under a lock that fork waits for.
+# Compilation. Numba keeps its compiler lock in a global that a forked child inherits as it was: held forever, if
+# another thread was compiling. All compilation here happens under a lock that fork waits for.
 _lock = threading.RLock()
 _kernels = {}
 if hasattr(os, "register_at_fork"):
@@ -527,7 +529,7 @@ def _fold_kernel(
     g1: int, g2: int, g3: int, p1: int, p2: int, p3: int, s1: int, s2: int, s3: int, c: int, chw: bool, dtype: str
 ):
     """Sums tokens [B, N, D] into images [B, n1, n2, n3 * c]: along the last axis first, earlier windows first."""
-    n2, n3 = (g2 - 1) * s2 + p2, (g3 - 1) * s3 + p3
+    n1, n2, n3 = (g1 - 1) * s1 + p1, (g2 - 1) * s2 + p2, (g3 - 1) * s3 + p3
     flat = g1 == p1 == 1  # two axes or one: rows are added to the image itself
     number = getattr(types, dtype)
     signature = types.void(_given(number, 3), types.Array(number, 4, "C"), types.intp, types.intp)
@@ -536,14 +538,21 @@ def _fold_kernel(
         row = np.empty(n3 * c, image.dtype)
         slab = np.empty((1 if flat else n2, n3 * c), image.dtype)
         for b in range(start, stop):
-            image[b] = 0
+            for i in range(n1):
+                for j in range(n2):
+                    for e in range(n3 * c):
+                        image[b, i, j, e] = 0
             for i1 in range(g1):
                 for u1 in range(p1):
                     plane = image[b, 0] if flat else slab
-                    plane[:] = 0
+                    if not flat:
+                        for j in range(n2):
+                            for e in range(n3 * c):
+                                slab[j, e] = 0
                     for i2 in range(g2):
                         for u2 in range(p2):
-                            row[:] = 0
+                            for e in range(n3 * c):
+                                row[e] = 0
                             for i3 in range(g3):
                                 token = tokens[b, (i1 * g2 + i2) * g3 + i3]
                                 at = i3 * s3 * c
@@ -554,9 +563,12 @@ def _fold_kernel(
                                 else:
                                     for e in range(p3 * c):
                                         row[at + e] += token[(u1 * p2 + u2) * p3 * c + e]
-                            plane[i2 * s2 + u2] += row
+                            for e in range(n3 * c):
+                                plane[i2 * s2 + u2, e] += row[e]
                     if not flat:
-                        image[b, i1 * s1 + u1] += slab
+                        for j in range(n2):
+                            for e in range(n3 * c):
+                                image[b, i1 * s1 + u1, j, e] += slab[j, e]
 
     return signature, add
 
@@ -567,7 +579,7 @@ def _noise_kernel(
     """Cuts alpha (scale x0 + shift) + sigma eps and eps; one image after the other is in cache while it is cut."""
     n1, n2, n3 = (g1 - 1) * s1 + p1, (g2 - 1) * s2 + p2, (g3 - 1) * s3 + p3
     size = n1 * n2 * n3 * c
-    # A window is `bands` x p1 x p2 runs of `run` values that lie `apart` in the image: "chw" takes one channel at a time.
+    # A window is `bands` x p1 x p2 runs of `run` values, `apart` in the image: "chw" takes one channel at a time.
     bands, run, apart = (c, p3, c) if chw else (1, p3 * c, 1)
     f, i, tokens = types.float32, types.intp, types.Array(types.float32, 3, "C")
     coefficient = _given(f, 1)

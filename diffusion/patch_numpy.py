@@ -154,4 +154,4 @@ def _overlap_add(y: np.ndarray, s: int) -> np.ndarray:
     for j in reversed(range(blocks)):  # block j of window i lands on block i + j: the largest j is the earliest window
         part = y[:, j * s : (j + 1) * s]
         total[j : j + g, : part.shape[1]] += part
-    return total.reshape(-1, *rest)[: (g - 1) * s + p]
+    return total.reshape((g + blocks - 1) * s, *rest)[: (g - 1) * s + p]

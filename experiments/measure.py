@@ -15,14 +15,17 @@ _DIGITS = ("mnist5k", "mnist")
 
 
 def finish(
-    config: Config, workdir: Path, seen: build.Seen, params: Any, train_seconds: float, log: session.Log
+    config: Config, workdir: Path, seen: build.Seen, params: Any, steps: int, seconds: float, log: session.Log
 ) -> dict[str, Any]:
-    """Draws config.sample.count pictures, writes samples.npz, samples.png and report.json, and returns the report."""
+    """Draws config.sample.count pictures, writes samples.npz, samples.png and report.json, and returns the report.
+
+    `steps` and `seconds` are those of the training that ended here.
+    """
     labels = equal_share(config.sample.count, seen.num_classes)
-    images, seconds = collect(build.drawer(config, seen), params, labels, config.sample.batch_size)
+    images, sample_seconds = collect(build.drawer(config, seen), params, labels, config.sample.batch_size)
     save(workdir, images, labels, seen.num_classes)
-    log.image(config.train.steps, "samples", images[0])
-    report = {"train_steps": config.train.steps, "train_seconds": train_seconds, "sample_seconds": seconds}
+    log.image(steps, "samples", images[0])
+    report = {"train_steps": steps, "train_seconds": seconds, "sample_seconds": sample_seconds}
     report |= {"sample_count": len(images), "sample_steps": config.sample.steps, "guidance": config.sample.guidance}
     report |= quality(config, images, labels if seen.num_classes else None)
     text = json.dumps(report, indent=2) + "\n"

@@ -7,6 +7,7 @@ Writes samples.npz (arr_0 uint8 [N, H, W, C], arr_1 labels) and samples.png; wit
 animation of the denoising. Picture i depends on the seed and its number i alone, not on the batch size.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from diffusion import checkpoint
 from experiments import build, measure, pictures, session
 from experiments.config import Config
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.", required=True)
+flags.declare_key_flag("workdir")
 _OUTDIR = flags.DEFINE_string("outdir", None, "Where to write; default: a new folder WORKDIR/samples/NUMBER.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "How many pictures.", lower_bound=1)
 _LABELS = flags.DEFINE_list("labels", None, "Classes, by number or name, taken in turn; default: all of them.")
@@ -39,12 +40,12 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     session.start()
-    workdir = Path(_WORKDIR.value)
+    workdir = session.workdir()
     config, seen = build.stored(workdir)
     override(config, seen)
     labels = parse_labels(_LABELS.value, _NUM_SAMPLES.value, seen.class_names)
-    outdir = claim(workdir, _OUTDIR.value, _OVERWRITE.value)
     params, step = checkpoint.restore_ema(workdir / "checkpoints", _CHECKPOINT.value, report=print)
+    outdir = claim(workdir, _OUTDIR.value, _OVERWRITE.value)
     print(f"drawing {len(labels)} pictures from step {step} of {workdir}")
     images, seconds = measure.collect(build.drawer(config, seen), params, labels, config.sample.batch_size)
     measure.save(outdir, images, labels, seen.num_classes)
@@ -73,6 +74,8 @@ def override(config: Config, seen: build.Seen) -> None:
     for name in ("steps", "batch_size"):
         if getattr(config.sample, name) < 1:
             raise ValueError(f"--{name}={getattr(config.sample, name)} must be at least 1")
+    if not math.isfinite(config.sample.guidance):
+        raise ValueError(f"--guidance={config.sample.guidance} must be a finite number")
     if _GUIDANCE.value is not None and not seen.num_classes:
         raise ValueError(f"--guidance={_GUIDANCE.value} needs a run that was trained with labels; this one was not")
     build.sampler_step(config)

@@ -1,4 +1,4 @@
-"""What surrounds a long job: compilation cache, stop signals, a log, a progress bar."""
+"""What surrounds a long job: flags, compilation cache, stop signals, a log, a progress bar."""
 
 import json
 import os
@@ -12,8 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, logging
+from absl import app, flags, logging
 from tqdm import tqdm
+
+# Defined once for all commands, so that a notebook or a test can import several of them.
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Work directory of a training run; experiments.train's default: runs/ and the config's name."
+)
 
 
 class Stopped(Exception):
@@ -33,11 +38,31 @@ def start() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
+def workdir(default: str | Path | None = None) -> Path:
+    """--workdir, or `default`.
+
+    Raises:
+      ValueError: neither is given.
+    """
+    if not (_WORKDIR.value or default):
+        raise ValueError("--workdir is missing: pass the directory that experiments.train wrote, --workdir=runs/mnist")
+    return Path(_WORKDIR.value or default)
+
+
+def run(main: Callable[[list[str]], Any], define: Callable[[list[str]], Any] | None = None) -> None:
     """absl's app.run, with errors meant for the user as one message on stderr instead of a traceback.
 
-    Exit status: 1 for such an error, 130 when a signal stopped the job and it can be continued.
+    `define` adds flags that depend on the command line. Exit status: 1 for such an error, 130 when a signal stopped
+    the job and it can be continued.
     """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            if define:
+                define(argv)
+            return flags.FLAGS(argv)
+        except (flags.Error, ValueError, OSError) as e:
+            sys.exit(_complain(e, 1))
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators it did not find
@@ -45,15 +70,17 @@ def run(main: Callable[[list[str]], Any]) -> None:
             main(argv)
         except Stopped as e:
             sys.exit(_complain(e, 130))
+        except KeyboardInterrupt:
+            sys.exit(_complain("Interrupted; what was saved before is whole.", 130))
         except (ValueError, TypeError, OSError, FloatingPointError) as e:
             if os.environ.get("PATCH_DIFFUSION_TRACEBACK"):
                 raise
             sys.exit(_complain(e, 1))
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=parse)
 
 
-def _complain(error: Exception, status: int) -> int:
+def _complain(error: Exception | str, status: int) -> int:
     print(f"\n{'' if status == 130 else 'error: '}{error}", file=sys.stderr)
     return status
 
@@ -95,9 +122,7 @@ class Log:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
-                raise ValueError(
-                    "--tensorboard needs tensorboardX: pip install 'patch-diffusion[tensorboard]'"
-                ) from None
+                raise ValueError("--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'") from None
             self._events = SummaryWriter(str(workdir / "tensorboard"))
 
     def __enter__(self) -> "Log":

@@ -8,11 +8,13 @@ The same command continues a run that was stopped, bit for bit. `--dry_run` prin
 """
 
 import contextlib
+import dataclasses
+import difflib
 import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import numpy as np
@@ -25,12 +27,9 @@ from diffusion.geometry import geometry
 from experiments import build, measure, pictures, session
 from experiments.config import Config, to_dict
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).parent / "configs" / "mnist.py"),
-    "Config file; its fields are flags: --config.model.depth=8.",
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; default: runs/ and the config's name.")
+_CONFIGS = Path(__file__).parent / "configs"
+
+flags.declare_key_flag("workdir")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, size and cost of the network, and stop.")
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events (needs the tensorboard extra).")
 
@@ -38,12 +37,47 @@ _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard e
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set as in --config.train.steps=100")
-    config: Config = _CONFIG.value
+    config: Config = flags.FLAGS.config
     session.start()
     if _DRY_RUN.value:
         dry_run(config)
     else:
-        train(config, Path(_WORKDIR.value or Path("runs") / config.name), tensorboard=_TENSORBOARD.value)
+        train(config, session.workdir(Path("runs") / config.name), tensorboard=_TENSORBOARD.value)
+
+
+def define_config(argv: list[str]) -> None:
+    """Defines --config, and a flag for every field of it that `argv` sets.
+
+    Raises:
+      ValueError: there is no such field; the nearest one is named.
+      FileNotFoundError: there is no such config file.
+    """
+    known = fields(Config)
+    for argument in argv[1:]:
+        name, _, value = argument.lstrip("-").partition("=")
+        field = name.removeprefix("no").removeprefix("config.")
+        if argument.startswith("-") and name.removeprefix("no").startswith("config.") and field not in known:
+            raise ValueError(f"there is no field --config.{field}; the nearest is --config.{nearest(field, known)}")
+        if argument.startswith("-") and name == "config" and value and not Path(value.partition(":")[0]).is_file():
+            shipped = ", ".join(sorted(p.stem for p in _CONFIGS.glob("[a-z]*.py")))
+            raise FileNotFoundError(f"--config={value}: there is no such file; in {_CONFIGS} there are {shipped}")
+    explanation = "Config file; its fields are flags: --config.model.depth=8."
+    config_flags.DEFINE_config_file("config", str(_CONFIGS / "mnist.py"), explanation, sys_argv=argv)
+
+
+def fields(cls: type) -> list[str]:
+    """Dotted names of all fields of a dataclass and of those inside it: "seed", "model.depth"."""
+    names = []
+    for name, hint in get_type_hints(cls).items():
+        names += [f"{name}.{inner}" for inner in fields(hint)] if dataclasses.is_dataclass(hint) else [name]
+    return names
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The name in `known` that was meant by `name`: the same field of another section, else the most similar."""
+    own = name.rpartition(".")[2]
+    elsewhere = [k for k in known if k.rpartition(".")[2] == own]
+    return difflib.get_close_matches(name, elsewhere or known, 1, 0.0)[0]
 
 
 def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any]:
@@ -63,9 +97,10 @@ def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[s
         report = json.loads(finished.read_text())
         print(f"{workdir} is finished; nothing was trained again.\n\n{measure.paragraph(workdir, report)}")
         return report
-    with session.stop_signals() as stop, session.Log(workdir, tensorboard) as log:
-        ema, seconds = fit(config, workdir, source, params, log, stop)
-        report = measure.finish(config, workdir, seen, ema, seconds, log)
+    with session.Log(workdir, tensorboard) as log:
+        with session.stop_signals() as stop:
+            ema, steps, seconds = fit(config, workdir, source, params, log, stop)
+        report = measure.finish(config, workdir, seen, ema, steps, seconds, log)
     print("\n" + measure.paragraph(workdir, report))
     return report
 
@@ -81,6 +116,8 @@ def check(config: Config) -> None:
             raise ValueError(f"--config.{name}={value} must be at least 1")
     if c.batch_size % jax.device_count():
         raise ValueError(f"--config.train.batch_size={c.batch_size} must be a multiple of {jax.device_count()} devices")
+    if c.clip is not None and not c.clip > 0:
+        raise ValueError(f"--config.train.clip={c.clip} must be positive; None, in a config file, turns clipping off")
     if c.patience is not None and not c.eval_every:
         raise ValueError(f"--config.train.patience={c.patience} needs --config.train.eval_every")
     build.path(config), build.times(config), build.sampler_step(config), build.optimizer(config)
@@ -108,8 +145,8 @@ def claim(workdir: Path, resolved: dict[str, Any]) -> None:
 
 def fit(
     config: Config, workdir: Path, source: data.Source, params: Any, log: session.Log, stop: session.Stop
-) -> tuple[Any, float]:
-    """Trains from the newest checkpoint, or from `params`, to the end: (averaged parameters, seconds of training)."""
+) -> tuple[Any, int, float]:
+    """Trains from the newest checkpoint, or from `params`, to the end: (averaged parameters, steps, seconds) of it."""
     c = config.train
     seen = build.seen(config, source)
     optimizer = build.optimizer(config)
@@ -121,7 +158,7 @@ def fit(
     seconds = max((row["seconds"] for row in log.rows() if "seconds" in row), default=0.0)
     held_out = HeldOut(config, seen, workdir, log) if c.eval_every else None
     if begin >= c.steps or (held_out and held_out.exhausted()):
-        return state.ema, seconds
+        return state.ema, begin, seconds
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
@@ -139,28 +176,30 @@ def fit(
             state, metrics = step(key, state, jax.device_put(examples, split))
             bar.update()
             done = i + 1
-            if done % c.log_every == 0 or done in (begin + 1, c.steps):
+            if done % c.log_every == 0 or done in (1, c.steps):
                 values = {name: float(value) for name, value in metrics.items()}
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(diverged(done, values["loss"], checkpoints))
+                check_loss(done, values["loss"], checkpoints)
                 rate = bar.rate() * c.batch_size * c.repeat
                 bar.note(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
                 log.scalars(done, {**values, "images_per_second": rate, "seconds": bar.seconds()})
             if held_out and (done % c.eval_every == 0 or done == c.steps):
+                check_loss(done, metrics["loss"], checkpoints)
                 held_out.judge(done, state)
             over = done == c.steps or bool(held_out and held_out.exhausted())
             if over and held_out:
                 state = held_out.best(state)
-            if over or stop.asked or done % c.save_every == 0:
+            stopping = stop.asked  # read once: what is announced as saved must have been saved
+            if over or stopping or done % c.save_every == 0:
+                check_loss(done, metrics["loss"], checkpoints)
                 checkpoint.save(checkpoints, done, state)
+            if stopping:
+                raise session.Stopped(f"Stopped at step {done} of {c.steps}; the same command continues from there.")
             if over:
                 break
-            if stop.asked:
-                raise session.Stopped(f"Stopped at step {done} of {c.steps}; the same command continues from there.")
             if done % c.sample_every == 0:
                 with bar.paused():
                     preview(done, state.ema)
-        return state.ema, bar.seconds()
+        return state.ema, done, bar.seconds()
 
 
 def batch(config: Config, source: data.Source, step: int) -> dict[str, np.ndarray]:
@@ -231,12 +270,14 @@ def describe(config: Config, source: data.Source, params: Any) -> str:
     return f"{config.model.name}: {count:,} parameters, {tokens} tokens, on {n:,} pictures {size} of {source.name}"
 
 
-def diverged(step: int, loss: float, checkpoints: Path) -> str:
-    """What to say when the loss is no number."""
-    return (
-        f"the loss is {loss} at step {step}; nothing was saved after step {checkpoint.latest(checkpoints) or 0}. "
-        "Lower --config.train.learning_rate or set --config.train.clip=1.0, with another --workdir."
-    )
+def check_loss(step: int, loss: float | jax.Array, checkpoints: Path) -> None:
+    """Raises FloatingPointError, saying what to do, when the loss is no number."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {float(loss)} at step {step}; nothing was saved after step "
+            f"{checkpoint.latest(checkpoints) or 0}. Lower --config.train.learning_rate or set "
+            "--config.train.clip=1.0, with another --workdir."
+        )
 
 
 def dry_run(config: Config) -> None:
@@ -248,11 +289,13 @@ def dry_run(config: Config) -> None:
     optimizer = build.optimizer(config)
     state = jax.eval_shape(lambda p: training.init_state(p, optimizer), params)
     step = training.make_step(build.loss_fn(config, seen), optimizer, ema_decay=config.train.ema)
-    lowered = jax.jit(step).lower(jax.random.key(0), state, batch(config, source, 0))
+    b, shape = config.train.batch_size, source.images.shape[1:]
+    examples = {"x": jax.ShapeDtypeStruct((b, *shape), np.uint8), "y": jax.ShapeDtypeStruct((b,), np.int32)}
+    lowered = jax.jit(step).lower(jax.random.key(0), state, examples)
     print(json.dumps(to_dict(config), indent=2))
     print(describe(config, source, params))
     print(f"{lowered.cost_analysis()['flops']:.3e} FLOPs per training step, as XLA counts them before optimising")
 
 
 if __name__ == "__main__":
-    session.run(main)
+    session.run(main, define_config)

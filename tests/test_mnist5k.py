@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from diffusion import data, mnist5k
+from diffusion import data
+from diffusion.data import mnist5k
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,12 @@ def test_a_slice_is_the_beginning_of_the_split(root):
     whole, part = data.load("mnist5k", data_dir=root), data.load("mnist5k", "train[:100]", data_dir=root)
     np.testing.assert_array_equal(part.images, whole.images[:100])
     assert part.num_classes == whole.num_classes == 10
+
+
+@pytest.mark.parametrize("name", ["mnist5k:1.0.0", "mnist5k:1.*.*"])
+def test_its_version_may_be_named(tmp_path, root, name):
+    source = data.load(name, "test", data_dir=tmp_path)
+    np.testing.assert_array_equal(source.images, data.load("mnist5k", "test", data_dir=root).images)
 
 
 def test_another_table_is_refused(monkeypatch):

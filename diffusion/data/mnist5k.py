@@ -24,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core.utils import tqdm_utils
 
 SHA256 = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"  # of the table as uint8 [5000, 785]
 CHECKSUMS = "sha256.json"  # file name -> SHA-256, written last: a preparation without it, or that disagrees, is redone
@@ -58,8 +60,6 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, rows):
-        from PIL import Image
-
         for i, row in enumerate(rows.transpose(1, 2, 0, 3).reshape(-1, 785)):
             png = io.BytesIO()
             Image.fromarray(row[:784].reshape(28, 28)).save(png, "png")
@@ -87,8 +87,8 @@ def table() -> np.ndarray:
     return rows
 
 
-def prepare(data_dir: str | os.PathLike) -> Mnist5k:
-    """The builder with its files in `data_dir`, made there first if they are missing or damaged (about a second).
+def prepare(data_dir: str | os.PathLike) -> None:
+    """Makes the files of this data set in `data_dir` if they are missing or damaged (about a second).
 
     Files are made in a folder of their own and renamed into place, so an interrupted preparation leaves nothing that
     looks whole, and of several processes that prepare at once the first one wins.
@@ -105,14 +105,11 @@ def prepare(data_dir: str | os.PathLike) -> Mnist5k:
                 f"cannot prepare mnist5k in {os.fspath(data_dir)}: {error}. "
                 "Name a folder that can be written: --config.data.data_dir=PATH or the environment's TFDS_DATA_DIR"
             ) from error
-    with quiet():
-        return Mnist5k(data_dir=os.fspath(data_dir))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps TFDS from talking: its log, its progress bars and its prints."""
-    from tensorflow_datasets.core.utils import tqdm_utils
 
     def mute(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
@@ -138,12 +135,13 @@ def _publish(data_dir: Path, home: Path) -> None:
         sums = {file.name: _sha256(file) for file in sorted(made.iterdir())}
         (made / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
         home.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(home.parent):
-            if _intact(home):  # another process was first
-                return
-            if home.exists():
+        try:
+            if home.exists() and not _intact(home):
                 home.rename(Path(scratch, "damaged"))
             made.rename(home)
+        except OSError:
+            if not _intact(home):  # if it is, another process was first
+                raise
 
 
 def _intact(home: Path) -> bool:
@@ -156,20 +154,3 @@ def _intact(home: Path) -> bool:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes of this machine out while a damaged preparation is swapped for a whole one."""
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: renaming onto an existing folder fails there, which is guard enough
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

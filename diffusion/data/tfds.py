@@ -1,0 +1,217 @@
+"""Image data sets of TFDS, read from a folder where they were prepared once.
+
+Reading needs neither TensorFlow nor a network, and neither does preparing our own `mnist5k`. Other data sets are
+prepared by TFDS with TensorFlow and a network: what is missing for that is said at once, before TFDS tries for minutes.
+Both formats in which TFDS stores records are read at random: array_record, and its default, tfrecord.
+"""
+
+import difflib
+import importlib.util
+import os
+import queue
+import struct
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from diffusion.data import mnist5k, pictures
+from diffusion.data.batches import Source, checked_source
+
+Reader = Callable[[Sequence[int]], list[bytes]]
+
+
+def load(
+    name: str,
+    split: str,
+    size: tuple[int, int] | None,
+    crop: str,
+    channels: int | None,
+    data_dir: str | os.PathLike | None,
+    memory_limit: int,
+) -> Source:
+    """A split of the data set `name`, prepared first if it must be; `diffusion.data.load` explains the rest."""
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    with mnist5k.quiet():
+        builder = _open(name, root)
+        features = builder.info.features
+        image_key, label_key = _keys(name, features)
+        prepared = builder.is_prepared()
+    if not prepared:
+        _prepare(name, builder, root)
+    n, read_records = _records(name, builder, split)
+
+    def parser(key: str, **options) -> Callable[[bytes], dict]:
+        parse = tfds.features.FeaturesDict({key: features[key]}).deserialize_example_np
+        return lambda record: parse(record, **options)[key]
+
+    parse_image = parser(image_key, decoders={image_key: tfds.decode.SkipDecoding()})
+    encoded = pictures.Encoded(
+        name, n, lambda ids: list(map(parse_image, read_records(ids))), lambda i: f"picture {i} of {name}/{split}"
+    )
+    *fixed, found = features[image_key].shape
+    channels = channels or found or 3
+    if channels not in (1, 3):
+        raise ValueError(f"{name} has {channels} channels: set --config.data.channels=1 or 3")
+    if size is None:
+        size = tuple(fixed) if None not in fixed else pictures.common_size(encoded, pictures.headers(encoded))
+    images = pictures.images(encoded, size, crop, channels, memory_limit)
+    if label_key is None:
+        return checked_source(name, images, None, ())
+    parse_label, labels = parser(label_key), np.empty(n, np.int32)
+    for start in range(0, n, 1024):
+        ids = range(start, min(start + 1024, n))
+        labels[start : ids.stop] = [parse_label(record) for record in read_records(ids)]
+    if (labels == -1).all():  # a split whose labels are kept secret
+        return checked_source(name, images, None, ())
+    return checked_source(name, images, labels, features[label_key].names)
+
+
+def _open(name: str, root: Path) -> tfds.core.DatasetBuilder:
+    try:
+        reference, options = tfds.core.naming.parse_builder_name_kwargs(name)
+    except ValueError:
+        raise _unknown(name) from None
+    if reference.namespace:
+        raise ValueError(
+            f"{name} belongs to the community data sets of {reference.namespace!r}; only TFDS's own can be read"
+        )
+    ours = mnist5k.Mnist5k
+    if reference.name == ours.name and ours.VERSION.match(options.get("version", "*.*.*")):
+        mnist5k.prepare(root)
+    try:
+        return tfds.builder(name, data_dir=os.fspath(root))
+    except tfds.core.registered.DatasetNotFoundError:
+        raise _unknown(name) from None
+    except Exception as error:  # TFDS raises many types here, for an unknown version or a damaged folder
+        raise ValueError(f"TFDS cannot open {name}: {pictures.reason(error)}") from error
+
+
+def _unknown(name: str) -> ValueError:
+    base = name.split("/")[0].split(":")[0]
+    near = difflib.get_close_matches(base, tfds.list_builders(with_community_datasets=False), 3, 0.5)
+    hint = f"nearest names: {', '.join(near)}; " if near else ""
+    return ValueError(
+        f"TFDS has no data set named {base!r} ({hint}pictures of your own: --config.data.name=folder:PATH)"
+    )
+
+
+def _keys(name: str, features: tfds.features.FeatureConnector) -> tuple[str, str | None]:
+    """Names of the image and of the label among the features of a data set."""
+    items = dict(features.items()) if hasattr(features, "items") else {}
+    images = [key for key, feature in items.items() if type(feature) is tfds.features.Image]
+    labels = [key for key, feature in items.items() if type(feature) is tfds.features.ClassLabel]
+    if not images or (len(images) > 1 and "image" not in images):
+        raise ValueError(f"{name} is no data set of single pictures: its features are {sorted(items) or features}")
+    image = "image" if "image" in images else images[0]
+    if items[image].np_dtype != np.uint8:
+        raise ValueError(f"pictures of {name} are {np.dtype(items[image].np_dtype)}; only uint8 can be read")
+    label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+    return image, label
+
+
+def _prepare(name: str, builder: tfds.core.DatasetBuilder, root: Path) -> None:
+    """Downloads and prepares a data set of TFDS, or says within seconds what is missing for it."""
+    other = "--config.data.name=mnist5k and folder:PATH need neither network nor TensorFlow"
+    subject = f"{name} is not prepared in {root} (--config.data.data_dir)"
+    manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    by_hand = f". Before, by hand, into {root}/downloads/manual: {' '.join(manual.split())}" if manual else ""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise FileNotFoundError(
+            f"{subject}, and TFDS prepares it with TensorFlow, which is not installed. Once, with a network:\n"
+            f"  pip install tensorflow-cpu\n"
+            f"  tfds build {name} --file_format=array_record --data_dir={root}\n"
+            f"after that TensorFlow is not needed any more; {other}{by_hand}"
+        )
+    urls = [url for url in (builder.url_infos or {}) if url.startswith("http")]
+    trouble = _unreachable(urls[0]) if urls else None
+    if trouble:
+        raise ConnectionError(f"{subject} and cannot be downloaded from here: {trouble}; {other}")
+    try:
+        builder.download_and_prepare(
+            file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    except AssertionError as error:  # how TFDS reports files behind a licence that are not there
+        if not manual:
+            raise
+        raise FileNotFoundError(f"{subject} and its files must be downloaded by hand: {error}") from error
+
+
+def _unreachable(url: str, seconds: float = 4.0) -> str | None:
+    """Why `url` does not answer within `seconds`, or None if it does (an HTTP error is an answer too)."""
+    found = queue.SimpleQueue()
+    host = urllib.parse.urlsplit(url).hostname
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
+                found.put(None)
+        except urllib.error.HTTPError:
+            found.put(None)
+        except Exception as error:
+            found.put(f"{host} does not answer ({error})")
+
+    # Looking up a name has no time limit of its own, so the question is asked in a thread that may be left behind.
+    threading.Thread(target=ask, name="reachable", daemon=True).start()
+    try:
+        return found.get(timeout=seconds)
+    except queue.Empty:
+        return f"{host} did not answer within {seconds:g} s"
+
+
+def _records(name: str, builder: tfds.core.DatasetBuilder, split: str) -> tuple[int, Reader]:
+    """Number of records of a split, and a function that reads some of them."""
+    try:
+        shards = builder.info.splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"split={split!r} of {name} is not one of {tuple(builder.info.splits)} or a slice such as 'train[:10%]'"
+        ) from error
+    if not shards:
+        counts = {key: value.num_examples for key, value in builder.info.splits.items()}
+        raise ValueError(f"split={split!r} of {name} is empty; there are {counts} pictures")
+    missing = [shard.filename for shard in shards if not os.path.exists(shard.filename)]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]} is missing ({len(missing)} files): delete {builder.data_dir}, prepare again"
+        )
+    kind = builder.info.file_format.value
+    if kind == "array_record":
+        records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        return len(records), lambda ids: list(records.__getitems__(list(ids)))
+    if kind == "tfrecord":
+        return _tfrecords(shards)
+    raise ValueError(f"{name} is stored as {kind} in {builder.data_dir}; array_record or tfrecord is needed")
+
+
+def _tfrecords(shards: Sequence) -> tuple[int, Reader]:
+    """Random access to TFRecord files, each record being: length uint64, its CRC, the bytes, their CRC."""
+    places: list[tuple[str, int, int]] = []
+    for shard in shards:
+        end, offset, spans = os.path.getsize(shard.filename), 0, []
+        with open(shard.filename, "rb") as file:
+            while offset < end:
+                file.seek(offset)
+                head = file.read(8)
+                length = struct.unpack("<Q", head)[0] if len(head) == 8 else end
+                if offset + length + 16 > end:
+                    raise ValueError(f"{shard.filename} ends within a record: delete its folder and prepare it again")
+                spans.append((shard.filename, offset + 12, length))
+                offset += length + 16
+        places += spans[shard.skip : shard.skip + shard.take]
+
+    def read(ids: Sequence[int]) -> list[bytes]:
+        found = []
+        for i in ids:
+            path, offset, length = places[i]
+            with open(path, "rb") as file:
+                file.seek(offset)
+                found.append(file.read(length))
+        return found
+
+    return len(places), read

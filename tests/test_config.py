@@ -1,0 +1,164 @@
+"""Configs: every shipped file works, values survive JSON, and a wrong flag is one line that names the right one."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion import data
+from experiments import build, train
+from experiments import config as configs
+
+ROOT = Path(__file__).parent.parent
+NAMES = sorted(path.stem for path in (ROOT / "experiments" / "configs").glob("[a-z]*.py"))
+
+
+def shipped(name):
+    return importlib.import_module(f"experiments.configs.{name}").get_config()
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    """Every data set is four black pictures of its size, so that none has to be there."""
+
+    def source(config, split="train"):
+        size, channels, classes = config.data.size or (28, 28), config.data.channels or 1, 1000
+        images = np.zeros((4, *size, channels), np.uint8)
+        return data.from_arrays(images, np.arange(4), tuple(map(str, range(classes))))
+
+    monkeypatch.setattr(build, "source", source)
+
+
+def test_the_promised_configs_are_there():
+    assert set(NAMES) >= {"mnist", "blog", "smoke", "jit_b16"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_survives_json(name):
+    config = shipped(name)
+    assert config.name == name
+    text = json.dumps(configs.to_dict(config))
+    assert configs.from_dict(json.loads(text)) == config
+
+
+def test_tuples_and_nones_survive_json():
+    config = configs.Config()
+    config.data.size, config.model.positions, config.train.clip = (32, 48), ("sincos", "rotary"), None
+    back = configs.from_dict(json.loads(json.dumps(configs.to_dict(config))))
+    assert back == config
+    assert isinstance(back.data.size, tuple)
+
+
+def test_a_stored_config_of_another_version_names_the_fields():
+    values = configs.to_dict(configs.Config())
+    values["model"]["colour"] = values["model"].pop("depth")
+    with pytest.raises(ValueError, match=r"\['colour', 'depth'\] of Model"):
+        configs.from_dict(values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dry_run_says_what_would_be_trained(name, blank_pictures, capsys):
+    config = shipped(name)
+    train.dry_run(config)
+    printed = capsys.readouterr().out
+    values, end = json.JSONDecoder().raw_decode(printed)
+    assert configs.from_dict(values) == config
+    parameters, tokens = re.search(r"([\d,]+) parameters, (\d+) tokens", printed[end:]).groups()
+    assert float(re.search(r"([\d.e+]+) FLOPs", printed[end:])[1]) > 2 * config.train.batch_size * int(tokens)
+    if name == "blog":
+        attention = 4 * 324 * 2000 + 3 * 2000 + 324
+        assert (parameters, tokens) == (f"{3 * attention + 5 * 324:,}", "4")
+    if name == "jit_b16":
+        assert (parameters[:3], tokens) == ("131", "256")
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("--config.model.dept=8", "model.depth"),
+        ("--config.model.dept", "model.depth"),
+        ("-config.train.depth=8", "model.depth"),
+        ("--config.batchsize=8", "train.batch_size"),
+        ("--noconfig.data.flop", "data.flip"),
+        ("--config.sed=1", "seed"),
+    ],
+)
+def test_a_field_that_does_not_exist_names_the_nearest(argument, nearest):
+    with pytest.raises(ValueError, match=rf"there is no field --config\..*; the nearest is --config\.{nearest}$"):
+        train.define_config(["train", "--tensorboard", argument])
+
+
+def test_a_config_file_that_does_not_exist_names_those_that_do():
+    with pytest.raises(FileNotFoundError, match="mnst.py.*blog, jit_b16, mnist, smoke"):
+        train.define_config(["train", "--config=mnst.py"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.model.dept=8", "there is no field --config.model.dept; the nearest is --config.model.depth"),
+        ("--config.train.steps=many", "flag --config.train.steps=many: invalid literal for int() .*'many'"),
+        ("--wrkdir=runs/mine", "Unknown command line flag 'wrkdir'. Did you mean: workdir .?"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(argument, message):
+    command = [sys.executable, "-m", "experiments.train", argument]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert re.fullmatch("error: " + message.replace("(", r"\(").replace(")", r"\)"), line)
+
+
+def test_flags_reach_the_config():
+    """Nested, tuple and optional fields, and a boolean switched off, through a real command line."""
+    program = (
+        "import sys; from absl import flags; from experiments import train; from experiments.config import to_dict\n"
+        "train.define_config(sys.argv); flags.FLAGS(sys.argv); import json; print(json.dumps(to_dict(flags.FLAGS.config)))"
+    )
+    given = ["--config=experiments/configs/smoke.py", "--config.model.depth=3", "--config.data.size=(8, 12)"]
+    given += ["--config.train.patience=4", "--noconfig.data.flip", "--config.model.positions=('rotary',)"]
+    done = subprocess.run([sys.executable, "-c", program, *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    expected = shipped("smoke")
+    expected.model.depth, expected.data.size, expected.train.patience = 3, (8, 12), 4
+    expected.model.positions = ("rotary",)
+    assert configs.from_dict(json.loads(done.stdout)) == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("train", "steps", 0, r"--config\.train\.steps=0 must be at least 1"),
+        ("train", "batch_size", 0, r"--config\.train\.batch_size=0 must be"),
+        ("train", "log_every", -1, r"--config\.train\.log_every=-1 must be"),
+        ("train", "clip", 0.0, r"--config\.train\.clip=0\.0 must be positive"),
+        ("train", "patience", 3, r"--config\.train\.patience=3 needs --config\.train\.eval_every"),
+        ("train", "warmup", 2000, r"warmup=2000 must lie in"),
+        ("train", "schedule", "cosin", r"schedule='cosin' is not one of"),
+        ("sample", "steps", 0, r"--config\.sample\.steps=0 must be"),
+        ("sample", "count", 0, r"--config\.sample\.count=0 must be"),
+        ("sample", "sampler", "dim", r"--config\.sample\.sampler='dim' is not one of ddim, ancestral, heun"),
+        ("process", "path", "strait", r"--config\.process\.path='strait' is not one of linear"),
+        ("process", "times", "often", r"--config\.process\.times='often' is not one of uniform"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused(section, field, value, message):
+    config = configs.Config()
+    train.check(config)
+    setattr(getattr(config, section), field, value)
+    with pytest.raises(ValueError, match=message):
+        train.check(config)
+
+
+def test_overstepping_belongs_to_ddim():
+    config = configs.Config()
+    config.sample.overstep = 1.5
+    train.check(config)
+    config.sample.sampler = "heun"
+    with pytest.raises(ValueError, match=r"--config\.sample\.overstep=1\.5 belongs to the ddim sampler, not to heun"):
+        train.check(config)

@@ -1,0 +1,577 @@
+"""The commands from end to end: train, stop, continue, sample; what they write, and what they refuse."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from diffusion import checkpoint
+from diffusion import train as training
+from experiments import build, measure, pictures, sample, session, train
+from experiments import config as configs
+from experiments.configs import blog, smoke
+
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+
+
+def tiny() -> configs.Config:
+    """The smoke config, as small as it gets; previews, checkpoints and log rows each keep their own rhythm."""
+    config = smoke.get_config()
+    config.model.width, config.model.depth = 16, 1
+    config.train = configs.Train(
+        steps=STEPS, batch_size=4, warmup=1, learning_rate=1e-2, log_every=2, sample_every=2, save_every=3
+    )
+    config.sample = configs.Sample(count=15, steps=2, guidance=2.0, batch_size=6)
+    return config
+
+
+def tiny_blog() -> configs.Config:
+    """The blog's recipe with a small network, and a learning rate so high that it soon gets worse."""
+    config = blog.get_config()
+    config.model.depth, config.model.heads, config.model.head_dim = 1, 2, 4
+    config.process.steps = 10
+    config.train.steps, config.train.batch_size, config.train.repeat = 40, 2, 3
+    config.train.learning_rate, config.train.log_every, config.train.save_every = 0.02, 1, 100
+    config.train.eval_every, config.train.eval_count, config.train.patience = 1, 12, 3
+    config.sample = configs.Sample(count=4, steps=5, overstep=1.5, batch_size=4)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    """Data sets are opened once, and a program that one training compiled is read from a file by the next."""
+    sources, settings = {}, ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    open_source, before = build.source, {name: getattr(jax.config, name) for name in settings}
+
+    def source(config, split="train"):
+        key = repr((config.data, split))
+        if key not in sources:
+            sources[key] = open_source(config, split)
+        return sources[key]
+
+    def start():
+        jax.config.update(settings[0], str(cache))
+        jax.config.update(settings[1], 0.0)
+
+    cache = tmp_path_factory.mktemp("xla")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "source", source)
+        patch.setattr(session, "start", start)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        compilation_cache.reset_cache()
+        start()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+class Run(NamedTuple):
+    workdir: Path
+    config: configs.Config
+    report: dict[str, Any]
+    printed: str
+
+
+def trained(config: configs.Config, workdir: Path) -> Run:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        report = train.train(config, workdir)
+    return Run(workdir, config, report, printed.getvalue())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """One whole training, of digits, with everything that follows it."""
+    return trained(tiny(), tmp_path_factory.mktemp("runs") / "digits")
+
+
+@pytest.fixture(scope="module")
+def blog_run(tmp_path_factory) -> Run:
+    """The blog's recipe, which stops early."""
+    return trained(tiny_blog(), tmp_path_factory.mktemp("runs") / "blog")
+
+
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory) -> Run:
+    """A run on a folder of rectangular colour pictures of two classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for i in range(8):
+            Image.fromarray(draw.integers(0, 256, (16, 24, 3), np.uint8)).save(root / name / f"{i}.png")
+    config = tiny()
+    config.data = configs.Data(name=f"folder:{root}", size=(8, 12), flip=True)
+    config.model.patch_size, config.train.steps, config.sample.count = 4, 2, 3
+    return trained(config, tmp_path_factory.mktemp("runs") / "folder")
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """A copy of the shared run to be harmed."""
+    return shutil.copytree(run.workdir, tmp_path / "copy")
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Trainings whose pictures are not the point are not measured."""
+    monkeypatch.setattr(measure, "quality", lambda *_: {})
+
+
+def state(config: configs.Config, workdir: Path, step: int | None = None) -> training.State:
+    """The state in a checkpoint."""
+    seen = build.stored(workdir)[1]
+    params = jax.eval_shape(lambda: build.init_params(config, seen))
+    like = jax.eval_shape(lambda p: training.init_state(p, build.optimizer(config)), params)
+    return checkpoint.restore(workdir / "checkpoints", like, step)[0]
+
+
+def assert_same_state(a: training.State, b: training.State) -> None:
+    """Every leaf, bit for bit."""
+    named = [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (a, b)]
+    assert [path for path, _ in named[0]] == [path for path, _ in named[1]]
+    for (path, x), (_, y) in zip(*named, strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), path
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+
+
+def rows(workdir: Path, timings: bool = False) -> list[dict[str, float]]:
+    """What was logged, without what depends on the clock."""
+    clock = () if timings else ("seconds", "images_per_second")
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def samples(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(folder / "samples.npz") as file:
+        assert file.files == ["arr_0", "arr_1"]
+        return file["arr_0"], file["arr_1"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with what it holds."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def killed_at(monkeypatch, step: int) -> None:
+    """SIGTERM reaches this process when `step` is logged."""
+    log = session.Log.scalars
+
+    def scalars(self, done, values):
+        log(self, done, values)
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(session.Log, "scalars", scalars)
+
+
+# What a run leaves
+
+
+def test_a_run_writes_what_it_says(run):
+    c, (images, labels) = run.config, samples(run.workdir)
+    names = {p.name for p in run.workdir.iterdir()}
+    expected = {"config.json", "metrics.jsonl", "checkpoints", "previews", "samples.npz", "samples.png", "report.json"}
+    assert names == expected
+    assert (images.dtype, images.shape) == (np.uint8, (c.sample.count, 28, 28, 1))
+    assert labels.tolist() == [*range(10), *range(5)]
+    assert labels.dtype.kind == "i"
+    assert images.std() > 10
+    with Image.open(run.workdir / "samples.png") as picture:
+        np.testing.assert_array_equal(picture, pictures.grid(images, 10))
+
+
+def test_every_interval_is_kept(run):
+    assert checkpoint.steps(run.workdir / "checkpoints") == [3, STEPS]
+    assert sorted(p.name for p in (run.workdir / "previews").iterdir()) == ["0000002.png", "0000004.png"]
+    logged = rows(run.workdir, timings=True)
+    assert [row["step"] for row in logged] == [1, 2, 4, STEPS]
+    assert all(set(row) >= {"loss", "grad_norm", "images_per_second", "seconds"} for row in logged)
+    seconds = [row["seconds"] for row in logged]
+    assert seconds == sorted(seconds)
+
+
+def test_previews_show_the_same_noise_as_it_becomes_digits(run):
+    shape = pictures.grid(np.zeros((40, 28, 28, 1), np.uint8), 10).size
+    shown = []
+    for path in sorted((run.workdir / "previews").iterdir()):
+        with Image.open(path) as image:
+            assert image.size == shape
+            shown.append(np.asarray(image))
+    assert (shown[0] != shown[1]).any()
+
+
+def test_the_report_says_what_was_reached_and_what_to_type_next(run):
+    report = json.loads((run.workdir / "report.json").read_text())
+    assert report == run.report
+    assert report["train_steps"] == STEPS
+    assert (report["sample_count"], report["sample_steps"], report["guidance"]) == (15, 2, 2.0)
+    assert report["train_seconds"] > 0
+    assert report["sample_seconds"] > 0
+    assert report["distance"] > report["floor"] > 0
+    assert 0 <= report["agreement"] <= 1
+    end = run.printed[run.printed.index("Trained") :]
+    assert f"Trained {STEPS} steps in" in end
+    assert f"{report['distance']:.2f}" in end
+    assert f"{report['agreement']:.1%}" in end
+    assert end.strip().splitlines()[-1].startswith(f"Next: python -m experiments.sample --workdir={run.workdir} ")
+
+
+def test_the_network_is_rebuilt_from_the_stored_config(run):
+    config, seen = build.stored(run.workdir)
+    assert config == run.config
+    assert seen == build.Seen((28, 28, 1), tuple("0123456789"))
+
+
+# Stopping and continuing
+
+
+def test_interrupted_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, unmeasured):
+    with monkeypatch.context() as patch:
+        killed_at(patch, 4)
+        with pytest.raises(session.Stopped, match=rf"Stopped at step 4 of {STEPS}; the same command continues"):
+            trained(tiny(), tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [3, 4]
+    assert not (tmp_path / "report.json").exists()
+    again = trained(tiny(), tmp_path)
+    assert "continuing after step 4" in again.printed
+    assert_same_state(state(tiny(), tmp_path, STEPS), state(tiny(), run.workdir, STEPS))
+    assert rows(tmp_path) == rows(run.workdir)
+    np.testing.assert_array_equal(samples(tmp_path)[0], samples(run.workdir)[0])
+    assert files(tmp_path / "previews")["0000002.png"] == files(run.workdir / "previews")["0000002.png"]
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, copy, unmeasured):
+    (copy / "report.json").unlink()
+    largest = max((copy / "checkpoints" / str(STEPS)).rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    again = trained(tiny(), copy)
+    assert f"checkpoints/{STEPS} cannot be read" in again.printed
+    assert "going back to step 3" in again.printed
+    assert "continuing after step 3" in again.printed
+    assert_same_state(state(tiny(), copy, STEPS), state(tiny(), run.workdir, STEPS))
+    assert rows(copy) == rows(run.workdir)
+
+
+def test_sigterm_to_the_command_saves_and_the_same_command_finishes(tmp_path):
+    """A process of its own, because its exit status and its messages matter."""
+    given = {"model.width": 16, "model.depth": 1, "train.steps": 300, "train.batch_size": 2, "train.log_every": 1}
+    given |= {"train.sample_every": 1000, "train.save_every": 1000, "sample.count": 2, "sample.steps": 1}
+    command = [sys.executable, "-m", "experiments.train", "--config=experiments/configs/smoke.py"]
+    command += [f"--workdir={tmp_path}", *(f"--config.{name}={value}" for name, value in given.items())]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        for line in process.stdout:
+            if line.startswith("training from step 0"):
+                process.send_signal(signal.SIGTERM)
+                break
+        _, complaint = process.communicate()
+    assert process.returncode == 130
+    assert "SIGTERM: finishing this step and saving" in complaint
+    assert "the same command continues from there" in complaint.splitlines()[-1]
+    assert "Traceback" not in complaint
+    (step,) = checkpoint.steps(tmp_path / "checkpoints")
+    assert step < 300
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, step + 1)]
+
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing after step {step} of 300" in again.stdout
+    assert "\nNext: python -m experiments.sample" in again.stdout
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, 301)]
+
+
+def test_a_finished_run_says_so_and_trains_nothing(run, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("it trained"))
+    before = files(run.workdir)
+    again = trained(tiny(), run.workdir)
+    assert again.report == run.report
+    assert again.printed.startswith(f"{run.workdir} is finished; nothing was trained again.")
+    assert again.printed.endswith(run.printed[run.printed.index("Trained") :])
+    assert files(run.workdir) == before
+
+
+def test_a_work_directory_of_another_config_is_refused(run):
+    config = tiny()
+    config.train.learning_rate, config.model.depth, config.model.positions = 0.5, 2, ("sincos",)
+    before = files(run.workdir)
+    with pytest.raises(ValueError, match="another config") as refusal:
+        trained(config, run.workdir)
+    differing = [line.strip() for line in str(refusal.value).splitlines() if line.startswith("  ")]
+    assert differing == [
+        "model.depth: 1 -> 2",
+        'model.positions: ["learned", "rotary"] -> ["sincos"]',
+        "train.learning_rate: 0.01 -> 0.5",
+    ]
+    assert files(run.workdir) == before
+
+
+def test_a_file_in_the_way_of_the_work_directory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("it trained"))
+    (tmp_path / "file").write_text("not mine")
+    with pytest.raises(OSError, match="cannot write in .*file"):
+        trained(tiny(), tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "not mine"
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(tmp_path):
+    config = tiny()
+    config.train.learning_rate, config.train.warmup, config.train.clip = 1e30, 0, None
+    config.train.log_every, config.train.save_every, config.train.sample_every = 100, 3, 100
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 3; nothing was saved after step 0\. "):
+        trained(config, tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+# Early stopping
+
+
+def test_early_stopping_keeps_the_best_weights(blog_run):
+    losses = {row["step"]: row["held_out_loss"] for row in rows(blog_run.workdir) if "held_out_loss" in row}
+    best = min(losses, key=losses.get)
+    patience, last = blog_run.config.train.patience, max(losses)
+    assert 1 < best < last == best + patience < blog_run.config.train.steps
+    assert checkpoint.steps(blog_run.workdir / "checkpoints") == [last]
+    kept = state(blog_run.config, blog_run.workdir)
+    assert int(kept.step) == best
+    assert blog_run.report["train_steps"] == last
+    held_out = train.HeldOut(blog_run.config, build.stored(blog_run.workdir)[1], blog_run.workdir, None)
+    assert float(held_out._loss(kept.ema)) == losses[best]
+
+
+def test_a_run_that_stopped_early_is_not_taken_up_again(blog_run, tmp_path, unmeasured):
+    copy = shutil.copytree(blog_run.workdir, tmp_path / "copy")
+    (copy / "report.json").unlink()
+    again = trained(tiny_blog(), copy)
+    assert "training from" not in again.printed
+    assert "continuing after" not in again.printed
+    assert again.report["train_steps"] == blog_run.report["train_steps"]
+    assert rows(copy) == rows(blog_run.workdir)
+    np.testing.assert_array_equal(samples(copy)[0], samples(blog_run.workdir)[0])
+
+
+def test_early_stopping_survives_an_interruption(blog_run, tmp_path, monkeypatch, unmeasured):
+    with monkeypatch.context() as patch:
+        killed_at(patch, 2)
+        with pytest.raises(session.Stopped):
+            trained(tiny_blog(), tmp_path)
+    trained(tiny_blog(), tmp_path)
+    assert rows(tmp_path) == rows(blog_run.workdir)
+    assert_same_state(state(tiny_blog(), tmp_path), state(tiny_blog(), blog_run.workdir))
+
+
+# Other data
+
+
+def test_a_folder_of_colour_pictures(folder_run):
+    images, labels = samples(folder_run.workdir)
+    assert (images.dtype, images.shape) == (np.uint8, (3, 8, 12, 3))
+    assert labels.tolist() == [0, 1, 0]
+    assert build.stored(folder_run.workdir)[1] == build.Seen((8, 12, 3), ("cat", "dog"))
+    assert "distance" not in folder_run.report
+    assert "There is no feature network for this data set" in folder_run.printed
+    with Image.open(folder_run.workdir / "samples.png") as picture:
+        assert picture.mode == "RGB"
+
+
+def test_tensorboard_without_its_extra_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(ValueError, match=r"--tensorboard needs tensorboardX: pip install -e '\.\[tensorboard\]'"):
+        train.train(tiny(), tmp_path, tensorboard=True)
+
+
+def test_tensorboard_holds_numbers_and_pictures(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with session.Log(tmp_path, tensorboard=True) as log:
+        log.scalars(3, {"loss": 0.5})
+        log.image(3, "samples", np.zeros((4, 5), np.uint8))
+        log.image(3, "colour", np.zeros((4, 5, 3), np.uint8))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert all(name in content for name in (b"loss", b"samples", b"colour", b"PNG"))
+
+
+# Sampling
+
+
+def draw(workdir: Path | None, *arguments: str, command=sample) -> str:
+    """Runs the command with these flags as a shell would; returns what it printed."""
+    given = [] if workdir is None else [f"--workdir={workdir}"]
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        flags.FLAGS.unparse_flags()
+        command.main(flags.FLAGS([command.__name__, *given, *arguments]))
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def drawn(run, tmp_path_factory) -> Path:
+    """Seven pictures in one batch, with their way from noise."""
+    outdir = tmp_path_factory.mktemp("drawn")
+    draw(run.workdir, f"--outdir={outdir}", "--num_samples=7", "--batch_size=8", "--steps=5", "--trajectory")
+    return outdir
+
+
+def test_samples_have_the_layout_of_the_evaluators(drawn):
+    images, labels = samples(drawn)
+    assert (images.dtype, images.shape) == (np.uint8, (7, 28, 28, 1))
+    assert labels.tolist() == [*range(7)]
+    assert labels.dtype.kind == "i"
+    assert {p.name for p in drawn.iterdir()} == {"samples.npz", "samples.png", "trajectory.png", "trajectory.gif"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_pictures_do_not_depend_on_the_batch_size(run, drawn, tmp_path, batch_size):
+    draw(run.workdir, f"--outdir={tmp_path}", "--num_samples=7", f"--batch_size={batch_size}", "--steps=5")
+    np.testing.assert_array_equal(samples(tmp_path)[0], samples(drawn)[0])
+
+
+def test_the_way_from_noise_ends_in_the_sample(drawn):
+    images, _ = samples(drawn)
+    with Image.open(drawn / "trajectory.gif") as film:
+        assert film.n_frames == 6
+        shown = []
+        for i in range(6):
+            film.seek(i)
+            shown.append(np.asarray(film.convert("L")))
+    np.testing.assert_array_equal(shown[-1], pictures.grid(images, 5))
+    with Image.open(drawn / "trajectory.png") as strip:
+        pixels = np.asarray(strip)
+    cell = pixels.shape[1] // 6
+    assert pixels.shape == (7 * cell + 2, 6 * cell + 2)
+    np.testing.assert_array_equal(pixels[:, -cell - 2 :], pictures.grid(images, 1))
+    assert (pixels[:, : cell + 2] != pixels[:, -cell - 2 :]).mean() > 0.1
+
+
+def test_another_seed_draws_other_pictures_and_the_run_has_its_own(run, drawn, tmp_path):
+    draw(run.workdir, f"--outdir={tmp_path / 'own'}", "--num_samples=7", "--steps=5", "--seed=0")
+    draw(run.workdir, f"--outdir={tmp_path / 'other'}", "--num_samples=7", "--steps=5", "--seed=1")
+    np.testing.assert_array_equal(samples(tmp_path / "own")[0], samples(drawn)[0])
+    assert (samples(tmp_path / "other")[0] != samples(drawn)[0]).any((1, 2, 3)).all()
+
+
+def test_labels_are_taken_in_turn(run, tmp_path):
+    draw(run.workdir, f"--outdir={tmp_path}", "--num_samples=5", "--labels=7, 3")
+    assert samples(tmp_path)[1].tolist() == [7, 3, 7, 3, 7]
+
+
+def test_labels_by_name(folder_run, tmp_path):
+    draw(folder_run.workdir, f"--outdir={tmp_path / 'name'}", "--num_samples=2", "--labels=dog")
+    draw(folder_run.workdir, f"--outdir={tmp_path / 'number'}", "--num_samples=2", "--labels=1")
+    images, labels = samples(tmp_path / "name")
+    assert labels.tolist() == [1, 1]
+    np.testing.assert_array_equal(images, samples(tmp_path / "number")[0])
+
+
+def test_every_flag_reaches_the_sampler(run, monkeypatch):
+    config, seen = build.stored(run.workdir)
+    given = {"seed": 5, "steps": 9, "sampler": "heun", "guidance": 1.5, "batch_size": 2}
+    with flagsaver.flagsaver(**given):
+        sample.override(config, seen)
+    assert {name: getattr(config.sample, name) for name in given} == given
+    with flagsaver.flagsaver(overstep=1.25):
+        sample.override(stored := build.stored(run.workdir)[0], seen)
+    assert stored.sample.overstep == 1.25
+    with flagsaver.flagsaver():
+        sample.override(untouched := build.stored(run.workdir)[0], seen)
+    assert untouched == run.config
+
+
+def test_each_call_has_a_new_folder_and_an_old_one_is_not_overwritten(copy):
+    for number in ("001", "002"):
+        assert f"written to {copy / 'samples' / number}" in draw(copy, "--num_samples=1")
+    first = files(copy / "samples" / "001")
+    with pytest.raises(ValueError, match=r"001 holds samples already; pass --overwrite or another --outdir"):
+        draw(copy, "--num_samples=1", "--seed=1", f"--outdir={copy / 'samples' / '001'}")
+    assert files(copy / "samples" / "001") == first
+    draw(copy, "--num_samples=1", "--seed=1", f"--outdir={copy / 'samples' / '001'}", "--overwrite")
+    assert files(copy / "samples" / "001") != first
+
+
+def test_an_older_checkpoint_can_be_drawn_from(run, tmp_path):
+    printed = draw(run.workdir, f"--outdir={tmp_path / 'old'}", "--num_samples=2", "--checkpoint=3")
+    assert "from step 3 of" in printed
+    draw(run.workdir, f"--outdir={tmp_path / 'new'}", "--num_samples=2")
+    assert (samples(tmp_path / "old")[0] != samples(tmp_path / "new")[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_samples=0"], r"flag --num_samples=0: 0 is not an integer in the range \[1"),
+        (["--steps=0"], r"--steps=0 must be at least 1"),
+        (["--batch_size=0"], r"--batch_size=0 must be at least 1"),
+        (["--labels=3,10"], r"--labels: \['10'\] are not among the classes 0\.\.9 of this run"),
+        (["--labels=-1"], r"--labels: \['-1'\] are not among the classes"),
+        (["--labels=seven"], r"--labels: \['seven'\] are not among the classes"),
+        (["--labels="], r"--labels: .* classes"),
+        (["--sampler=dim"], r"'dim' is not one of ddim, ancestral, heun"),
+        (["--sampler=heun", "--overstep=1.5"], r"overstep=1\.5 belongs to the ddim sampler"),
+        (["--overstep=-1"], r"overstep=-1\.0 must be positive"),
+        (["--guidance=nan"], r"--guidance=nan must be a finite number"),
+        (["--checkpoint=5"], r"there is no checkpoint of step 5 in .*; there are \[3, 6\]"),
+        (["--outdir=FILE"], r"cannot write in FILE"),
+        (["--outdir=FILE/below"], r"cannot write in FILE/below"),
+        (["extra"], r"unexpected arguments \['extra'\]"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_drawn(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(measure, "collect", lambda *_: pytest.fail("it drew"))
+    file = tmp_path / "file"
+    file.write_text("not mine")
+    before = files(run.workdir)
+    arguments, message = [a.replace("FILE", str(file)) for a in arguments], message.replace("FILE", str(file))
+    with pytest.raises((ValueError, OSError, flags.Error, sample.app.UsageError), match=message) as refusal:
+        draw(run.workdir, *arguments)
+    assert "\n" not in str(refusal.value)
+    assert files(run.workdir) == before
+    assert not (run.workdir / "samples").exists()
+    assert file.read_text() == "not mine"
+
+
+def test_labels_and_guidance_belong_to_runs_with_labels(blog_run, monkeypatch):
+    monkeypatch.setattr(measure, "collect", lambda *_: pytest.fail("it drew"))
+    with pytest.raises(ValueError, match="--labels=3: this run was trained without labels"):
+        draw(blog_run.workdir, "--labels=3")
+    with pytest.raises(ValueError, match=r"--guidance=2\.0 needs a run that was trained with labels"):
+        draw(blog_run.workdir, "--guidance=2")
+
+
+def test_directories_that_are_no_runs_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="--workdir is missing: pass the directory"):
+        draw(None)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; pass the directory that a training run wrote"):
+        draw(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=rf"holds no config\.json; .* such as {run.workdir}"):
+        draw(run.workdir.parent)
+    (tmp_path / "config.json").write_text('{"name": "of another program"}')
+    with pytest.raises(ValueError, match=r"config\.json was not written by experiments\.train"):
+        draw(tmp_path)
+    values = json.loads((run.workdir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"colour": "blue"}))
+    with pytest.raises(ValueError, match=r"the stored config and this version differ in the fields \['colour'\]"):
+        draw(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
+        draw(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
