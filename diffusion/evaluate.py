@@ -34,9 +34,9 @@ from diffusion.data import Source
 from diffusion.models import classifier
 
 WEIGHTS = Path(__file__).parent / "weights" / "mnist_classifier.safetensors"
-SHA256 = "0"  # of WEIGHTS, as `python -m experiments.classifier` prints it
+SHA256 = "052ee3a01fef402e1268c33fc0f871cb5a5e6076c98f207378755c1e16b9d162"  # of WEIGHTS
 BATCH_SIZE = 250
-ROWS = 1024  # of a table of pairs that are held at once
+ROWS = 256  # of a table of pairs that are held at once
 
 
 def load_classifier(path: str | os.PathLike = WEIGHTS, sha256: str = SHA256) -> Any:

@@ -75,10 +75,16 @@ def antithetic_times(key: jax.Array, n: int) -> jax.Array:
 
 
 def logit_normal_times(mean: float = 0.0, std: float = 1.0) -> Times:
-    """logit(t) ~ N(mean, std^2) (Esser et al. 2024, 2403.03206); a positive mean favours noise."""
+    """logit(t) ~ N(mean, std^2) (Esser et al. 2024, 2403.03206), stratified; a positive mean favours noise."""
     if not std > 0:
         raise ValueError(f"std={std} must be positive")
-    return lambda key, n: jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,)))
+
+    def times(key: jax.Array, n: int) -> jax.Array:
+        # The quantile is infinite at 0, which the antithetic draw can return.
+        u = jnp.maximum(antithetic_times(key, n), 1e-6)
+        return jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u))
+
+    return times
 
 
 def grid_times(steps: int) -> Times:

@@ -11,6 +11,7 @@ write it with the second command and put the SHA-256 it prints into `diffusion/e
 
 import hashlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     given = flags.FLAGS
     out = Path(given.out)
+    if out.is_dir():
+        raise IsADirectoryError(f"--out={out} is a directory; pass the name of a file")
     if out.exists() and not given.overwrite:
         raise FileExistsError(f"{out} exists; pass --overwrite to replace it, or another --out")
     checkpoint.check_writable(out.parent)
@@ -68,13 +71,23 @@ def main(argv: list[str]) -> None:
 
 def train(source: data.Source, *, seed: int = 0, steps: int = STEPS) -> Any:
     """Averaged parameters after `steps` steps on randomly warped digits of `source`."""
-    optimizer = training.adamw(2e-3, steps, warmup=steps // 20, weight_decay=0.05, clip=1.0)
-    step = jax.jit(training.make_step(loss, optimizer, ema_decay=0.995), donate_argnums=1)
     key = jax.random.key(seed)
-    state = training.init_state(classifier.init(jax.random.fold_in(key, steps)), optimizer)
+    params = jax.jit(classifier.init)(jax.random.fold_in(key, steps))  # the steps fold in 0 .. steps - 1
+    state = training.init_state(params, optimizer(steps))
     for i in tqdm(range(steps), unit="step", disable=None):
-        state, _ = step(key, state, data.batch(source, seed, i, BATCH_SIZE))
+        state = update(steps, key, state, data.batch(source, seed, i, BATCH_SIZE))
     return jax.tree.map(np.asarray, state.ema)
+
+
+def optimizer(steps: int) -> optax.GradientTransformation:
+    """AdamW over `steps` steps."""
+    return training.adamw(2e-3, steps, warmup=steps // 20, weight_decay=0.05, clip=1.0)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def update(steps: int, key: jax.Array, state: training.State, batch: dict[str, jax.Array]) -> training.State:
+    """One of `steps` steps."""
+    return training.make_step(loss, optimizer(steps), ema_decay=0.995)(key, state, batch)[0]
 
 
 def loss(params: Any, key: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:

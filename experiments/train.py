@@ -216,8 +216,8 @@ class HeldOut:
         self._patience, self._log, self._kept = c.patience, log, workdir / "best"
         held = data.batch(build.source(config, "test"), config.seed, 0, -(-c.eval_count // c.repeat))
         examples = build.example_loss(config, seen)
-        key = jax.random.key(config.seed + 1)
-        self._loss = jax.jit(lambda params: examples(params, key, held, False).mean())
+        # The key is made inside, anew each time: every measurement is of the same noise.
+        self._loss = jax.jit(lambda params: examples(params, jax.random.key(config.seed + 1), held, False).mean())
 
     def losses(self) -> dict[int, float]:
         """Step to loss, of every measurement so far."""

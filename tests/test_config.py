@@ -118,8 +118,9 @@ def test_a_wrong_flag_is_one_line(argument, message):
 def test_flags_reach_the_config():
     """Nested, tuple and optional fields, and a boolean switched off, through a real command line."""
     program = (
-        "import sys; from absl import flags; from experiments import train; from experiments.config import to_dict\n"
-        "train.define_config(sys.argv); flags.FLAGS(sys.argv); import json; print(json.dumps(to_dict(flags.FLAGS.config)))"
+        "import json, sys; from absl import flags; from experiments import config, train\n"
+        "train.define_config(sys.argv); flags.FLAGS(sys.argv)\n"
+        "print(json.dumps(config.to_dict(flags.FLAGS.config)))"
     )
     given = ["--config=experiments/configs/smoke.py", "--config.model.depth=3", "--config.data.size=(8, 12)"]
     given += ["--config.train.patience=4", "--noconfig.data.flip", "--config.model.positions=('rotary',)"]

@@ -1,6 +1,7 @@
 """The commands from end to end: train, stop, continue, sample; what they write, and what they refuse."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from PIL import Image
 
 from diffusion import checkpoint
 from diffusion import train as training
-from experiments import build, measure, pictures, sample, session, train
+from experiments import blog_figures, build, evaluate, measure, pictures, sample, session, train
 from experiments import config as configs
 from experiments.configs import blog, smoke
 
@@ -169,12 +170,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def killed_at(monkeypatch, step: int) -> None:
-    """SIGTERM reaches this process when `step` is logged."""
+    """SIGTERM reaches this process, once, when the training loss of `step` is logged."""
     log = session.Log.scalars
 
     def scalars(self, done, values):
         log(self, done, values)
-        if done == step:
+        if done == step and "loss" in values:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(session.Log, "scalars", scalars)
@@ -482,18 +483,17 @@ def test_labels_by_name(folder_run, tmp_path):
     np.testing.assert_array_equal(images, samples(tmp_path / "number")[0])
 
 
-def test_every_flag_reaches_the_sampler(run, monkeypatch):
-    config, seen = build.stored(run.workdir)
+def test_every_flag_reaches_the_sampler(run, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(build, "drawer", lambda config, *_: used.append(config))
+    monkeypatch.setattr(measure, "collect", lambda *_: (np.zeros((1, 28, 28, 1), np.uint8), 0.0))
     given = {"seed": 5, "steps": 9, "sampler": "heun", "guidance": 1.5, "batch_size": 2}
-    with flagsaver.flagsaver(**given):
-        sample.override(config, seen)
-    assert {name: getattr(config.sample, name) for name in given} == given
-    with flagsaver.flagsaver(overstep=1.25):
-        sample.override(stored := build.stored(run.workdir)[0], seen)
-    assert stored.sample.overstep == 1.25
-    with flagsaver.flagsaver():
-        sample.override(untouched := build.stored(run.workdir)[0], seen)
-    assert untouched == run.config
+    for flagged in (given, {"overstep": 1.25}, {}):
+        arguments = [f"--{name}={value}" for name, value in flagged.items()]
+        draw(run.workdir, f"--outdir={tmp_path / str(len(used))}", "--num_samples=1", *arguments)
+        expected = tiny()
+        expected.sample = dataclasses.replace(expected.sample, **flagged)
+        assert used[-1] == expected
 
 
 def test_each_call_has_a_new_folder_and_an_old_one_is_not_overwritten(copy):
@@ -575,3 +575,134 @@ def test_directories_that_are_no_runs_are_refused(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         draw(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+# Evaluation
+
+
+def test_evaluation_repeats_the_numbers_of_the_report(run):
+    printed = draw(run.workdir, "--json", command=evaluate)
+    values = json.loads(printed)
+    assert values.pop("samples") == str(run.workdir / "samples.npz")
+    assert values.items() <= run.report.items()
+    assert values["measured"] == 15
+    assert {"agreement_0", "distance", "floor", "precision", "nearest_ratio"} <= set(values)
+
+
+def test_evaluation_of_a_file_prints_a_table_with_the_floor(run):
+    printed = draw(None, f"--samples={run.workdir / 'samples.npz'}", command=evaluate)
+    title, _, *lines = printed.splitlines()
+    assert title.startswith(f"15 pictures of {run.workdir / 'samples.npz'}")
+    table = {line[:18].strip(): line[18:28].strip() for line in lines}
+    assert table["feature distance"] == f"{run.report['distance']:.2f}"
+    assert table["of real digits"] == f"{run.report['floor']:.2f}"
+    assert table["ratio"] == f"{run.report['ratio']:.2f}"
+    assert table["agreement"] == f"{run.report['agreement']:.1%}"
+    assert table["of 7"] == f"{run.report['agreement_7']:.1%}"
+
+
+def test_pictures_without_labels_have_no_agreement(run, blog_run, tmp_path):
+    np.savez(tmp_path / "unlabelled.npz", samples(run.workdir)[0])
+    for where in ({"workdir": blog_run.workdir}, {"workdir": None, "samples": tmp_path / "unlabelled.npz"}):
+        workdir, extra = where["workdir"], [f"--samples={path}" for path in [where.get("samples")] if path]
+        values = json.loads(draw(workdir, *extra, "--json", command=evaluate))
+        assert values["distance"] > 0
+        assert not [name for name in values if "agreement" in name]
+    assert not [name for name in blog_run.report if "agreement" in name]
+
+
+def test_of_more_pictures_than_can_be_compared_some_are_measured(run, monkeypatch):
+    given = []
+    monkeypatch.setattr(measure.evaluate, "report", lambda images, labels, *_: given.append((images, labels)) or {})
+    images = np.arange(3000).astype(np.uint8)[:, None, None, None]
+    values = measure.quality(run.config, images, np.arange(3000))
+    assert values == {"measured": 2500}
+    ((chosen, labels),) = given
+    assert len(set(labels.tolist())) == 2500
+    assert set(labels % 2) == {0, 1}
+    np.testing.assert_array_equal(chosen, images[labels])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((5, 28, 28, 1))}, "images must be uint8"),
+        ({"arr_0": np.zeros((5, 28, 28, 3), np.uint8)}, r"must be digits of shape \[N, 28, 28, 1\].*\(5, 28, 28, 3\)"),
+        ({"arr_0": np.zeros((5, 28, 28), np.uint8)}, r"must be digits of shape .*\(5, 28, 28\)"),
+        ({"arr_0": np.zeros((2, 28, 28, 1), np.uint8)}, r"2 pictures are too few to measure"),
+        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(4)}, r"labels have shape \(4,\)"),
+        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(8, 13)}, r"labels lie in 8 \.\. 12, outside"),
+        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.zeros(5)}, r"labels must be integers"),
+        ({"images": np.zeros((5, 28, 28, 1), np.uint8)}, r"holds \['images'\], but no arr_0"),
+        ({"arr_0": np.array([None])}, r"is not a whole npz file: .*pickle"),
+    ],
+    ids=lambda value: "",
+)
+def test_what_is_no_digits_is_refused(tmp_path, arrays, message):
+    path = tmp_path / "samples.npz"
+    np.savez(path, **arrays)
+    with pytest.raises((TypeError, ValueError), match=message) as refusal:
+        draw(None, f"--samples={path}", command=evaluate)
+    assert str(refusal.value).startswith(str(path))
+    assert "\n" not in str(refusal.value)
+
+
+def test_files_that_cannot_be_measured_are_refused(run, folder_run, tmp_path):
+    for content in (b"", b"text", (run.workdir / "samples.npz").read_bytes()[:-100]):
+        (tmp_path / "broken.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.npz is not a whole npz file"):
+            draw(None, f"--samples={tmp_path / 'broken.npz'}", command=evaluate)
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"single\.npy is not a whole npz file"):
+        draw(None, f"--samples={tmp_path / 'single.npy'}", command=evaluate)
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.npz: pass --samples=FILE\.npz"):
+        draw(None, f"--samples={tmp_path / 'none.npz'}", command=evaluate)
+    with pytest.raises(ValueError, match=r"was trained on folder:.*, and there is a feature network for digits only"):
+        draw(folder_run.workdir, command=evaluate)
+    with pytest.raises(ValueError, match=r"--workdir is missing"):
+        draw(None, command=evaluate)
+
+
+# The blog's figures
+
+
+def test_the_blogs_figures(blog_run):
+    printed = draw(blog_run.workdir, command=blog_figures)
+    names = [Path(line).name for line in printed.splitlines() if line.endswith(".png")]
+    grids = [f"{name}_step_scaling_{n}.png" for n in (10, 1) for name in ("without", "with")]
+    assert names == ["noising.png", "denoising.png", *grids, "blog.png"]
+    sizes, contents = {}, set()
+    for name in names:
+        with Image.open(blog_run.workdir / "figures" / name) as image:
+            assert image.format == "PNG"
+            sizes[name] = image.size
+            contents.add(image.convert("L").tobytes())
+    assert len(contents) == len(names)
+    assert sizes["noising.png"][0] > 2 * sizes["noising.png"][1]
+    assert all(sizes["blog.png"][1] > sizes[name][1] for name in names[:-1])
+
+
+def test_strips_of_the_blog_begin_and_end_where_they_should(blog_run):
+    config, seen = build.stored(blog_run.workdir)
+    params, _ = checkpoint.restore_ema(blog_run.workdir / "checkpoints")
+    strip = blog_figures.noising(config)
+    assert strip["names"] == [f"n = {n}" for n in (0, 2, 4, 6, 8, 10)]
+    np.testing.assert_array_equal(strip["images"][0], build.source(config, "test").images[0])
+    changed = [np.abs(frame.astype(int) - strip["images"][0]).mean() for frame in strip["images"]]
+    assert changed == sorted(changed)
+
+    labels = np.zeros(1, int)
+    strip = blog_figures.denoising(config, seen, params, labels)
+    assert strip["names"] == [f"n = {n}" for n in (10, 8, 6, 4, 2, 0)]
+    config.sample.steps, config.sample.overstep = 10, 1.5
+    (sample_drawn,) = build.drawer(config, seen)(params, np.zeros(1, int), labels)
+    np.testing.assert_array_equal(strip["images"][-1], sample_drawn)
+    assert (strip["images"][0] != strip["images"][-1]).any()
+
+
+def test_the_blogs_figures_need_a_run_on_its_path(run, tmp_path):
+    with pytest.raises(ValueError, match=r"was trained on the linear path.*--config=experiments/configs/blog\.py"):
+        draw(run.workdir, command=blog_figures)
+    assert not (run.workdir / "figures").exists()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        draw(tmp_path / "nowhere", command=blog_figures)

@@ -2,6 +2,7 @@
 
 from math import prod
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +41,11 @@ def naive_fold(split, stride):
     return total
 
 
+def bits(a):
+    raw = a.reshape(-1, 1).view(np.uint8)
+    return (raw[:, :10] if a.dtype == np.longdouble and raw.shape[1] == 16 else raw).tobytes()  # the rest is padding
+
+
 def same_bits(a, b):
     """Equal shape, dtype and bits; adding zero makes the two zeros one, which XLA does not tell apart in sums."""
     a, b = np.asarray(a), np.asarray(b)
@@ -49,7 +55,7 @@ def same_bits(a, b):
     np.testing.assert_array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=20, derandomize=True)
 @given(st.data())
 def test_patchify_is_the_naive_loop(data):
     size, p, s = data.draw(cuts())
@@ -63,15 +69,15 @@ def test_patchify_is_the_naive_loop(data):
     for module in (patch_numpy, patch_numba):
         tokens = module.patchify(x, p, s, layout=layout)
         assert (tokens.dtype, tokens.shape) == (x.dtype, expected.shape)
-        assert tokens.tobytes() == expected.tobytes()
+        assert bits(tokens) == bits(expected)
     narrow = {"i8": "i4", "u8": "u4", "f8": "f4", "c16": "c8", "g": "f4"}  # what JAX has no 64-bit mode for here
     dtype = x.dtype.newbyteorder("=")
     dtype = np.dtype(narrow.get(dtype.str[1:], "f4" if dtype == np.longdouble else dtype))
-    tokens = patch.patchify(jnp.asarray(x.astype(dtype)), p, s, layout=layout)
-    assert np.asarray(tokens).tobytes() == expected.astype(dtype).tobytes()
+    tokens = jax.jit(lambda x: patch.patchify(x, p, s, layout=layout))(jnp.asarray(x.astype(dtype)))
+    assert bits(np.asarray(tokens)) == bits(expected.astype(dtype))
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=10, derandomize=True)
 @given(st.data())
 def test_fold_and_unpatchify_are_the_naive_sum(data):
     size, p, s = data.draw(cuts())
@@ -86,8 +92,9 @@ def test_fold_and_unpatchify_are_the_naive_sum(data):
     expected = np.stack([naive_fold(one, s) for one in split])
     weight = (1 / patch.coverage(size, p, s)).astype(dtype)[..., None]
     for module in MODULES:
-        same_bits(module.fold(tokens, size, p, s, layout=layout), expected)
-        same_bits(module.unpatchify(tokens, size, p, s, layout=layout), expected * weight)
+        run = jax.jit if module is patch else lambda f: f
+        same_bits(run(lambda t, m=module: m.fold(t, size, p, s, layout=layout))(tokens), expected)
+        same_bits(run(lambda t, m=module: m.unpatchify(t, size, p, s, layout=layout))(tokens), expected * weight)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

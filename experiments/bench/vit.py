@@ -28,11 +28,10 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion import train as training
 from diffusion.geometry import geometry
 from diffusion.sample import shifted_grid
 from experiments import build, session
-from experiments.bench import timing
+from experiments.bench import ours, timing
 from experiments.config import Config
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -43,8 +42,6 @@ _CONFIG = config_flags.DEFINE_config_file(
 PEERS = {"both": ("eager", "compile"), "eager": ("eager",), "compile": ("compile",), "none": ()}
 _PEER = flags.DEFINE_enum("peer", "both", list(PEERS), "PyTorch as it is, under torch.compile, or not at all.")
 _ATTENTION = flags.DEFINE_list("attention", [], "Our attention implementations, e.g. xla,cudnn; default: the config's.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Training steps per timing.", lower_bound=1)
-_SAMPLE_STEPS = flags.DEFINE_integer("sample_steps", 5, "Sampler steps per timing; all steps cost alike.", lower_bound=1)
 _NUM_CLASSES = flags.DEFINE_integer(
     "num_classes", 1000, "Classes of data that need not be there: configs that state both size and channels."
 )
@@ -64,8 +61,8 @@ def main(argv: Sequence[str]) -> None:
         peers=PEERS[_PEER.value],
         attention=_ATTENTION.value,
         rounds=timing.ROUNDS.value,
-        steps=_STEPS.value,
-        sample_steps=_SAMPLE_STEPS.value,
+        steps=timing.STEPS.value,
+        sample_steps=timing.SAMPLE_STEPS.value,
         num_classes=_NUM_CLASSES.value,
         peak_tflops=_PEAK.value,
     )
@@ -99,15 +96,14 @@ def run(
     batch = {"x": rng.integers(0, 256, (b, *seen.shape), np.uint8)}
     batch["y"] = rng.integers(0, max(seen.num_classes, 1), b).astype(np.int32)
     labels = rng.integers(0, max(seen.num_classes, 1), drawn).astype(np.int32)
-    params = jax.tree.map(np.asarray, everywhere(build.init_params(config, seen)))
+    params = ours.params(config, seen)
 
     agreement = parity(config, seen, params) if peers else None
-    ours = {f"ours{', ' + name if name else ''}": name for name in attention or [config.model.attention]}
     train, draw = {}, {}
-    for name, implementation in ours.items():
-        own = with_model(config, attention=implementation)
-        train[name] = our_steps(own, seen, params, batch, steps)
-        draw[name] = our_pictures(own, seen, params, labels, sample_steps)
+    for implementation in attention or [config.model.attention]:
+        name, own = f"ours, {implementation}" if implementation else "ours", with_model(config, attention=implementation)
+        train[name] = ours.train(own, seen, params, batch, steps)
+        draw[name] = ours.draw(own, seen, params, labels, sample_steps)
     for mode in peers:
         both = torch_contenders(torch_vit, config, seen, params, batch, labels, mode, steps, sample_steps)
         train[f"PyTorch {mode}"], draw[f"PyTorch {mode}"] = both
@@ -149,42 +145,6 @@ def facts(config: Config, num_classes: int) -> build.Seen:
 def with_model(config: Config, **fields: Any) -> Config:
     """The config with other fields of the network."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
-
-
-def everywhere(params: Any) -> Any:
-    """Params with noise on them: many are zero at first, and a comparison must not pass because of that."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return structure.unflatten([p + 0.02 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
-
-
-def our_steps(
-    config: Config, seen: build.Seen, params: Any, batch: dict[str, np.ndarray], steps: int
-) -> Callable[[], None]:
-    """Runs `steps` training steps, as `experiments.train` does."""
-    optimizer = build.optimizer(config)
-    step = training.make_step(build.loss_fn(config, seen), optimizer, ema_decay=config.train.ema)
-    step = jax.jit(step, donate_argnums=1)
-    key = jax.random.key(config.seed)
-    state = training.init_state(jax.tree.map(jnp.asarray, params), optimizer)
-
-    def run() -> None:
-        nonlocal state
-        for _ in range(steps):
-            state, _ = step(key, state, jax.device_put(batch))
-        jax.block_until_ready(state)
-
-    return run
-
-
-def our_pictures(
-    config: Config, seen: build.Seen, params: Any, labels: np.ndarray, sample_steps: int
-) -> Callable[[], np.ndarray]:
-    """Draws a batch in `sample_steps` steps of DDIM, as `experiments.sample` does."""
-    few = dataclasses.replace(config.sample, steps=sample_steps, sampler="ddim", overstep=1.0)
-    draw = build.drawer(dataclasses.replace(config, sample=few), seen)
-    params, index = jax.tree.map(jnp.asarray, params), np.arange(len(labels))
-    return lambda: np.asarray(draw(params, index, labels))
 
 
 def peer_module(config: Config) -> Any:
@@ -259,12 +219,12 @@ def parity(config: Config, seen: build.Seen, params: Any, count: int = 4) -> dic
 
     apply = build.network(with_model(config, dtype="float32", attention=None), seen).apply
 
-    def ours(params: Any) -> tuple[jax.Array, jax.Array]:
+    def error(params: Any) -> tuple[jax.Array, jax.Array]:
         pred = apply(params, xt, t, y)
         return jnp.square(pred - wanted).mean(), pred
 
     with jax.default_matmul_precision("highest"):
-        grads, pred = jax.jit(jax.grad(ours, has_aux=True))(params)
+        grads, pred = jax.jit(jax.grad(error, has_aux=True))(params)
     network = torch_network(torch_vit, config, seen, params)
     theirs = network(*(torch.from_numpy(a).to(torch_device()) for a in (xt, t, y)))
     (theirs - torch.from_numpy(wanted).to(torch_device())).square().mean().backward()
@@ -291,7 +251,7 @@ def torch_contenders(
     steps: int,
     sample_steps: int,
 ) -> tuple[Callable[[], None], Callable[[], np.ndarray]]:
-    """`our_steps` and `our_pictures` in PyTorch, `mode` "eager" or "compile"."""
+    """`ours.train` and `ours.draw` in PyTorch, `mode` "eager" or "compile"."""
     torch, device = torch_vit.torch, torch_device()
     c, d = config.train, config.data
     network = torch_network(torch_vit, config, seen, params)

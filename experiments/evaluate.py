@@ -1,0 +1,87 @@
+"""Measures pictures of digits against real ones.
+
+    python -m experiments.evaluate --workdir=runs/mnist
+    python -m experiments.evaluate --samples=samples.npz --json
+
+Reads arr_0 uint8 [N, 28, 28, 1] and, where there is one, arr_1 [N], the labels that were asked for: the layout of
+`experiments.sample` and of guided-diffusion. What the numbers mean stands in `diffusion.evaluate`.
+"""
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+from experiments import build, measure, session
+from experiments.config import Config
+
+flags.declare_key_flag("workdir")
+_SAMPLES = flags.DEFINE_string("samples", None, "File of pictures; default: samples.npz of --workdir.")
+_JSON = flags.DEFINE_bool("json", False, "Print the numbers as JSON.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    session.start()
+    config, path, labelled = Config(), Path(_SAMPLES.value or ""), True
+    if not _SAMPLES.value:
+        workdir = session.workdir()
+        config, seen = build.stored(workdir)
+        path, labelled = workdir / "samples.npz", bool(seen.num_classes)
+        if config.data.name not in measure.DIGITS:
+            raise ValueError(
+                f"{workdir} was trained on {config.data.name}, and there is a feature network for digits only"
+            )
+    images, labels = read(path)
+    try:
+        values = measure.quality(config, images, labels if labelled else None)
+    except (TypeError, ValueError) as e:
+        raise type(e)(f"{path}: {e}") from e
+    print(json.dumps({"samples": str(path), **values}, indent=2) if _JSON.value else table(path, values))
+
+
+def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pictures arr_0 [N, ...] and labels arr_1 [N], or None where the file has none.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds no arr_0, or is not an npz.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: pass --samples=FILE.npz, or the --workdir of a finished run")
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path} is not a whole npz file: {e}") from e
+    if "arr_0" not in arrays:
+        raise ValueError(f"{path} holds {sorted(arrays)}, but no arr_0, the pictures")
+    return arrays["arr_0"], arrays.get("arr_1")
+
+
+def table(path: Path, values: dict[str, float]) -> str:
+    """The numbers, a line each, with what to hold them against."""
+    rows = [
+        ("feature distance", f"{values['distance']:.2f}", "Frechet; lower is better"),
+        ("  of real digits", f"{values['floor']:.2f}", "the floor: as many real digits in their place"),
+        ("  ratio", f"{values['ratio']:.2f}", "1: as good as real"),
+        ("kernel distance", f"{values['kernel_distance']:.4f}", "0: as good as real"),
+        ("precision", f"{values['precision']:.1%}", "pictures that look like real ones"),
+        ("recall", f"{values['recall']:.1%}", "real ones that look like some picture"),
+        ("nearest ratio", f"{values['nearest_ratio']:.2f}", "about 1: no copies of training pictures; 0: copies"),
+    ]
+    if "agreement" in values:
+        rows.append(("agreement", f"{values['agreement']:.1%}", "a classifier reads the digit that was asked for"))
+    for name, value in values.items():
+        if name.startswith("agreement_"):
+            rows.append((f"  of {name.removeprefix('agreement_')}", f"{value:.1%}", ""))
+    lines = [f"{name:<18}{value:>10}   {meaning}".rstrip() for name, value, meaning in rows]
+    return "\n".join([f"{values['measured']:,} pictures of {path}, against real digits", "", *lines])
+
+
+if __name__ == "__main__":
+    session.run(main)
