@@ -30,7 +30,7 @@ from experiments import session
 BATCH_SIZE = 128
 # Largest changes to a training digit: radians, logarithm of each side's scale, slant, pixels.
 ROTATION, SCALE, SHEAR, SHIFT = 0.26, 0.18, 0.3, 2.5
-STEPS = 3000
+STEPS = 5000
 
 
 def define(argv: list[str]) -> None:
@@ -87,7 +87,7 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def update(steps: int, key: jax.Array, state: training.State, batch: dict[str, jax.Array]) -> training.State:
     """One of `steps` steps."""
-    return training.make_step(loss, optimizer(steps), ema_decay=0.995)(key, state, batch)[0]
+    return training.make_step(loss, optimizer(steps), ema_decay=0.998)(key, state, batch)[0]
 
 
 def loss(params: Any, key: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:

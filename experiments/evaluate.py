@@ -9,6 +9,7 @@ Reads arr_0 uint8 [N, 28, 28, 1] and, where there is one, arr_1 [N], the labels 
 
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,13 +55,13 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: pass --samples=FILE.npz, or the --workdir of a finished run")
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as e:
+        with zipfile.ZipFile(path), np.load(path) as arrays:  # the first because NumPy leaves what is no zip open
+            found = {name: np.atleast_1d(arrays[name]) for name in arrays.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"{path} is not a whole npz file: {e}") from e
-    if "arr_0" not in arrays:
-        raise ValueError(f"{path} holds {sorted(arrays)}, but no arr_0, the pictures")
-    return arrays["arr_0"], arrays.get("arr_1")
+    if "arr_0" not in found:
+        raise ValueError(f"{path} holds {sorted(found)}, but no arr_0, the pictures")
+    return found["arr_0"], found.get("arr_1")
 
 
 def table(path: Path, values: dict[str, float]) -> str:

@@ -71,6 +71,8 @@ def quality(config: Config, images: np.ndarray, labels: np.ndarray | None) -> di
     most = (len(train.labels) + len(held_out.labels)) // 2
     chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
     asked_for = np.zeros(len(images), int) if labels is None else labels
+    if len(asked_for) != len(images):
+        raise ValueError(f"there are {len(asked_for)} labels for {len(images)} pictures")
     values = evaluate.report(images[chosen], asked_for[chosen], train, held_out)
     if labels is None:
         values = {name: value for name, value in values.items() if not name.startswith("agreement")}

@@ -42,7 +42,8 @@ def save(path: Path, image: Image.Image) -> None:
 def save_animation(path: Path, frames: Sequence[Image.Image], *, milliseconds: int = 80, hold: int = 1500) -> None:
     """Writes frames as a looping GIF or WebP that rests on the last one."""
     durations = [milliseconds] * (len(frames) - 1) + [hold]
-    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
+    # Pillow's optimised GIFs drop grey levels that a frame does not use, and then mix up those of its neighbours.
+    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0, "optimize": False}
     atomic_write(path, lambda file: frames[0].save(file, format=path.suffix[1:].upper(), **options))
 
 

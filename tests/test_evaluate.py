@@ -318,6 +318,16 @@ def test_report_of_real_digits_and_of_noise(digits, rng):
     assert foreign["agreement"] < 0.3 and foreign["precision"] < 0.1 and foreign["nearest_ratio"] > 1.2
 
 
+def test_report_of_copies_with_some_wrong_labels(digits):
+    train, held_out = digits
+    copied = evaluate.report(train.images[:30], train.labels[:30] // 2 * 2, train, held_out)
+    assert copied["nearest_ratio"] == 0
+    assert {name: value for name, value in copied.items() if name.startswith("agreement")} == {
+        "agreement": 0.5,
+        **{f"agreement_{c}": 0.5 for c in (0, 2, 4, 6, 8)},
+    }
+
+
 def test_report_refuses_before_it_works(digits, monkeypatch):
     train, held_out = digits
     monkeypatch.setattr(evaluate, "digit_features", lambda *_: pytest.fail("worked first"))

@@ -517,7 +517,7 @@ def test_an_older_checkpoint_can_be_drawn_from(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num_samples=0"], r"flag --num_samples=0: 0 is not an integer in the range \[1"),
+        (["--num_samples=0"], r"flag --num_samples=0: 0 is not a positive integer"),
         (["--steps=0"], r"--steps=0 must be at least 1"),
         (["--batch_size=0"], r"--batch_size=0 must be at least 1"),
         (["--labels=3,10"], r"--labels: \['10'\] are not among the classes 0\.\.9 of this run"),
@@ -630,7 +630,7 @@ def test_of_more_pictures_than_can_be_compared_some_are_measured(run, monkeypatc
         ({"arr_0": np.zeros((5, 28, 28, 3), np.uint8)}, r"must be digits of shape \[N, 28, 28, 1\].*\(5, 28, 28, 3\)"),
         ({"arr_0": np.zeros((5, 28, 28), np.uint8)}, r"must be digits of shape .*\(5, 28, 28\)"),
         ({"arr_0": np.zeros((2, 28, 28, 1), np.uint8)}, r"2 pictures are too few to measure"),
-        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(4)}, r"labels have shape \(4,\)"),
+        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(4)}, r"there are 4 labels for 5 pictures"),
         ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(8, 13)}, r"labels lie in 8 \.\. 12, outside"),
         ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.zeros(5)}, r"labels must be integers"),
         ({"images": np.zeros((5, 28, 28, 1), np.uint8)}, r"holds \['images'\], but no arr_0"),
@@ -649,6 +649,13 @@ def test_what_is_no_digits_is_refused(tmp_path, arrays, message):
 
 def test_files_that_cannot_be_measured_are_refused(run, folder_run, tmp_path):
     for content in (b"", b"text", (run.workdir / "samples.npz").read_bytes()[:-100]):
+        (tmp_path / "broken.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.npz is not a whole npz file"):
+            draw(None, f"--samples={tmp_path / 'broken.npz'}", command=evaluate)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "broken.npz", samples(run.workdir)[0])
+        content = bytearray((tmp_path / "broken.npz").read_bytes())
+        content[len(content) // 2] ^= 1
         (tmp_path / "broken.npz").write_bytes(content)
         with pytest.raises(ValueError, match=r"broken\.npz is not a whole npz file"):
             draw(None, f"--samples={tmp_path / 'broken.npz'}", command=evaluate)

@@ -80,6 +80,16 @@ def test_an_animation_shows_every_frame_and_rests_on_the_last(tmp_path):
     assert durations == [50, 50, 900]
 
 
+def test_frames_that_use_other_greys_than_their_neighbours_keep_their_own(tmp_path):
+    noise = some(1, 60, 60, 1)[0, ..., 0]
+    frames = [Image.fromarray(np.where(noise < limit, noise, 200).astype(np.uint8)) for limit in (256, 180, 120, 100)]
+    pictures.save_animation(tmp_path / "film.gif", frames)
+    with Image.open(tmp_path / "film.gif") as film:
+        for i, frame in enumerate(frames):
+            film.seek(i)
+            np.testing.assert_array_equal(film.convert("L"), frame)
+
+
 def test_samples_have_the_layout_of_the_evaluators(tmp_path):
     images, labels = some(3, 4, 5, 3), np.array([2, 0, 1])
     pictures.save_npz(tmp_path / "samples.npz", images, labels)
