@@ -457,7 +457,7 @@ def _copy_kernel(n1: int, n2: int, n3: int, run: int, source: str, target: str, 
     limit = _PIECE * item // max(item, unit)
     room = _PAGE * -(-(limit + piece + line) // _PAGE)
     i, f = types.intp, types.float64
-    signature = types.void(i, i, i, i, i, i, i, _given(types.int64, 1), types.boolean, i, f, f, f)
+    signature = i(i, i, i, i, i, i, i, _given(types.int64, 1), types.boolean, i, f, f, f)
 
     def copy(origin, out, images, batch, step1, step2, step3, offsets, stream, ahead, ratio, scale, shift):
         scratch = np.empty(room + _PAGE, np.uint8)
@@ -521,6 +521,7 @@ def _copy_kernel(n1: int, n2: int, n3: int, run: int, source: str, target: str, 
             at += item
             out += unit
         _fence()
+        return scratch.size  # Numba frees an array after its last mention, and would not count its address as one
 
     return signature, copy
 
@@ -576,49 +577,40 @@ def _fold_kernel(
 def _noise_kernel(
     g1: int, g2: int, g3: int, p1: int, p2: int, p3: int, s1: int, s2: int, s3: int, c: int, chw: bool, source: str
 ):
-    """Cuts alpha (scale x0 + shift) + sigma eps and eps; one image after the other is in cache while it is cut."""
+    """Mixes alpha (scale x0 + shift) + sigma eps image by image, and cuts it and eps while they are in cache."""
     n1, n2, n3 = (g1 - 1) * s1 + p1, (g2 - 1) * s2 + p2, (g3 - 1) * s3 + p3
-    size = n1 * n2 * n3 * c
-    # A window is `bands` x p1 x p2 runs of `run` values, `apart` in the image: "chw" takes one channel at a time.
-    bands, run, apart = (c, p3, c) if chw else (1, p3 * c, 1)
+    size, count, width = n1 * n2 * n3 * c, g1 * g2 * g3, p1 * p2 * p3 * c
+    # A window is `bands` x p1 x p2 rows of `runs` runs, `apart` in the image: "chw" takes one channel at a time.
+    bands, runs, apart, run = (c, p3, 4 * c, 4) if chw else (1, 1, 0, 4 * p3 * c)
     f, i, tokens = types.float32, types.intp, types.Array(types.float32, 3, "C")
-    coefficient = _given(f, 1)
+    given = _given(f, 1)
     signature = types.void(
-        _given(getattr(types, source), 1),
-        coefficient,
-        coefficient,
-        coefficient,
-        coefficient,
-        f,
-        f,
-        i,
-        tokens,
-        tokens,
-        i,
-        i,
-    )
+        _given(getattr(types, source), 1), given, given, given, given, f, f, i, tokens, tokens, i, i
+    )  # fmt: skip
 
     def noise(x0, eps, alpha, sigma, level, scale, shift, images, noised, target, start, stop):
+        mixed = np.empty(size, np.float32)
         for r in range(start, stop):
             a, s = alpha[r], sigma[r]
-            x0_at, eps_at = (r % images) * size, r * size
-            n = 0
+            clean, noisy = x0[r % images * size :], eps[r * size :]
+            for e in range(size):
+                mixed[e] = a * (np.float32(clean[e]) * scale + shift) + s * noisy[e]
+            to_noised = noised.ctypes.data + 4 * r * (count + 1) * width
+            to_target = target.ctypes.data + 4 * r * count * width
             for i1 in range(g1):
                 for i2 in range(g2):
                     for i3 in range(g3):
-                        d = 0
                         for k in range(bands):
                             for u1 in range(p1):
                                 for u2 in range(p2):
-                                    at = (((i1 * s1 + u1) * n2 + i2 * s2 + u2) * n3 + i3 * s3) * c + k
-                                    for e in range(run):
-                                        value = eps[eps_at + at + e * apart]
-                                        clean = np.float32(x0[x0_at + at + e * apart]) * scale + shift
-                                        noised[r, n, d + e] = a * clean + s * value
-                                        target[r, n, d + e] = value
-                                    d += run
-                        n += 1
-            noised[r, n] = level[r]
+                                    at = 4 * ((((i1 * s1 + u1) * n2 + i2 * s2 + u2) * n3 + i3 * s3) * c + k)
+                                    for v in range(runs):
+                                        _move(to_noised, mixed.ctypes.data + at + v * apart, run)
+                                        _move(to_target, noisy.ctypes.data + at + v * apart, run)
+                                        to_noised += run
+                                        to_target += run
+            for e in range(width):
+                noised[r, count, e] = level[r]
 
     return signature, noise
 

@@ -8,10 +8,11 @@ fewer steps, alpha' = alpha^(n/n') as published, since every step costs the same
 the same: with our parameters copied, predictions and drawn pictures must agree. Then they take turns in one process on
 the same cores (`timing`).
 
-TensorFlow is an extra: pip install 'patch-diffusion[bench]'; without it our side is timed alone.
+TensorFlow is an extra: pip install -e '.[bench]'; without it our side is timed alone.
 """
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ KERAS = "Keras, as published"
 TARGETS = {"train": {"ours": 10}, "sample": {"ours, 1 at a time": 20, "ours, 64 at a time": 100}}
 # Predictions of the two networks and pictures of the two samplers, relative to the largest value.
 TOLERANCE = 1e-4
-MISSING = "TensorFlow is not installed, so ours is timed alone: pip install 'patch-diffusion[bench]' for the comparison"
+MISSING = "TensorFlow is not installed, so ours is timed alone: pip install -e '.[bench]' for the comparison"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,9 +56,7 @@ def main(argv: Sequence[str]) -> None:
     timing.write_json(timing.JSON.value, result)
 
 
-def run(
-    config: Config, *, compare: bool, rounds: int = 3, steps: int = 1, sample_steps: int = 2
-) -> dict[str, Any]:
+def run(config: Config, *, compare: bool, rounds: int = 3, steps: int = 1, sample_steps: int = 2) -> dict[str, Any]:
     """All measurements, ready for JSON.
 
     Raises:
@@ -73,9 +72,7 @@ def run(
     draw = {
         f"ours, {n} at a time": ours.draw(config, seen, params, np.zeros(n, np.int32), sample_steps) for n in PICTURES
     }
-    work = {"ours": steps * size} | {
-        f"ours, {n} at a time": n * sample_steps / config.process.steps for n in PICTURES
-    }
+    work = {"ours": steps * size} | {f"ours, {n} at a time": n * sample_steps / config.process.steps for n in PICTURES}
     agreement = None
     if compare:
         published = Published(config, seen, params)
@@ -91,9 +88,7 @@ def run(
         "sample_steps": config.process.steps,
         "sample_steps_timed": sample_steps,
         "train": timing.summary(timing.interleave(train, rounds), work | {KERAS: size}),
-        "sample": timing.summary(
-            timing.interleave(draw, rounds), work | {KERAS: sample_steps / config.process.steps}
-        ),
+        "sample": timing.summary(timing.interleave(draw, rounds), work | {KERAS: sample_steps / config.process.steps}),
     }
 
 
@@ -108,7 +103,7 @@ class Published:
         self._cut = {"window": c.patch_size, "stride": c.stride}
         self._noise = {"rate": p.rate, "steps": p.steps}
         self._rng = np.random.default_rng(0)
-        n = np.prod(geometry(seen.shape[:2], c.patch_size, c.stride).grid)
+        n = math.prod(geometry(seen.shape[:2], c.patch_size, c.stride).grid)
         self._model = keras_blog.network(n, c.patch_size**2, depth=c.depth, heads=c.heads, head_dim=c.head_dim)
         keras_blog.copy_params(self._model, params)
         self._model.compile(keras_blog.keras.optimizers.Adam(config.train.learning_rate), "mse")

@@ -60,7 +60,7 @@ def with_level(tokens: np.ndarray, level: np.ndarray) -> np.ndarray:
 def training_batch(
     rng: np.random.Generator, x0: np.ndarray, repeat: int, rate: float, steps: int, window: int, stride: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy tokens with their level, and the noise in tokens, of pictures x0 [B, H, W, 1] noised `repeat` times each."""
+    """Noisy tokens with their level, and the noise in tokens: pictures x0 [B, H, W, 1], noised `repeat` times each."""
     x0 = np.tile(x0, (repeat, 1, 1, 1))
     eps = rng.standard_normal(x0.shape)
     level = rate ** rng.integers(0, steps + 1, len(x0))

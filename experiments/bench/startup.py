@@ -13,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments import session
 from experiments.bench import timing
@@ -78,3 +78,41 @@ def first_step(arguments: Sequence[str], cache: str) -> None:
     Raises:
       ValueError: it ended by itself before, or took longer than PATIENCE.
     """
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "output").open("w+") as output:
+        workdir = Path(folder) / "run"
+        job = subprocess.Popen(
+            [sys.executable, "-m", "experiments.train", *arguments, f"--workdir={workdir}"],
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
+            stdout=output,
+            stderr=output,
+        )
+        try:
+            rows = workdir / "metrics.jsonl"
+            deadline = time.monotonic() + PATIENCE
+            while not (rows.exists() and rows.stat().st_size):
+                if job.poll() is not None or time.monotonic() > deadline:
+                    output.seek(0)
+                    raise ValueError(f"experiments.train made no first step; it said:\n{output.read()[-2000:]}")
+                time.sleep(0.005)
+        finally:
+            job.kill()
+            job.wait()
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result in two tables."""
+    machine = result["machine"]
+    lines = [f"{machine['device']}, {machine['cores']} cores, Python {machine['python']}, jax {machine['jax']}"]
+    rows = result["import"]
+    base = rows["import jax"]["seconds"]
+    cells = [[name, f"{row['seconds']:.2f}", f"{row['seconds'] - base:+.2f}"] for name, row in rows.items()]
+    lines += ["", timing.table("a process that does", ["s", "against import jax"], cells)]
+    lines += [f"target: import diffusion at most {TARGET:+.1f} s against import jax"]
+    rows = result["first_step"]
+    cells = [[name, f"{row['seconds']:.1f}", timing.over(row, "cold cache")] for name, row in rows.items()]
+    lines += ["", timing.table("to the first training step", ["s", "speed over cold"], cells)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    session.run(main)

@@ -209,8 +209,8 @@ def optimizer(module: nn.Module, *, rate: float, b2: float, weight_decay: float)
 
 
 def make_step(
-    module: ViT, loss: Callable[[Tensor, Tensor], Tensor], adamw: torch.optim.Optimizer, *, clip: float | None, ema: float
-) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
+    module: ViT, loss: Callable[..., Tensor], adamw: torch.optim.Optimizer, *, clip: float | None, ema: float
+) -> Callable[[Tensor, Tensor], Tensor]:
     """(images, y) -> loss, after one step of clipped AdamW on `module` and of its average."""
     params = list(module.parameters())
     average = [p.detach().clone() for p in params]
@@ -231,19 +231,19 @@ def make_step(
 
 def draw(
     network: Callable[..., Tensor], y: Tensor, shape: Sequence[int], times: Sequence[float], *, null: int,
-    guidance: float, low: float, high: float,
+    scales: Sequence[float] | None, low: float, high: float,
 ) -> Tensor:  # fmt: skip
-    """uint8 pictures [B, *shape] by DDIM along falling `times`, with guidance unless it is 1."""
+    """uint8 pictures [B, *shape] by DDIM along falling `times`, with a guidance scale for each step, or none."""
     x = torch.randn(len(y), *shape, device=y.device)
     with torch.no_grad():
-        for t, s in zip(times[:-1], times[1:], strict=True):
-            if guidance == 1:
+        for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            if scales is None:
                 x0 = network(x, torch.full((len(y),), t, device=x.device), y)
             else:
                 both = torch.cat([y, torch.full_like(y, null)])
                 halves = network(torch.cat([x, x]), torch.full((2 * len(y),), t, device=x.device), both)
                 conditional, unconditional = halves.chunk(2)
-                x0 = unconditional + guidance * (conditional - unconditional)
+                x0 = unconditional + scales[i] * (conditional - unconditional)
             x = (1 - s) * x0 + s * (x - (1 - t) * x0) / t
     return ((x - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8)
 

@@ -10,7 +10,7 @@ in one process on the same cores or GPU (`timing`). bfloat16 configs run under a
 
     FLOPs = 3 * 2 * (multiplications in matrix products of the forward pass),  MFU = FLOPs/s / --peak_tflops  (1)
 
-PyTorch is an extra: pip install 'patch-diffusion[bench]'; --peer=none does without.
+PyTorch is an extra: pip install -e '.[torch]'; --peer=none does without.
 """
 
 import contextlib
@@ -19,26 +19,20 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
 from diffusion.geometry import geometry
 from diffusion.sample import shifted_grid
 from experiments import build, session
 from experiments.bench import ours, timing
 from experiments.config import Config
+from experiments.train import define_config
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).parents[1] / "configs" / "mnist.py"),
-    "Config file; its fields are flags: --config.train.batch_size=256.",
-)
 PEERS = {"both": ("eager", "compile"), "eager": ("eager",), "compile": ("compile",), "none": ()}
 _PEER = flags.DEFINE_enum("peer", "both", list(PEERS), "PyTorch as it is, under torch.compile, or not at all.")
 _ATTENTION = flags.DEFINE_list("attention", [], "Our attention implementations, e.g. xla,cudnn; default: the config's.")
@@ -57,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     timing.check_json(timing.JSON.value)
     session.start()
     result = run(
-        _CONFIG.value,
+        flags.FLAGS.config,
         peers=PEERS[_PEER.value],
         attention=_ATTENTION.value,
         rounds=timing.ROUNDS.value,
@@ -101,7 +95,10 @@ def run(
     agreement = parity(config, seen, params) if peers else None
     train, draw = {}, {}
     for implementation in attention or [config.model.attention]:
-        name, own = f"ours, {implementation}" if implementation else "ours", with_model(config, attention=implementation)
+        name, own = (
+            f"ours, {implementation}" if implementation else "ours",
+            with_model(config, attention=implementation),
+        )
         train[name] = ours.train(own, seen, params, batch, steps)
         draw[name] = ours.draw(own, seen, params, labels, sample_steps)
     for mode in peers:
@@ -109,7 +106,7 @@ def run(
         train[f"PyTorch {mode}"], draw[f"PyTorch {mode}"] = both
 
     per_picture = forward_flops(config, seen)
-    passes = 1 if config.sample.guidance in (0, 1) or not seen.num_classes else 2
+    passes = 2 if guided(config, seen) else 1
     cost = {"train": 3 * per_picture, "sample": passes * config.sample.steps * per_picture}
     done = drawn * sample_steps / config.sample.steps
     result = {
@@ -157,13 +154,13 @@ def peer_module(config: Config) -> Any:
         import torch
     except ImportError:
         raise ValueError(
-            "the comparison needs PyTorch: pip install 'patch-diffusion[bench]', or pass --peer=none to time ours alone"
+            "the comparison needs PyTorch: pip install -e '.[torch]', or pass --peer=none to time ours alone"
         ) from None
     from experiments.bench import torch_vit
 
     known = {"model.name": "vit", "model.dropout": 0, "model.remat": False, "process.path": "linear"}
     known |= {"process.prediction": "x0", "process.loss_in": "flow", "process.times": "logit_normal"}
-    known |= {"train.repeat": 1, "sample.clip": False, "sample.guidance_low": 0}
+    known |= {"train.repeat": 1, "sample.clip": False}
     for field, value in known.items():
         part, name = field.split(".")
         asked = getattr(getattr(config, part), name)
@@ -273,13 +270,14 @@ def torch_contenders(
 
     step = torch_vit.make_step(network, narrow_loss, adamw, clip=c.clip, ema=c.ema)
     x, y, wanted = (torch.from_numpy(a) for a in (batch["x"], batch["y"].astype(np.int64), labels.astype(np.int64)))
+    times = shifted_grid(sample_steps, config.sample.shift).tolist()
     draw = partial(
         torch_vit.draw,
         compiled(torch_network(torch_vit, config, seen, params)),
         shape=seen.shape,
-        times=shifted_grid(sample_steps, config.sample.shift).tolist(),
+        times=times,
         null=seen.num_classes,
-        guidance=config.sample.guidance if seen.num_classes else 1,
+        scales=guidance(config, times) if guided(config, seen) else None,
         low=d.low,
         high=d.high,
     )
@@ -295,6 +293,17 @@ def torch_contenders(
             return draw(wanted.to(device)).cpu().numpy()
 
     return train, pictures
+
+
+def guided(config: Config, seen: build.Seen) -> bool:
+    """Whether a step of sampling runs the network with and without the label."""
+    return seen.num_classes > 0 and config.sample.guidance not in (0, 1)
+
+
+def guidance(config: Config, times: Sequence[float]) -> list[float]:
+    """Guidance scale of each step."""
+    c = config.sample
+    return [c.guidance if c.guidance_low <= t <= c.guidance_high else 1.0 for t in times[:-1]]
 
 
 def forward_flops(config: Config, seen: build.Seen) -> int:
@@ -327,8 +336,8 @@ def report(result: dict[str, Any]) -> str:
         )
     titles = {
         "train": f"training step, {result['batch_size']} pictures",
-        "sample": f"drawing {result['sample_batch']} pictures in {result['sample_steps']} steps, "
-        f"timed over {result['sample_steps_timed']}",
+        "sample": f"drawing {result['sample_batch']} pictures, {result['sample_steps']} DDIM steps "
+        f"(timed over {result['sample_steps_timed']})",
     }
     for kind, title in titles.items():
         rows = result[kind]
@@ -351,4 +360,4 @@ def report(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    session.run(main)
+    session.run(main, define_config)

@@ -32,5 +32,5 @@ def get_config() -> Config:
             eval_count=800,
             patience=5,
         ),
-        sample=Sample(steps=500, overstep=1.5, batch_size=100),
+        sample=Sample(count=250, steps=500, overstep=1.5, batch_size=125),
     )
