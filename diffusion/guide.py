@@ -59,8 +59,8 @@ def clip(denoise: Denoise, path: Path, prediction: Prediction, low: float = -1.0
         x0, eps = decode(prediction, coef, xt, denoise(xt, t, y))
         inside = jnp.clip(x0, low, high)
         # Where sigma vanishes xt is the picture itself and there is no noise to correct.
-        sigma = expand(jnp.where(coef.sigma == 0, 1, coef.sigma), xt)
-        eps = eps + expand(coef.alpha, xt) * (x0 - inside) / sigma
+        gain = jnp.where(coef.sigma == 0, 0, coef.alpha / jnp.where(coef.sigma == 0, 1, coef.sigma))
+        eps = eps + expand(gain, xt) * (x0 - inside)
         return target(prediction, coef, inside, eps)
 
     return clipped

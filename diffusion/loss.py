@@ -70,8 +70,12 @@ def uniform_times(key: jax.Array, n: int) -> jax.Array:
 
 
 def antithetic_times(key: jax.Array, n: int) -> jax.Array:
-    """One t in each of n equal intervals, same offset: U[0, 1) with less variance (Kingma et al. 2021, 2107.00630)."""
-    return jnp.mod(jax.random.uniform(key) + jnp.arange(n) / n, 1)
+    """One t in each of n equal intervals, same offset: U[0, 1) with less variance (Kingma et al. 2021, 2107.00630).
+
+    In random order, since neighbours in a batch may be one picture noised several times.
+    """
+    key_offset, key_order = jax.random.split(key)
+    return jax.random.permutation(key_order, jnp.mod(jax.random.uniform(key_offset) + jnp.arange(n) / n, 1))
 
 
 def logit_normal_times(mean: float = 0.0, std: float = 1.0) -> Times:
@@ -87,8 +91,8 @@ def logit_normal_times(mean: float = 0.0, std: float = 1.0) -> Times:
     return times
 
 
-def grid_times(steps: int) -> Times:
-    """t uniform on {0, 1, ..., steps} / steps: a discrete chain's times, clean data included as in the blog."""
+def grid_times(steps: int, first: int = 0) -> Times:
+    """t uniform on {first, ..., steps} / steps. 0, clean data, belongs to the blog's chain; DDPM's begins at 1."""
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
-    return lambda key, n: jax.random.randint(key, (n,), 0, steps + 1) / steps
+    return lambda key, n: jax.random.randint(key, (n,), first, steps + 1) / steps

@@ -61,16 +61,18 @@ def target(prediction: Prediction, coef: Coefficients, x0: jax.Array, eps: jax.A
 def decode(prediction: Prediction, coef: Coefficients, xt: jax.Array, pred: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(x0_hat, eps_hat) [B, ...] from a prediction at xt, eq. (2).
 
-    Where the two rows are parallel (x0 at sigma = 0, eps at alpha = 0) one unknown cannot be recovered: it is set to
-    zero, its mean, and the other, which the prediction names, stays exact.
+    Where the two rows are parallel (x0 at sigma = 0, eps at alpha = 0) they say one thing about two unknowns, and the
+    answer is the shortest (x0, eps) that fits: what the rows name stays exact, the other is zero. That zero is a guess:
+    to sample with the eps prediction on a path that reaches alpha = 0, start just below t = 1.
     """
     u, w = (expand(a, xt) for a in row(prediction, coef))
     det = expand(determinant(prediction, coef), xt)
     alpha, sigma = expand(coef.alpha, xt), expand(coef.sigma, xt)
     singular = jnp.abs(det) < _SINGULAR
     safe = jnp.where(singular, 1, det)
-    x0 = jnp.where(singular, u * pred, (w * xt - sigma * pred) / safe)
-    eps = jnp.where(singular, w * pred, (alpha * pred - u * xt) / safe)
+    norm = alpha**2 + sigma**2 + u**2 + w**2
+    x0 = jnp.where(singular, (alpha * xt + u * pred) / norm, (w * xt - sigma * pred) / safe)
+    eps = jnp.where(singular, (sigma * xt + w * pred) / norm, (alpha * pred - u * xt) / safe)
     return x0, eps
 
 

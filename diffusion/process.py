@@ -85,7 +85,8 @@ class VP:
     def __post_init__(self) -> None:
         betas = np.asarray(self.betas, np.float64)
         if betas.ndim != 1 or not betas.size or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(f"betas must be a vector of values in (0, 1], got shape {betas.shape}")
+            worst = f", values {betas.min():g} to {betas.max():g}" if betas.size else ""
+            raise ValueError(f"betas must be a vector of values in (0, 1], got shape {betas.shape}{worst}")
         abar = np.concatenate([[1.0], np.cumprod(1 - betas)])
         object.__setattr__(self, "betas", betas)
         # The angle from either end, so that neither a small sigma nor a small alpha is lost to rounding.
@@ -105,8 +106,10 @@ class VP:
 
 
 def linear_betas(steps: int = 1000, low: float = 1e-4, high: float = 0.02) -> np.ndarray:
-    """DDPM's linear betas [steps] in float64, stretched so that any `steps` span the same noise (2006.11239)."""
+    """DDPM's linear betas [steps] in float64, stretched so that `steps` span the same noise (2006.11239)."""
     _check_steps(steps)
+    if high * 1000 / steps > 1:
+        raise ValueError(f"steps={steps} stretches beta={high} above 1; it must be at least {math.ceil(high * 1000)}")
     return np.linspace(low, high, steps) * (1000 / steps)
 
 

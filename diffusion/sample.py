@@ -47,13 +47,17 @@ def sample(
     Raises:
       ValueError: times do not fall, or keep is not in 2..T + 1.
     """
-    if isinstance(times, np.ndarray) and (times.ndim != 1 or len(times) < 2 or (np.diff(times) >= 0).any()):
-        raise ValueError("times must be a vector of at least two falling values, see `uniform_grid`")
+    if not isinstance(times, jax.core.Tracer):
+        times = np.asarray(times, np.float64)
+        if times.ndim != 1 or len(times) < 2 or not (np.diff(times) < 0).all():
+            raise ValueError("times must be a vector of at least two falling values, see `uniform_grid`")
     steps = len(times) - 1
     if keep is not None and not 2 <= keep <= steps + 1:
         raise ValueError(f"keep={keep} frames must lie in 2..{steps + 1} for {steps} steps")
     b = x1.shape[0]
     keys = key if key.ndim else sample_keys(key, jnp.arange(b))
+    if keys.shape != (b,) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key must be one typed key (jax.random.key) or {b} of them, not {keys.dtype} {keys.shape}")
     step = step or ddim()
     times = jnp.asarray(times, x1.dtype)
 
@@ -101,11 +105,11 @@ def uniform_grid(steps: int, start: float = 1.0) -> np.ndarray:
     return np.linspace(start, 0, steps + 1)
 
 
-def shifted_grid(steps: int, shift: float = 1.0) -> np.ndarray:
+def shifted_grid(steps: int, shift: float = 1.0, start: float = 1.0) -> np.ndarray:
     """`uniform_grid` bent: t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, 2403.03206): > 1 dwells in noise."""
     if not shift > 0:
         raise ValueError(f"shift={shift} must be positive")
-    t = uniform_grid(steps)
+    t = uniform_grid(steps, start)
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -73,7 +73,7 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up, then a cosine to zero at `steps` or a constant; gradients clipped to a global norm.
 
-    Weight decay acts on matrices and higher, not on biases, gains and embeddings of one axis.
+    Weight decay acts on what `decayed` marks.
     """
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"schedule={schedule!r} is not one of ('cosine', 'constant')")
@@ -82,6 +82,14 @@ def adamw(
     decay = optax.cosine_decay_schedule(learning_rate, steps - warmup)
     after = decay if schedule == "cosine" else optax.constant_schedule(learning_rate)
     rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), after], [warmup])
-    mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
-    optimizer = optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=mask)
+    optimizer = optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=decayed)
     return optimizer if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimizer)
+
+
+def decayed(params: Params) -> Params:
+    """Which parameters weight decay acts on: matrices and tables, not vectors and not biases, which may have axes."""
+
+    def is_decayed(path: tuple, p: jax.Array) -> bool:
+        return p.ndim > 1 and getattr(path[-1], "key", None) != "bias"
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)

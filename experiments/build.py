@@ -1,5 +1,6 @@
 """From a config to the library's functions: the one place that knows both."""
 
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,8 @@ def network(config: configs.Config, seen: Seen) -> Model:
     """The network as it is trained: it answers in patches if the loss is measured there, else in pictures."""
     c = config.model
     if c.name == "blog":
+        if seen.num_classes:
+            raise ValueError("--config.model.name=blog knows no labels: set --noconfig.model.conditional")
         shape = {"patch_size": c.patch_size, "stride": c.stride, "depth": c.depth}
         trained = blog(path(config), heads=c.heads, head_dim=c.head_dim, **shape)
         return trained if config.process.patches else recomposed(trained, c.patch_size, c.stride)
@@ -128,13 +131,13 @@ def times(config: configs.Config) -> losses.Times:
         "uniform": lambda: losses.uniform_times,
         "antithetic": lambda: losses.antithetic_times,
         "logit_normal": lambda: losses.logit_normal_times(c.times_mean, c.times_std),
-        "grid": lambda: losses.grid_times(c.steps),
+        "grid": lambda: losses.grid_times(c.steps, first=1 if c.path == "vp" else 0),
     }
     return choose("process.times", c.times, options)()
 
 
 def example_loss(config: configs.Config, seen: Seen) -> Callable[..., jax.Array]:
-    """(params, key, batch, dropout: bool) -> loss of each noised picture [B * repeat]."""
+    """(params, key, batch, training: bool) -> loss of each noised picture [B * repeat]."""
     c = config.process
     space = partial(patchify, patch_size=config.model.patch_size, stride=config.model.stride) if c.patches else None
     weight = None if c.loss_in in (None, c.prediction) else losses.measured_in(c.loss_in, c.prediction, c.loss_floor)
@@ -176,10 +179,15 @@ def optimizer(config: configs.Config) -> optax.GradientTransformation:
     )
 
 
+def key(seed: int, use: str) -> jax.Array:
+    """The key for one use of a seed ("init", "train", "held out", "sample"): uses share no random numbers."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode()))
+
+
 def init_params(config: configs.Config, seen: Seen) -> Any:
     """Parameters from the config's seed."""
     init = jax.jit(network(config, seen).init)
-    return init(jax.random.key(config.seed), jnp.zeros((1, *seen.shape)), jnp.zeros(1), jnp.zeros(1, int))
+    return init(key(config.seed, "init"), jnp.zeros((1, *seen.shape)), jnp.zeros(1), jnp.zeros(1, int))
 
 
 def denoiser(config: configs.Config, seen: Seen, params: Any) -> Denoise:
@@ -216,12 +224,14 @@ def drawer(config: configs.Config, seen: Seen, keep: int | None = None) -> Draw:
     Picture i depends on the sample seed, its number i and its label alone.
     """
     noising, step = path(config), sampler_step(config)
-    grid = sampling.shifted_grid(config.sample.steps, config.sample.shift)
-    key = jax.random.key(config.sample.seed)
+    # Where no data is left (alpha = 0) a prediction of eps says nothing about it: begin just below.
+    blind = config.process.prediction == "eps" and float(noising(jnp.ones(()))[0]) < 1e-6
+    grid = sampling.shifted_grid(config.sample.steps, config.sample.shift, 0.999 if blind else 1.0)
+    sample_key = key(config.sample.seed, "sample")
 
     @jax.jit
     def draw(params: Any, index: jax.Array, y: jax.Array) -> Any:
-        keys = sampling.sample_keys(key, index)
+        keys = sampling.sample_keys(sample_key, index)
         drawn = sampling.sample(
             keys,
             denoiser(config, seen, params),

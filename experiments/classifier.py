@@ -3,7 +3,7 @@
     python -m experiments.classifier                      writes runs/mnist_classifier.safetensors
     python -m experiments.classifier --out=diffusion/weights/mnist_classifier.safetensors --overwrite
 
-MINUTES_LINE
+It takes two and a half minutes of processor time, and reads 100 % of the training digits and 99.0 % of the held-out ones.
 
 The same seed gives the same file on the same machine; another processor may round differently. To ship a new file,
 write it with the second command and put the SHA-256 it prints into `diffusion/evaluate.py`.
@@ -30,7 +30,7 @@ from experiments import session
 BATCH_SIZE = 128
 # Largest changes to a training digit: radians, logarithm of each side's scale, slant, pixels.
 ROTATION, SCALE, SHEAR, SHIFT = 0.26, 0.18, 0.3, 2.5
-STEPS = 5000
+STEPS = 3000
 
 
 def define(argv: list[str]) -> None:
@@ -87,7 +87,7 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def update(steps: int, key: jax.Array, state: training.State, batch: dict[str, jax.Array]) -> training.State:
     """One of `steps` steps."""
-    return training.make_step(loss, optimizer(steps), ema_decay=0.998)(key, state, batch)[0]
+    return training.make_step(loss, optimizer(steps), ema_decay=0.995)(key, state, batch)[0]
 
 
 def loss(params: Any, key: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from diffusion import checkpoint, data
+from diffusion import checkpoint, data, guide
 from diffusion import train as training
 from diffusion.geometry import geometry
 from experiments import build, measure, pictures, session
@@ -90,6 +90,7 @@ def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[s
     check(config)
     source = build.source(config)
     seen = build.seen(config, source)
+    rehearse(config, seen)
     params = build.init_params(config, seen)
     claim(workdir, build.to_stored(config, seen))
     finished = workdir / "report.json"
@@ -121,6 +122,23 @@ def check(config: Config) -> None:
     if c.patience is not None and not c.eval_every:
         raise ValueError(f"--config.train.patience={c.patience} needs --config.train.eval_every")
     build.path(config), build.times(config), build.sampler_step(config), build.optimizer(config)
+
+
+def rehearse(config: Config, seen: build.Seen) -> None:
+    """Traces the loss and the drawing without computing, so that what cannot work fails before anything is written.
+
+    Raises:
+      ValueError: a field is wrong, or the network does not fit the pictures.
+    """
+    params = jax.eval_shape(partial(build.init_params, config, seen))
+    key, y = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1,), np.int32)
+    examples = {"x": jax.ShapeDtypeStruct((1, *seen.shape), np.uint8), "y": y}
+    jax.eval_shape(build.loss_fn(config, seen), params, key, examples)
+    jax.eval_shape(build.drawer(config, seen), params, y, y)
+    guide.interval(config.sample.guidance, config.sample.guidance_low, config.sample.guidance_high)
+    training.make_step(build.loss_fn(config, seen), build.optimizer(config), ema_decay=config.train.ema)
+    if config.train.eval_every:
+        build.source(config, "test")
 
 
 def claim(workdir: Path, resolved: dict[str, Any]) -> None:
@@ -165,7 +183,7 @@ def fit(
     split = jax.sharding.NamedSharding(mesh, jax.P("data"))
     step = training.make_step(build.loss_fn(config, seen), optimizer, ema_decay=c.ema)
     step = jax.jit(step, donate_argnums=1)
-    state, key = jax.device_put((state, jax.random.key(config.seed)), everywhere)
+    state, key = jax.device_put((state, build.key(config.seed, "train")), everywhere)
     batches = data.prefetch(partial(batch, config, source), begin, c.steps)
     preview = Preview(config, seen, workdir, log)
 
@@ -178,19 +196,19 @@ def fit(
             done = i + 1
             if done % c.log_every == 0 or done in (1, c.steps):
                 values = {name: float(value) for name, value in metrics.items()}
-                check_loss(done, values["loss"], checkpoints)
+                check_loss(done, values["loss"] + values["grad_norm"], checkpoints)
                 rate = bar.rate() * c.batch_size * c.repeat
                 bar.note(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
                 log.scalars(done, {**values, "images_per_second": rate, "seconds": bar.seconds()})
             if held_out and (done % c.eval_every == 0 or done == c.steps):
-                check_loss(done, metrics["loss"], checkpoints)
+                check_loss(done, metrics["loss"] + metrics["grad_norm"], checkpoints)
                 held_out.judge(done, state)
             over = done == c.steps or bool(held_out and held_out.exhausted())
-            if over and held_out:
+            if over and held_out and c.patience is not None:
                 state = held_out.best(state)
             stopping = stop.asked  # read once: what is announced as saved must have been saved
             if over or stopping or done % c.save_every == 0:
-                check_loss(done, metrics["loss"], checkpoints)
+                check_loss(done, metrics["loss"] + metrics["grad_norm"], checkpoints)
                 checkpoint.save(checkpoints, done, state)
             if stopping:
                 raise session.Stopped(f"Stopped at step {done} of {c.steps}; the same command continues from there.")
@@ -217,7 +235,7 @@ class HeldOut:
         held = data.batch(build.source(config, "test"), config.seed, 0, -(-c.eval_count // c.repeat))
         examples = build.example_loss(config, seen)
         # The key is made inside, anew each time: every measurement is of the same noise.
-        self._loss = jax.jit(lambda params: examples(params, jax.random.key(config.seed + 1), held, False).mean())
+        self._loss = jax.jit(lambda params: examples(params, build.key(config.seed, "held out"), held, False).mean())
 
     def losses(self) -> dict[int, float]:
         """Step to loss, of every measurement so far."""
@@ -228,7 +246,7 @@ class HeldOut:
         before = self.losses()
         value = float(self._loss(state.ema))
         self._log.scalars(step, {"held_out_loss": value})
-        if value < min(before.values(), default=math.inf):
+        if self._patience is not None and value < min(before.values(), default=math.inf):
             checkpoint.save(self._kept, step, state, keep=1)
 
     def exhausted(self) -> bool:
@@ -270,11 +288,11 @@ def describe(config: Config, source: data.Source, params: Any) -> str:
     return f"{config.model.name}: {count:,} parameters, {tokens} tokens, on {n:,} pictures {size} of {source.name}"
 
 
-def check_loss(step: int, loss: float | jax.Array, checkpoints: Path) -> None:
-    """Raises FloatingPointError, saying what to do, when the loss is no number."""
-    if not math.isfinite(loss):
+def check_loss(step: int, value: float | jax.Array, checkpoints: Path) -> None:
+    """Raises FloatingPointError, saying what to do, if loss plus gradient norm is no number: either spoils the state."""
+    if not math.isfinite(value):
         raise FloatingPointError(
-            f"the loss is {float(loss)} at step {step}; nothing was saved after step "
+            f"the loss or its gradient is {float(value)} at step {step}; nothing was saved after step "
             f"{checkpoint.latest(checkpoints) or 0}. Lower --config.train.learning_rate or set "
             "--config.train.clip=1.0, with another --workdir."
         )

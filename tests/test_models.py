@@ -214,6 +214,14 @@ def test_blog_residual_is_taken_from_the_first_embedding():
     np.testing.assert_allclose(model.apply(params, xt, t), wanted, atol=1e-5)
 
 
+def test_blog_starts_like_keras():
+    """Keras takes the fans of a kernel [324, 20, 100] to be 6,480 and 32,400, of [20, 100, 324] 2,000 and 6,480."""
+    params = jax.jit(blog(Geometric()).init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), jnp.zeros(1))
+    for name, fans in (("query", 38880), ("key", 38880), ("value", 38880), ("out", 8480)):
+        np.testing.assert_allclose(params["attention_1"][name]["kernel"].std(), np.sqrt(2 / fans), rtol=0.01)
+    np.testing.assert_allclose(params["positions"].std(), 0.05 / np.sqrt(3), rtol=0.05)
+
+
 def test_blog_sees_the_noise_level_through_its_last_token():
     model = blog(Geometric(0.99, 500), patch_size=6, stride=2, heads=2, head_dim=4)
     params, xt, t, _ = ready(model, (2, 8, 8, 1))

@@ -46,6 +46,15 @@ def test_decode_at_the_end_points_is_exact_where_the_system_is_regular_and_finit
         np.testing.assert_array_equal(x0_hat[1], 0 * x0[1])
 
 
+def test_decode_reads_xt_where_a_path_stands_still(key):
+    """A path whose derivatives vanish at the end: the flow says nothing there, xt says it all."""
+    path = lambda t: (jnp.cos(jnp.pi / 2 * t) ** 2, jnp.sin(jnp.pi / 2 * t) ** 2)  # noqa: E731
+    coef, xt = coefficients(path, jnp.ones(1)), jax.random.normal(key, (1, 4))
+    x0_hat, eps_hat = decode("flow", coef, xt, jnp.zeros((1, 4)))
+    np.testing.assert_allclose(eps_hat, xt, rtol=1e-5)
+    np.testing.assert_allclose(x0_hat, 0, atol=1e-5)
+
+
 def test_gradients_through_decode_are_finite_at_the_end_points():
     coef = coefficients(PATHS["linear"], jnp.array([0.0, 1.0]))
     for prediction in PREDICTIONS:

@@ -98,10 +98,18 @@ def test_samples_do_not_depend_on_their_neighbours(key):
 
 
 def test_start_and_steps_draw_different_noise(key):
+    """A step that returns its own noise: it must not be that of the start, nor that of the step before."""
     keys = sample_keys(key, jnp.arange(2))
-    x1 = initial_noise(keys, (50,))
-    first = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), (50,)))(keys)
-    assert np.abs(np.corrcoef(x1[0], first[0])[0, 1]) < 0.5
+    x1 = initial_noise(keys, (200,))
+    own = lambda key, *_: jax.vmap(lambda k: jax.random.normal(k, (200,)))(key)  # noqa: E731
+    draw = partial(sample, denoise=None, path=Linear(), x1=x1, prediction="x0", step=own)
+    noises = [x1, draw(keys, times=uniform_grid(1)), draw(keys, times=uniform_grid(2))]
+    assert np.abs(np.corrcoef(np.concatenate(noises)) - np.eye(6)).max() < 0.5
+
+
+def test_legacy_keys_are_refused():
+    with pytest.raises(ValueError, match="typed key"):
+        sample(jax.random.PRNGKey(0), None, Linear(), jnp.zeros((2, 2)), uniform_grid(2), prediction="x0")
 
 
 def test_kept_frames_run_from_noise_to_picture(key):
@@ -166,7 +174,9 @@ def test_impossible_settings_are_refused(make):
         make()
 
 
-@pytest.mark.parametrize("times", [np.array([1.0]), np.array([0.5, 0.5]), np.array([0.0, 1.0])])
+@pytest.mark.parametrize(
+    "times", [np.array([1.0]), np.array([0.5, 0.5]), jnp.array([0.0, 1.0]), [0.0, 1.0], [1.0, np.nan]]
+)
 def test_times_must_fall(key, times):
     with pytest.raises(ValueError, match="falling"):
         sample(key, lambda xt, t, y: xt, Linear(), jnp.zeros((1, 2)), times, prediction="x0")

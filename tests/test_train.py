@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from diffusion import train
+from diffusion.models.vit import vit
 
 
 def quadratic(params, key, batch):
@@ -91,6 +92,15 @@ def test_weight_decay_spares_vectors():
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["matrix"], -0.05, rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_weight_decay_spares_biases_of_any_shape():
+    xt, t = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1)
+    params = jax.eval_shape(vit(patch_size=4, width=16, depth=1, heads=2).init, jax.random.key(0), xt, t)
+    marked = jax.tree_util.tree_leaves_with_path(train.decayed(params))
+    by_name = {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in marked}
+    assert params["block_0"]["qkv"]["bias"].ndim == 3 and not by_name["block_0.qkv.bias"]
+    assert by_name["block_0.qkv.kernel"] and not any(v for k, v in by_name.items() if k.endswith("bias"))
 
 
 def test_clipping_bounds_the_gradient_norm():

@@ -6,6 +6,7 @@ Piantedosi, "Diffusion model" (piantedosi.github.io/diffusion_model). As publish
 z0, there is no norm and no MLP, and the network answers per patch (compare `recomposed`). Initialisation is Keras's.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -60,16 +61,20 @@ def _keras_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-0.05, maxval=0.05)
 
 
+def _keras_glorot(fan_in: int, fan_out: int) -> Callable[..., jax.Array]:
+    """Glorot's uniform with Keras's fans, which take a kernel of three axes for that of a convolution."""
+    limit = math.sqrt(6 / (fan_in + fan_out))
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
 class _Attention(nn.Module):
     heads: int
     head_dim: int
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        def project(name: str) -> jax.Array:
-            return nn.DenseGeneral(
-                (self.heads, self.head_dim), kernel_init=nn.initializers.glorot_uniform(), name=name
-            )(z)
-
-        z_out = jax.nn.dot_product_attention(project("query"), project("key"), project("value"))
-        return nn.DenseGeneral(z.shape[-1], (-2, -1), kernel_init=nn.initializers.glorot_uniform(), name="out")(z_out)
+        d, shape = z.shape[-1], (self.heads, self.head_dim)
+        inward = _keras_glorot(d * self.heads, d * self.head_dim)
+        outward = _keras_glorot(self.heads * self.head_dim, self.heads * d)
+        q, k, v = (nn.DenseGeneral(shape, kernel_init=inward, name=name)(z) for name in ("query", "key", "value"))
+        return nn.DenseGeneral(d, (-2, -1), kernel_init=outward, name="out")(jax.nn.dot_product_attention(q, k, v))

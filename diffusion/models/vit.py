@@ -63,13 +63,14 @@ def vit(
       bottleneck: patches pass through this many dimensions before the width (JiT).
       positions: any of "sincos", "learned" (added to the tokens) and "rotary" (in attention).
       class_tokens: this many tokens of the class are put before the patches from block `class_tokens_from` on (JiT).
-      dtype: of the computation; parameters, norms, the softmax and the output stay float32.
+      dtype: of the computation; parameters, statistics of norms, the softmax and the head are float32.
       remat: recompute blocks in the backward pass to save memory.
       attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
       clock: t [B] to what the sinusoids see, default 1000 t (DiT's index); JiT's is 1 - t.
 
     Raises:
-      ValueError: heads does not divide width, or a name is unknown; on a call, windows do not tile the picture.
+      ValueError: heads does not divide width, or a name is unknown; on a call, windows do not tile the picture, or
+        the width does not suit the positions.
     """
     if width % heads:
         raise ValueError(f"width={width} is not divisible by heads={heads}")
@@ -141,8 +142,8 @@ class _ViT(nn.Module):
         norm = self.block["norm"]
         shift, scale = _gates(c, 2, self.width, dtype, "head_gates")
         z = _modulate(_norm(norm, dtype, "head_norm", affine=norm == "rms")(z[:, prefix:]), shift, scale)
-        z = nn.Dense(_prod(shape.patch) * channels, dtype=dtype, kernel_init=_ZERO, name="head")(z)  # (B, N, D)
-        return unpatchify(z.astype(jnp.float32), size, self.patch_size, self.stride)
+        z = nn.Dense(_prod(shape.patch) * channels, kernel_init=_ZERO, name="head")(z.astype(jnp.float32))  # (B, N, D)
+        return unpatchify(z, size, self.patch_size, self.stride)
 
 
 class _Block(nn.Module):

@@ -408,9 +408,6 @@ def report(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Box plot of the first case to `path`, bars of all cases against the copy next to it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     name, case = next(iter(result["cases"].items()))
