@@ -112,7 +112,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared kernel distance, eq. (2), of features a [N, F] and b [M, F]: expected value 0 for equal distributions.
 
-    It is unbiased for every N and M, so small values are as often below zero as above.
+    It is unbiased for every N and M if rows are drawn independently. Rows in equal shares of each class are spread more
+    evenly than that, and fall below 0 on average.
 
     Raises:
       ValueError: as `frechet_distance`.
@@ -133,7 +134,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
     """Precision (are fakes like reals?) and recall (is every real like a fake?), eq. (3), of features [N, F], [M, F].
 
-    Compare values of equal N, M and k only: real digits in the place of fakes do not reach 1 either.
+    Compare values of equal N, M and k only: 1,000 real digits in the place of fakes reach 0.88 of 1,000 others.
 
     Raises:
       ValueError: k is not between 1 and the number of rows of the smaller set - 1, or as `frechet_distance`.
@@ -206,8 +207,9 @@ def report(
 
     agreement, agreement_0 ..  share that the classifier reads as its label, of all and of each class that occurs
     distance, floor, ratio     `distance_and_floor`, and the first over the second
-    kernel_distance            from all real digits
-    precision, recall          against n real digits
+    kernel_distance            from the real digits but n, and
+    kernel_floor               these n digits from the others (below 0, see `kernel_distance`)
+    precision, recall          against these n digits
     nearest_ratio              on pixels
 
     Raises:
@@ -221,7 +223,7 @@ def report(
         raise ValueError(f"{n} pictures are too few to measure: at least 4 are needed, and hundreds to mean anything")
     real_images = [_digits(source.images[:]) for source in (train, held_out)]
     real_labels = np.concatenate([train.labels, held_out.labels])
-    part, _ = _divide(real_labels, n, np.random.default_rng(seed))
+    part, rest = _divide(real_labels, n, np.random.default_rng(seed))
 
     logits, fake = digit_features(images)
     real = digit_features(np.concatenate(real_images))[1]
@@ -234,7 +236,8 @@ def report(
         "distance": distance,
         "floor": floor,
         "ratio": distance / floor,
-        "kernel_distance": kernel_distance(fake, real),
+        "kernel_distance": kernel_distance(fake, real[rest]),
+        "kernel_floor": kernel_distance(real[part], real[rest]),
         "precision": precision,
         "recall": recall,
         "nearest_ratio": nearest_ratio(images, *real_images),

@@ -3,7 +3,8 @@
     python -m experiments.classifier                      writes runs/mnist_classifier.safetensors
     python -m experiments.classifier --out=diffusion/weights/mnist_classifier.safetensors --overwrite
 
-It takes two and a half minutes of processor time, and reads 100 % of the training digits and 99.0 % of the held-out ones.
+Two and a half minutes of processor time, shared by the cores. The shipped weights (seed 0) read 99.0 % of the 500
+held-out digits and all training digits.
 
 The same seed gives the same file on the same machine; another processor may round differently. To ship a new file,
 write it with the second command and put the SHA-256 it prints into `diffusion/evaluate.py`.

@@ -289,7 +289,7 @@ def describe(config: Config, source: data.Source, params: Any) -> str:
 
 
 def check_loss(step: int, value: float | jax.Array, checkpoints: Path) -> None:
-    """Raises FloatingPointError, saying what to do, if loss plus gradient norm is no number: either spoils the state."""
+    """Raises FloatingPointError, saying what to do, if loss plus gradient norm is no number: both spoil the state."""
     if not math.isfinite(value):
         raise FloatingPointError(
             f"the loss or its gradient is {float(value)} at step {step}; nothing was saved after step "

@@ -303,7 +303,17 @@ def test_report_of_real_digits_and_of_noise(digits, rng):
     samples, labels = held_out.images[:200], held_out.labels[:200]
     rest = held_out._replace(images=held_out.images[200:], labels=held_out.labels[200:])
     real = evaluate.report(samples, labels, train, rest)
-    numbers = {"distance", "floor", "ratio", "kernel_distance", "precision", "recall", "nearest_ratio", "agreement"}
+    numbers = {
+        "distance",
+        "floor",
+        "ratio",
+        "kernel_distance",
+        "kernel_floor",
+        "precision",
+        "recall",
+        "nearest_ratio",
+        "agreement",
+    }
     assert real.keys() == numbers | {f"agreement_{c}" for c in range(10)}
     assert all(type(value) is float for value in real.values())
     assert real["agreement"] > 0.97 and real["precision"] > 0.6 and real["recall"] > 0.6
@@ -315,6 +325,7 @@ def test_report_of_real_digits_and_of_noise(digits, rng):
     foreign = evaluate.report(noise, labels, train, rest)
     assert foreign["floor"] == real["floor"]
     assert foreign["ratio"] > 20 and foreign["kernel_distance"] > 10 * abs(real["kernel_distance"])
+    assert foreign["kernel_floor"] == real["kernel_floor"] < foreign["kernel_distance"]
     assert foreign["agreement"] < 0.3 and foreign["precision"] < 0.1 and foreign["nearest_ratio"] > 1.2
 
 

@@ -47,7 +47,7 @@ def tiny_blog() -> configs.Config:
     config.model.depth, config.model.heads, config.model.head_dim = 1, 2, 4
     config.process.steps = 10
     config.train.steps, config.train.batch_size, config.train.repeat = 40, 2, 3
-    config.train.learning_rate, config.train.log_every, config.train.save_every = 0.02, 1, 100
+    config.train.learning_rate, config.train.log_every, config.train.save_every = 0.005, 1, 100
     config.train.eval_every, config.train.eval_count, config.train.patience = 1, 12, 3
     config.sample = configs.Sample(count=4, steps=5, overstep=1.5, batch_size=4)
     return config
@@ -337,7 +337,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(tmp_path):
     config = tiny()
     config.train.learning_rate, config.train.warmup, config.train.clip = 1e30, 0, None
     config.train.log_every, config.train.save_every, config.train.sample_every = 100, 3, 100
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 3; nothing was saved after step 0\. "):
+    with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step 3; nothing was saved after step 0\. "):
         trained(config, tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints") == []
     assert [row["step"] for row in rows(tmp_path)] == [1]

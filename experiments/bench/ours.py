@@ -13,11 +13,11 @@ from experiments import build
 from experiments.config import Config
 
 
-def params(config: Config, seen: build.Seen) -> Any:
+def params(config: Config, seen: build.Seen, noise: float) -> Any:
     """Parameters with noise on them, as NumPy: many are zero at first, and no comparison must pass because of that."""
     leaves, structure = jax.tree.flatten(build.init_params(config, seen))
     keys = jax.random.split(jax.random.key(config.seed + 1), len(leaves))
-    noisy = [p + 0.02 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    noisy = [p + noise * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
     return structure.unflatten(map(np.asarray, noisy))
 
 

@@ -43,6 +43,7 @@ _PEAK = flags.DEFINE_float("peak_tflops", None, "Peak TFLOP/s of the device at t
 
 # Outputs and gradients of the two networks, in float32, relative to the largest output and the gradient's norm.
 TOLERANCE = 1e-4
+NOISE = 0.02  # on the initial parameters
 
 
 def main(argv: Sequence[str]) -> None:
@@ -90,7 +91,7 @@ def run(
     batch = {"x": rng.integers(0, 256, (b, *seen.shape), np.uint8)}
     batch["y"] = rng.integers(0, max(seen.num_classes, 1), b).astype(np.int32)
     labels = rng.integers(0, max(seen.num_classes, 1), drawn).astype(np.int32)
-    params = ours.params(config, seen)
+    params = ours.params(config, seen, NOISE)
 
     agreement = parity(config, seen, params) if peers else None
     train, draw = {}, {}
