@@ -70,7 +70,7 @@ def table(path: Path, values: dict[str, float]) -> str:
         ("feature distance", f"{values['distance']:.2f}", "Frechet; lower is better"),
         ("  of real digits", f"{values['floor']:.2f}", "the floor: as many real digits in their place"),
         ("  ratio", f"{values['ratio']:.2f}", "1: as good as real"),
-        ("kernel distance", f"{values['kernel_distance']:.4f}", "0: as good as real"),
+        ("kernel distance", f"{values['kernel_distance']:.4f}", "lower is better; real digits fall below 0"),
         ("precision", f"{values['precision']:.1%}", "pictures that look like real ones"),
         ("recall", f"{values['recall']:.1%}", "real ones that look like some picture"),
         ("nearest ratio", f"{values['nearest_ratio']:.2f}", "about 1: no copies of training pictures; 0: copies"),

@@ -374,7 +374,7 @@ def test_warps_move_digits_and_nothing_else(key, monkeypatch, rng):
 def test_a_file_is_not_replaced_unasked(tmp_path):
     path = tmp_path / "weights"
     path.write_text("mine")
-    command = [sys.executable, "-m", "experiments.classifier", f"--out={path}"]
+    command = [sys.executable, "-m", "experiments.classifier", f"--out={path}", "--steps=1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "--overwrite" in done.stderr and "Traceback" not in done.stderr
     assert path.read_text() == "mine"
