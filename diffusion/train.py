@@ -68,6 +68,7 @@ def adamw(
     warmup: int = 0,
     schedule: str = "cosine",
     b2: float = 0.999,
+    eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip: float | None = None,
 ) -> optax.GradientTransformation:
@@ -82,7 +83,7 @@ def adamw(
     decay = optax.cosine_decay_schedule(learning_rate, steps - warmup)
     after = decay if schedule == "cosine" else optax.constant_schedule(learning_rate)
     rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), after], [warmup])
-    optimizer = optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=decayed)
+    optimizer = optax.adamw(rate, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
     return optimizer if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimizer)
 
 

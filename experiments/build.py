@@ -1,5 +1,6 @@
 """From a config to the library's functions: the one place that knows both."""
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +24,12 @@ from experiments import config as configs
 
 Images = np.ndarray
 Draw = Callable[..., jax.Array]
+
+# The fields of config.model that a network reads.
+_FIELDS = {
+    "blog": {"name", "patch_size", "stride", "depth", "heads", "head_dim", "conditional"},
+    "vit": {field.name for field in dataclasses.fields(configs.Model)} - {"head_dim"},
+}
 
 
 def choose(name: str, value: str, options: dict[str, Any]) -> Any:
@@ -91,13 +98,17 @@ def path(config: configs.Config) -> process.Path:
 def network(config: configs.Config, seen: Seen) -> Model:
     """The network as it is trained: it answers in patches if the loss is measured there, else in pictures."""
     c = config.model
+    choose("model.name", c.name, _FIELDS)
+    unused = {f.name: f.default for f in dataclasses.fields(c) if f.name not in _FIELDS[c.name]}
+    for name, default in unused.items():
+        if getattr(c, name) != default:
+            raise ValueError(f"--config.model.{name}={getattr(c, name)} has no effect on --config.model.name={c.name}")
     if c.name == "blog":
         if seen.num_classes:
             raise ValueError("--config.model.name=blog knows no labels: set --noconfig.model.conditional")
         shape = {"patch_size": c.patch_size, "stride": c.stride, "depth": c.depth}
         trained = blog(path(config), heads=c.heads, head_dim=c.head_dim, **shape)
         return trained if config.process.patches else recomposed(trained, c.patch_size, c.stride)
-    choose("model.name", c.name, {"vit": vit, "blog": blog})
     if config.process.patches:
         raise ValueError("--config.process.patches needs --config.model.name=blog, the network that answers in patches")
     dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -174,6 +185,7 @@ def optimizer(config: configs.Config) -> optax.GradientTransformation:
         warmup=c.warmup,
         schedule=c.schedule,
         b2=c.b2,
+        eps=c.adam_eps,
         weight_decay=c.weight_decay,
         clip=c.clip,
     )

@@ -77,6 +77,7 @@ class Train:
     warmup: int = 100
     schedule: str = "cosine"  # or constant
     b2: float = 0.99
+    adam_eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float | None = 1.0
     ema: float = 0.995

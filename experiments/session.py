@@ -1,7 +1,9 @@
-"""What surrounds a long job: flags, compilation cache, stop signals, a log, a progress bar."""
+"""What surrounds a long job: flags, compilation cache, memory, stop signals, a log, a progress bar."""
 
+import ctypes
 import json
 import os
+import platform
 import signal
 import sys
 import time
@@ -32,10 +34,28 @@ class Stop:
 
 
 def start() -> None:
-    """Keeps compiled programs between processes: in $JAX_COMPILATION_CACHE_DIR, or in the user's cache folder."""
+    """Keeps compiled programs between processes, and memory between steps.
+
+    Programs are kept in $JAX_COMPILATION_CACHE_DIR, or in the user's cache folder.
+    """
+    keep_memory()
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "patch-diffusion" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def keep_memory() -> None:
+    """Lets the process keep the memory that it frees, where the C library is glibc.
+
+    On a CPU XLA allocates the temporary arrays of a step anew each time. glibc returns blocks of that size to the
+    system and gets them back as pages to be zeroed, one fault for every 4 KiB: a third of a training step on two cores.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt, trim_threshold, mmap_max, arena_max = ctypes.CDLL(None).mallopt, -1, -4, -8
+    # Only the main arena can grow past 64 MiB without mmap, so threads must share it.
+    for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
+        mallopt(option, value)
 
 
 def workdir(default: str | Path | None = None) -> Path:

@@ -259,7 +259,9 @@ class HeldOut:
 
     def best(self, state: training.State) -> training.State:
         """The best weights, in the form of `state`."""
-        return checkpoint.restore(self._kept, state, report=print)[0]
+        state, step = checkpoint.restore(self._kept, state, report=print)
+        print(f"\nheld-out loss was lowest after step {step}: those weights are kept")
+        return state
 
 
 class Preview:

@@ -163,3 +163,13 @@ def test_overstepping_belongs_to_ddim():
     config.sample.sampler = "heun"
     with pytest.raises(ValueError, match=r"--config\.sample\.overstep=1\.5 belongs to the ddim sampler, not to heun"):
         train.check(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"), [("blog", "width", 64), ("blog", "dtype", "bfloat16"), ("mnist", "head_dim", 8)]
+)
+def test_a_field_that_the_network_does_not_read_is_refused(name, field, value):
+    config = shipped(name)
+    setattr(config.model, field, value)
+    with pytest.raises(ValueError, match=f"--config.model.{field}={value} has no effect on --config.model.name="):
+        build.network(config, build.Seen((28, 28, 1), ()))

@@ -42,12 +42,13 @@ def tiny() -> configs.Config:
 
 
 def tiny_blog() -> configs.Config:
-    """The blog's recipe with a small network, and a learning rate so high that it soon gets worse."""
+    """The blog's recipe with a small network, and a learning rate that grows until it gets worse."""
     config = blog.get_config()
     config.model.depth, config.model.heads, config.model.head_dim = 1, 2, 4
     config.process.steps = 10
     config.train.steps, config.train.batch_size, config.train.repeat = 40, 2, 3
-    config.train.learning_rate, config.train.log_every, config.train.save_every = 0.005, 1, 100
+    config.train.learning_rate, config.train.warmup = 0.2, 20
+    config.train.log_every, config.train.save_every = 1, 100
     config.train.eval_every, config.train.eval_count, config.train.patience = 1, 12, 3
     config.sample = configs.Sample(count=4, steps=5, overstep=1.5, batch_size=4)
     return config
@@ -55,15 +56,22 @@ def tiny_blog() -> configs.Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(tmp_path_factory):
-    """Data sets are opened once, and a program that one training compiled is read from a file by the next."""
-    sources, settings = {}, ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    open_source, before = build.source, {name: getattr(jax.config, name) for name in settings}
+    """Data sets are opened and seen once, and a program that one test compiled is read from a file by the next."""
+    sources, features, settings = {}, {}, ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    open_source, digit_features = build.source, measure.evaluate.digit_features
+    before = {name: getattr(jax.config, name) for name in settings}
 
     def source(config, split="train"):
         key = repr((config.data, split))
         if key not in sources:
             sources[key] = open_source(config, split)
         return sources[key]
+
+    def features_of(images):
+        key = images.tobytes()
+        if key not in features:
+            features[key] = digit_features(images)
+        return features[key]
 
     def start():
         jax.config.update(settings[0], str(cache))
@@ -72,6 +80,7 @@ def quick(tmp_path_factory):
     cache = tmp_path_factory.mktemp("xla")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "source", source)
+        patch.setattr(measure.evaluate, "digit_features", features_of)
         patch.setattr(session, "start", start)
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
         compilation_cache.reset_cache()
@@ -176,7 +185,7 @@ def killed_at(monkeypatch, step: int) -> None:
     def scalars(self, done, values):
         log(self, done, values)
         if done == step and "loss" in values:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(session.Log, "scalars", scalars)
 
@@ -271,7 +280,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, copy,
     assert rows(copy) == rows(run.workdir)
 
 
-def test_sigterm_to_the_command_saves_and_the_same_command_finishes(tmp_path):
+def test_sigterm_to_the_command_saves_and_the_run_can_be_finished(tmp_path):
     """A process of its own, because its exit status and its messages matter."""
     given = {"model.width": 16, "model.depth": 1, "train.steps": 300, "train.batch_size": 2, "train.log_every": 1}
     given |= {"train.sample_every": 1000, "train.save_every": 1000, "sample.count": 2, "sample.steps": 1}
@@ -293,10 +302,9 @@ def test_sigterm_to_the_command_saves_and_the_same_command_finishes(tmp_path):
     assert step < 300
     assert [row["step"] for row in rows(tmp_path)] == [*range(1, step + 1)]
 
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert f"continuing after step {step} of 300" in again.stdout
-    assert "\nNext: python -m experiments.sample" in again.stdout
+    again = trained(build.stored(tmp_path)[0], tmp_path)
+    assert f"continuing after step {step} of 300" in again.printed
+    assert "\nNext: python -m experiments.sample" in again.printed
     assert [row["step"] for row in rows(tmp_path)] == [*range(1, 301)]
 
 
@@ -333,11 +341,19 @@ def test_a_file_in_the_way_of_the_work_directory_is_refused(tmp_path, monkeypatc
     assert (tmp_path / "file").read_text() == "not mine"
 
 
+def test_a_network_that_does_not_fit_the_pictures_is_refused_before_anything_is_written(tmp_path):
+    config = tiny()
+    config.model.patch_size = 5
+    with pytest.raises(ValueError, match="patch_size=5 does not tile spatial axis 0 of length 28"):
+        trained(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(tmp_path):
     config = tiny()
     config.train.learning_rate, config.train.warmup, config.train.clip = 1e30, 0, None
     config.train.log_every, config.train.save_every, config.train.sample_every = 100, 3, 100
-    with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step 3; nothing was saved after step 0\. "):
+    with pytest.raises(FloatingPointError, match=r"(nan|inf) at step 3; nothing was saved after step 0\. "):
         trained(config, tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints") == []
     assert [row["step"] for row in rows(tmp_path)] == [1]

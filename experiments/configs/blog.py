@@ -22,6 +22,7 @@ def get_config() -> Config:
             warmup=0,
             schedule="constant",
             b2=0.999,
+            adam_eps=1e-7,
             clip=None,
             ema=0.0,
             label_drop=0.0,

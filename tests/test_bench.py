@@ -1,0 +1,169 @@
+"""The benchmarks, tiny: each runs, checks its rivals against ours, and returns numbers for a table and for JSON."""
+
+import dataclasses
+import importlib.util
+import json
+import statistics
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import build
+from experiments.bench import blog, patch, startup, timing, vit
+from experiments.config import Config, Data, Model, Process, Sample, Train
+from experiments.configs import blog as blog_config
+
+NAMES = ("slow", "fast")
+
+
+def tiny() -> Config:
+    """A network with all the fields that the rivals know, small."""
+    return Config(
+        data=Data(size=(8, 12), channels=2),
+        model=Model(
+            patch_size=4,
+            width=16,
+            depth=1,
+            heads=2,
+            bottleneck=6,
+            norm="rms",
+            mlp="swiglu",
+            qk_norm=True,
+            positions=("sincos", "learned", "rotary"),
+            class_tokens=2,
+        ),
+        process=Process(times_mean=0.8),
+        train=Train(batch_size=4, ema=0.9),
+        sample=Sample(batch_size=3, steps=4, guidance=2.0, guidance_high=0.7),
+    )
+
+
+def consistent(rows: dict, names: set[str]) -> None:
+    """A `timing.summary` of these names, whose numbers follow from its timings."""
+    assert set(rows) == names
+    for name, row in rows.items():
+        assert set(row["speed_over"]) == names - {name}
+        assert row["per_second"] == pytest.approx(row["work"] / statistics.median(row["timings"]))
+
+
+def test_speeds_are_medians_of_ratios_within_a_round():
+    rows = timing.summary({"slow": [2.0, 4.0, 30.0], "fast": [1.0, 4.0, 3.0]}, {"slow": 2, "fast": 1})
+    consistent(rows, set(NAMES))
+    assert rows["fast"]["speed_over"] == {"slow": 1.0}  # of 1, 0.5 and 5
+    assert rows["slow"]["seconds"] == 2.0
+    assert timing.over(rows["fast"], "slow") == "1.00 x"
+    assert timing.over(rows["slow"], "slow") == "1"
+
+
+def test_contenders_take_turns_and_every_other_round_runs_backwards():
+    order = []
+    contenders = {name: lambda name=name: order.append(name) for name in NAMES}
+    seconds = timing.interleave(contenders, 3)
+    assert order == [*NAMES, *NAMES, *NAMES[::-1], *NAMES]
+    assert {name: len(s) for name, s in seconds.items()} == dict.fromkeys(NAMES, 3)
+
+
+def test_a_result_that_cannot_be_written_fails_before_the_race(tmp_path):
+    with pytest.raises(OSError):
+        timing.check_json(str(tmp_path / "missing" / "result.json"))
+    timing.check_json(None)
+    timing.write_json(str(tmp_path / "result.json"), {"a": 1})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"a": 1}
+
+
+def test_vit_against_pytorch():
+    pytest.importorskip("torch")
+    config = tiny()
+    result = vit.run(config, peers=("eager",), rounds=1, num_classes=5, peak_tflops=0.5)
+    assert max(result["parity"].values()) < vit.TOLERANCE
+    for kind in ("train", "sample"):
+        consistent(result[kind], {"ours", "PyTorch eager"})
+        assert all(row["mfu"] == pytest.approx(row["tflops"] / 0.5) for row in result[kind].values())
+    assert json.loads(json.dumps(result)) == result
+    assert "PyTorch eager" in vit.report(result)
+
+
+def test_another_network_is_not_timed(monkeypatch):
+    """Parity can fail: it is run with a network in PyTorch that forgets one thing."""
+    pytest.importorskip("torch")
+    from experiments.bench import torch_vit
+
+    copy = torch_vit.copy_params
+
+    def other(network, params):
+        params = jax.tree.map(lambda p: p, params)
+        params["block_0"]["out"]["kernel"] = params["block_0"]["out"]["kernel"] * 2
+        return copy(network, params)
+
+    monkeypatch.setattr(torch_vit, "copy_params", other)
+    config, seen = tiny(), build.Seen((8, 12, 2), tuple("abcde"))
+    with pytest.raises(AssertionError, match="not ours"):
+        vit.parity(config, seen, vit.ours.params(config, seen, vit.NOISE))
+
+
+def test_flops_are_those_of_the_matrix_products():
+    """XLA's count of a forward pass of the network, which has other operations too."""
+    config, seen = tiny(), build.Seen((8, 12, 2), tuple("abcde"))
+    config.model = dataclasses.replace(config.model, width=64, heads=2, bottleneck=32)
+    model = build.network(config, seen)
+    params = jax.eval_shape(lambda: build.init_params(config, seen))
+    x, t = jax.ShapeDtypeStruct((1, 8, 12, 2), np.float32), jax.ShapeDtypeStruct((1,), np.float32)
+    counted = jax.jit(model.apply).lower(params, x, t, jax.ShapeDtypeStruct((1,), np.int32)).cost_analysis()["flops"]
+    assert vit.forward_flops(config, seen) < counted < 1.15 * vit.forward_flops(config, seen)
+
+
+def test_a_network_that_pytorch_lacks_is_refused():
+    pytest.importorskip("torch")
+    with pytest.raises(ValueError, match="model.dropout=0 only, not 0.5"):
+        vit.peer_module(vit.with_model(tiny(), dropout=0.5))
+
+
+def test_blog():
+    config = blog_config.get_config()
+    config.model = dataclasses.replace(config.model, depth=1, heads=2, head_dim=4)
+    config.train = dataclasses.replace(config.train, batch_size=2, repeat=3)
+    compare = importlib.util.find_spec("keras") is not None and importlib.util.find_spec("tensorflow") is not None
+    result = blog.run(config, compare=compare, rounds=1, sample_steps=2)
+    assert {"ours, 1 at a time", "ours, 64 at a time"} <= set(result["sample"])
+    consistent(result["sample"], set(result["sample"]))
+    assert result["train"]["ours"]["work"] == 6
+    if compare:
+        assert max(result["parity"].values()) < blog.TOLERANCE
+    assert json.loads(json.dumps(result)) == result
+    assert "drawing, per picture" in blog.report(result)
+
+
+def test_patch(tmp_path):
+    result = patch.run(["28x28/7"], fraction=0.001, rounds=2)
+    case = result["cases"]["28x28/7"]
+    assert case["bytes"] == 60 * 28 * 28 * 4
+    assert {patch.COPY, patch.COPIES, patch.NUMBA, patch.NUMBAS, patch.FUSEDS, *patch.BLOG} <= set(case["host"])
+    consistent(case["host"], set(case["host"]))
+    assert json.loads(json.dumps(result))["generator"] == result["generator"]
+    assert "28x28/7" in patch.report(result)
+    patch.draw(result, tmp_path / "race.png")
+    assert (tmp_path / "race.png").stat().st_size and (tmp_path / "race_roof.png").stat().st_size
+
+
+def test_startup(monkeypatch):
+    started = []
+    monkeypatch.setattr(startup, "first_step", lambda arguments, cache: started.append((arguments, cache)))
+    result = startup.run(["--config=here"], rounds=1, runs=2)
+    consistent(result["import"], set(startup.PROGRAMS))
+    consistent(result["first_step"], {"cold cache", "warm cache"})
+    assert all(arguments == ["--config=here"] for arguments, _ in started)
+    caches = [cache for _, cache in started]
+    assert sorted(map(caches.count, set(caches))) == [1, 1, 1, 3]  # three times a new one, three times the same
+    assert "import diffusion" in startup.report(result)
+
+
+def test_the_first_step_of_the_main_job_ends_it(tmp_path):
+    small = ["--config.model.width=16", "--config.model.depth=1", "--config.train.steps=1000000"]
+    startup.first_step(["--config=experiments/configs/smoke.py", *small], str(tmp_path))
+    assert list(tmp_path.iterdir())  # the cache that a next start finds
+
+
+def test_a_main_job_that_cannot_start_is_told(tmp_path):
+    with pytest.raises(ValueError, match="made no first step(.|\n)*--config.model.depht"):
+        startup.first_step(["--config.model.depht=1"], str(tmp_path))
