@@ -12,7 +12,7 @@ CORE = {"jax", "numpy", "diffusion"}
 # Modules that own a heavier dependency; only their own package imports these modules at its top, and not its __init__.
 OWNERS = {
     "train.py": {"optax"},
-    "patch_numba.py": {"numba", "llvmlite"},
+    "patch_kernels.py": {"numba", "llvmlite"},
     "checkpoint.py": {"orbax", "ml_dtypes"},
     "mnist5k.py": {"tensorflow_datasets", "PIL"},
     "pictures.py": {"PIL"},
@@ -22,6 +22,9 @@ OWNERS = {
 DOORS = {
     "geometry": set(),
     "patch": {"geometry"},
+    "patch_numpy": {"geometry"},
+    "patch_kernels": set(),
+    "patch_numba": {"geometry", "patch_kernels", "patch_numpy"},
     "process": set(),
     "predict": {"process"},
     "loss": {"predict", "process"},
@@ -34,7 +37,7 @@ DOORS = {
     "models/blog": {"models", "patch", "process"},
     "models/vit": {"geometry", "models", "patch"},
 }
-WITHOUT_JAX = ("geometry.py", "patch_numpy.py", "patch_numba.py", "data/")
+WITHOUT_JAX = ("geometry.py", "patch_numpy.py", "patch_numba.py", "patch_kernels.py", "data/")
 FILES = sorted((ROOT / "diffusion").rglob("*.py"))
 
 

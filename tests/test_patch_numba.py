@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion import patch_numba, patch_numpy
+from diffusion import patch_kernels, patch_numba, patch_numpy
 from diffusion.patch_numba import fold, noised_patches, patchify, unpatchify
 from tests.test_patch_numpy import arrays, cuts
 
@@ -304,7 +304,7 @@ def run(*arguments: str, **environment: str) -> str:
 
 CHECK = """
 import os, threading, numpy as np
-from diffusion import patch_numba, patch_numpy
+from diffusion import patch_kernels, patch_numba, patch_numpy
 x = np.arange(300 * 28 * 28, dtype=np.float32).reshape(300, 28, 28, 1)
 def check(p, x=x):
     x = np.repeat(x, 10, 0)  # enough for two threads
@@ -319,7 +319,7 @@ def compile_all_the_time():
     while not stop.is_set():
         patch_numba.patchify(np.zeros((2, 8 * n, 3), np.uint8), 8, layout="chw")
         n += 1
-        patch_numba._kernels.clear()
+        patch_kernels.programs.clear()
 thread = threading.Thread(target=compile_all_the_time)
 thread.start()
 children = []
@@ -367,7 +367,7 @@ def test_spawned_workers(tmp_path):
     run(str(script))
 
 
-HITS = CHECK + "check(7)\nprint(sum(sum(k.stats.cache_hits.values()) for k in patch_numba._kernels.values()))"
+HITS = CHECK + "check(7)\nprint(sum(sum(k.stats.cache_hits.values()) for k in patch_kernels.programs.values()))"
 
 
 def test_compiled_code_is_kept_between_processes(tmp_path):
@@ -390,5 +390,5 @@ def test_no_folder_to_keep_it_in(tmp_path):
 def test_each_kernel_has_files_of_its_own():
     """Two processes that write one index of files at once could otherwise swap the code of two geometries."""
     shapes = (7, 28), (4, 28), (7, 24)
-    kernels = [patch_numba._kernel(patch_numba._copy_kernel, 1, 1, *shape, "", "", "") for shape in shapes]
+    kernels = [patch_kernels.compiled(patch_kernels.copy_kernel, 1, 1, *shape, "", "", "") for shape in shapes]
     assert len({kernel.py_func.__qualname__ for kernel in kernels}) == 3
