@@ -25,20 +25,19 @@ JIT = {
 }
 
 
-def randomised(params, key, scale=0.1):
-    """Parameters away from the zero initialisation, so that every path through the network matters."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        tree, [p + scale * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    )
-
-
 def ready(model, shape, classes=0):
-    a, b, c = jax.random.split(jax.random.key(1), 3)
-    xt, t = jax.random.normal(a, shape), jnp.linspace(0.1, 0.9, shape[0])
-    y = jnp.arange(shape[0]) % classes if classes else None
-    return randomised(jax.jit(model.init)(b, xt, t, y), c), xt, t, y
+    """Arguments of `model.apply`; parameters away from the zero initialisation, so that every path matters."""
+    rng = np.random.default_rng(1)
+    xt = rng.standard_normal(shape).astype(np.float32)
+    t = np.linspace(0.1, 0.9, shape[0], dtype=np.float32)
+    y = np.arange(shape[0]) % classes if classes else None
+
+    def value(path, p):
+        noise = rng.standard_normal(p.shape).astype(p.dtype)
+        shifted = noise / np.sqrt(p.shape[0]) if p.ndim > 1 else (path[-1].key == "scale") + 0.1 * noise
+        return jnp.asarray(shifted)
+
+    return jax.tree_util.tree_map_with_path(value, jax.eval_shape(model.init, jax.random.key(0), xt, t, y)), xt, t, y
 
 
 @pytest.mark.parametrize(
@@ -143,9 +142,10 @@ def test_sincos_positions_are_distinct_and_rectangular():
 def test_dropout_needs_a_key_and_uses_it(key):
     model = vit(**SMALL | {"dropout": 0.5})
     params, xt, t, _ = ready(model, (2, 8, 8, 1))
-    a, b = (model.apply(params, xt, t, key=k) for k in jax.random.split(key))
+    apply = jax.jit(model.apply)
+    a, b = (apply(params, xt, t, key=k) for k in jax.random.split(key))
     assert jnp.abs(a - b).max() > 1e-3
-    np.testing.assert_array_equal(model.apply(params, xt, t), model.apply(params, xt, t))
+    np.testing.assert_array_equal(apply(params, xt, t), apply(params, xt, t))
 
 
 def test_remat_and_jit_change_nothing():
@@ -160,8 +160,8 @@ def test_remat_and_jit_change_nothing():
 def test_bfloat16_computes_close_to_float32_with_float32_parameters(key):
     params, xt, t, y = ready(vit(**JIT), (2, 8, 8, 1), 5)
     half = vit(**JIT | {"dtype": jnp.bfloat16})
-    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(half.init(key, xt, t, y)))
-    exact, rough = vit(**JIT).apply(params, xt, t, y), half.apply(params, xt, t, y)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(jax.eval_shape(half.init, key, xt, t, y)))
+    exact, rough = (jax.jit(model.apply)(params, xt, t, y) for model in (vit(**JIT), half))
     assert rough.dtype == jnp.float32
     error = jnp.abs(rough - exact).max() / jnp.abs(exact).max()
     assert 1e-5 < error < 0.1
