@@ -96,21 +96,36 @@ def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2**31 - 1), shape))(keys)
 
 
-def uniform_grid(steps: int, start: float = 1.0) -> np.ndarray:
-    """Times [steps + 1] from `start` to 0 in equal steps."""
+def uniform_grid(steps: int, start: float = 1.0, last: float | None = None) -> np.ndarray:
+    """Times [steps + 1] from `start` to 0 in equal steps.
+
+    With `last` they are equal down to there, and the last step leaps to 0: the data is then what the network guesses at
+    time `last`. A network that saw few times near 0 in training guesses no better there.
+    """
+    return shifted_grid(steps, 1.0, start, last)
+
+
+def shifted_grid(steps: int, shift: float = 1.0, start: float = 1.0, last: float | None = None) -> np.ndarray:
+    """`uniform_grid` bent: t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, 2403.03206): > 1 dwells in noise.
+
+    `start` is where it starts before it is bent, `last` is a time itself.
+    """
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
     if not 0 < start <= 1:
         raise ValueError(f"start={start} must lie in (0, 1]")
-    return np.linspace(start, 0, steps + 1)
-
-
-def shifted_grid(steps: int, shift: float = 1.0, start: float = 1.0) -> np.ndarray:
-    """`uniform_grid` bent: t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, 2403.03206): > 1 dwells in noise."""
     if not shift > 0:
         raise ValueError(f"shift={shift} must be positive")
-    t = uniform_grid(steps, start)
-    return shift * t / (1 + (shift - 1) * t)
+    end = 0.0
+    if last is not None:
+        end = last / (shift - (shift - 1) * last)
+        if not 0 < end < start:
+            raise ValueError(f"last={last} must lie between 0 and where the times start")
+        if steps == 1:
+            raise ValueError(f"steps=1 go from start={start} to 0 at once: leave out last={last}")
+    t = np.linspace(start, end, steps + (last is None))
+    t = shift * t / (1 + (shift - 1) * t)
+    return t if last is None else np.append(t, 0.0)
 
 
 def ddim(eta: float = 0.0, overstep: float = 1.0) -> Step:

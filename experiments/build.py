@@ -238,7 +238,8 @@ def drawer(config: configs.Config, seen: Seen, keep: int | None = None) -> Draw:
     noising, step = path(config), sampler_step(config)
     # Where no data is left (alpha = 0) a prediction of eps says nothing about it: begin just below.
     blind = config.process.prediction == "eps" and float(noising(jnp.ones(()))[0]) < 1e-6
-    grid = sampling.shifted_grid(config.sample.steps, config.sample.shift, 0.999 if blind else 1.0)
+    c = config.sample
+    grid = sampling.shifted_grid(c.steps, c.shift, 0.999 if blind else 1.0, c.last if c.steps > 1 else None)
     sample_key = key(config.sample.seed, "sample")
 
     @jax.jit

@@ -99,6 +99,7 @@ class Sample:
     sampler: str = "ddim"  # ddim, ancestral, heun
     overstep: float = 1.0  # the blog's step size
     shift: float = 1.0  # of the time grid
+    last: float | None = None  # time from which the last step leaps to the data
     guidance: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0

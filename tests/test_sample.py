@@ -158,12 +158,22 @@ def test_shifted_grid_keeps_its_ends_and_dwells_in_noise():
     assert grid[5] == pytest.approx(0.75)
 
 
+def test_the_last_step_can_leap_to_the_data():
+    np.testing.assert_allclose(uniform_grid(5, last=0.2), [1, 0.8, 0.6, 0.4, 0.2, 0])
+    bent = shifted_grid(5, 3.0, 0.9, last=0.2)
+    assert len(bent) == 6 and bent[-2] == pytest.approx(0.2) and bent[-1] == 0
+    assert bent[0] == shifted_grid(5, 3.0, 0.9)[0]
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: uniform_grid(0),
         lambda: uniform_grid(5, start=0.0),
         lambda: shifted_grid(5, 0.0),
+        lambda: uniform_grid(5, last=0.0),
+        lambda: uniform_grid(5, start=0.5, last=0.5),
+        lambda: uniform_grid(1, last=0.5),
         lambda: ddim(eta=2.0),
         lambda: ddim(overstep=0.0),
         lambda: ddim(eta=1.0, overstep=1.5),
