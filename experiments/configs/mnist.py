@@ -28,7 +28,7 @@ def get_config() -> Config:
         ),
         process=Process(path="linear", prediction="x0", loss_in="flow", times="logit_normal", times_mean=0.8),
         train=Train(
-            steps=11000,
+            steps=9000,
             batch_size=32,
             learning_rate=3e-3,
             warmup=100,
