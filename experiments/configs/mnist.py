@@ -25,6 +25,8 @@ def get_config() -> Config:
             qk_norm=True,
             positions=("learned", "rotary"),
             class_tokens=4,
+            class_tokens_from=2,
+            mlp_ratio=3.75,
         ),
         process=Process(path="linear", prediction="x0", loss_in="flow", times="logit_normal", times_mean=0.8),
         train=Train(
@@ -36,5 +38,5 @@ def get_config() -> Config:
             sample_every=1000,
             save_every=1000,
         ),
-        sample=Sample(steps=30, last=0.2, sampler="ancestral", guidance=1.25, guidance_high=0.85),
+        sample=Sample(steps=60, last=0.2, sampler="ancestral", guidance=1.35, guidance_high=0.8),
     )
