@@ -52,8 +52,10 @@ class _Blog(nn.Module):
         start = jnp.concatenate([tokens, level], 1) + positions[None]
         z = start
         for layer in range(self.depth):
-            z = start + _Attention(self.heads, self.head_dim, name=f"attention_{layer}")(z)
-        return z[:, :n]
+            # Nobody asks what the last layer says about the level token.
+            asked = n if layer == self.depth - 1 else n + 1
+            z = start[:, :asked] + _Attention(self.heads, self.head_dim, name=f"attention_{layer}")(z[:, :asked], z)
+        return z
 
 
 def _keras_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -72,9 +74,10 @@ class _Attention(nn.Module):
     head_dim: int
 
     @nn.compact
-    def __call__(self, z: jax.Array) -> jax.Array:
+    def __call__(self, asked: jax.Array, z: jax.Array) -> jax.Array:
         d, shape = z.shape[-1], (self.heads, self.head_dim)
         inward = _keras_glorot(d * self.heads, d * self.head_dim)
         outward = _keras_glorot(self.heads * self.head_dim, self.heads * d)
-        q, k, v = (nn.DenseGeneral(shape, kernel_init=inward, name=name)(z) for name in ("query", "key", "value"))
+        inputs = {"query": asked, "key": z, "value": z}
+        q, k, v = (nn.DenseGeneral(shape, kernel_init=inward, name=name)(a) for name, a in inputs.items())
         return nn.DenseGeneral(d, (-2, -1), kernel_init=outward, name="out")(jax.nn.dot_product_attention(q, k, v))
