@@ -12,9 +12,10 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -28,6 +29,8 @@ from experiments import build, measure, pictures, session
 from experiments.config import Config, to_dict
 
 _CONFIGS = Path(__file__).parent / "configs"
+# Fields that the command line sets to None, for which ml_collections has no word.
+_NONE: list[str] = []
 
 flags.declare_key_flag("workdir")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, size and cost of the network, and stop.")
@@ -37,7 +40,7 @@ _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard e
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set as in --config.train.steps=100")
-    config: Config = flags.FLAGS.config
+    config = given_config()
     session.start()
     if _DRY_RUN.value:
         dry_run(config)
@@ -53,6 +56,7 @@ def define_config(argv: list[str]) -> None:
       FileNotFoundError: there is no such config file.
     """
     known = fields(Config)
+    _NONE.clear()
     for argument in argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")
         field = name.removeprefix("no").removeprefix("config.")
@@ -61,23 +65,38 @@ def define_config(argv: list[str]) -> None:
         if argument.startswith("-") and name == "config" and value and not Path(value.partition(":")[0]).is_file():
             shipped = ", ".join(sorted(p.stem for p in _CONFIGS.glob("[a-z]*.py")))
             raise FileNotFoundError(f"--config={value}: there is no such file; in {_CONFIGS} there are {shipped}")
+        if value == "None" and known.get(field):
+            _NONE.append(field)
+            argv.remove(argument)
     explanation = "Config file; its fields are flags: --config.model.depth=8."
     config_flags.DEFINE_config_file("config", str(_CONFIGS / "mnist.py"), explanation, sys_argv=argv)
 
 
-def fields(cls: type) -> list[str]:
-    """Dotted names of all fields of a dataclass and of those inside it: "seed", "model.depth"."""
-    names = []
+def given_config() -> Config:
+    """The config that the command line gives."""
+    config: Config = flags.FLAGS.config
+    for field in _NONE:
+        section, _, name = field.rpartition(".")
+        setattr(getattr(config, section) if section else config, name, None)
+    return config
+
+
+def fields(cls: type) -> dict[str, bool]:
+    """Dotted names of all fields of a dataclass and of those inside it, "seed", "model.depth": may they be None?"""
+    names = {}
     for name, hint in get_type_hints(cls).items():
-        names += [f"{name}.{inner}" for inner in fields(hint)] if dataclasses.is_dataclass(hint) else [name]
+        if dataclasses.is_dataclass(hint):
+            names |= {f"{name}.{inner}": optional for inner, optional in fields(hint).items()}
+        else:
+            names[name] = type(None) in get_args(hint)
     return names
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """The name in `known` that was meant by `name`: the same field of another section, else the most similar."""
     own = name.rpartition(".")[2]
     elsewhere = [k for k in known if k.rpartition(".")[2] == own]
-    return difflib.get_close_matches(name, elsewhere or known, 1, 0.0)[0]
+    return difflib.get_close_matches(name, elsewhere or list(known), 1, 0.0)[0]
 
 
 def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any]:
@@ -118,7 +137,7 @@ def check(config: Config) -> None:
     if c.batch_size % jax.device_count():
         raise ValueError(f"--config.train.batch_size={c.batch_size} must be a multiple of {jax.device_count()} devices")
     if c.clip is not None and not c.clip > 0:
-        raise ValueError(f"--config.train.clip={c.clip} must be positive; None, in a config file, turns clipping off")
+        raise ValueError(f"--config.train.clip={c.clip} must be positive; None turns clipping off")
     if c.patience is not None and not c.eval_every:
         raise ValueError(f"--config.train.patience={c.patience} needs --config.train.eval_every")
     build.path(config), build.times(config), build.sampler_step(config), build.optimizer(config)

@@ -120,14 +120,16 @@ def test_flags_reach_the_config():
     program = (
         "import json, sys; from absl import flags; from experiments import config, train\n"
         "train.define_config(sys.argv); flags.FLAGS(sys.argv)\n"
-        "print(json.dumps(config.to_dict(flags.FLAGS.config)))"
+        "print(json.dumps(config.to_dict(train.given_config())))"
     )
     given = ["--config=experiments/configs/smoke.py", "--config.model.depth=3", "--config.data.size=(8, 12)"]
     given += ["--config.train.patience=4", "--noconfig.data.flip", "--config.model.positions=('rotary',)"]
+    given += ["--config.train.clip=None", "--config.data.name=None"]
     done = subprocess.run([sys.executable, "-c", program, *given], cwd=ROOT, capture_output=True, text=True, check=True)
     expected = shipped("smoke")
     expected.model.depth, expected.data.size, expected.train.patience = 3, (8, 12), 4
     expected.model.positions = ("rotary",)
+    expected.train.clip, expected.data.name = None, "None"  # only an optional field can be None
     assert configs.from_dict(json.loads(done.stdout)) == expected
 
 

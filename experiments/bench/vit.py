@@ -31,7 +31,7 @@ from diffusion.sample import shifted_grid
 from experiments import build, session
 from experiments.bench import ours, timing
 from experiments.config import Config
-from experiments.train import define_config
+from experiments.train import define_config, given_config
 
 PEERS = {"both": ("eager", "compile"), "eager": ("eager",), "compile": ("compile",), "none": ()}
 _PEER = flags.DEFINE_enum("peer", "both", list(PEERS), "PyTorch as it is, under torch.compile, or not at all.")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     timing.check_json(timing.JSON.value)
     session.start()
     result = run(
-        flags.FLAGS.config,
+        given_config(),
         peers=PEERS[_PEER.value],
         attention=_ATTENTION.value,
         rounds=timing.ROUNDS.value,
