@@ -18,7 +18,7 @@ the error in those of b.                                                        
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,20 @@ import jax.numpy as jnp
 from diffusion.process import Coefficients, Path, coefficients, expand
 
 Prediction = Literal["x0", "eps", "v", "flow"]
-Denoise = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+class Learned(NamedTuple):
+    """What a network with a learned variance returns: its prediction and, per value, where the variance lies.
+
+    pred: [B, *S, C], the prediction itself.
+    v: [B, *S, C], the place of log var between the two fixed variances, in the network's own convention.
+    """
+
+    pred: jax.Array
+    v: jax.Array
+
+
+Denoise = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array | Learned]
 
 # Below this the system (2) is singular: pred and xt hold the same information.
 _SINGULAR = 1e-6
