@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.predict import target
+from diffusion.predict import Estimate, target
 from diffusion.process import VP, Geometric, Linear, coefficients, expand, linear_betas
 from diffusion.sample import ddim, heun, initial_noise, sample, sample_keys, shifted_grid, uniform_grid
 from tests.test_process import PATHS
@@ -148,7 +148,7 @@ def test_overstep_moves_the_picture_past_the_clock():
     step = ddim(overstep=1.5)
     alpha, _ = path(jnp.float32(0.2))
     x0_hat = (x - (1 - alpha) * noise_hat) / alpha
-    xs = step(None, lambda xt, t: (x0_hat, noise_hat), path, x, jnp.float32(0.2), jnp.float32(0.198))
+    xs = step(None, lambda xt, t: Estimate(x0_hat, noise_hat), path, x, jnp.float32(0.2), jnp.float32(0.198))
     np.testing.assert_allclose(xs, (x - noise_hat * (1 - 0.99**1.5)) / 0.99**1.5, rtol=1e-5)
 
 
