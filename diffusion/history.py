@@ -47,8 +47,8 @@ def remember(history: History, t: jax.Array, losses: jax.Array) -> History:
     """The history after a batch's losses [B], without importance weights, at times t [B] (`loss_at`'s "t", "loss")."""
     steps, length = history.losses.shape
     i = jnp.clip(jnp.round(t * steps).astype(int) - 1, 0, steps - 1)
-    same, order = i[:, None] == i, jnp.arange(len(i))
-    earlier, later = (same & (order < order[:, None])).sum(1), (same & (order > order[:, None])).sum(1)
+    same = i[:, None] == i[None]
+    earlier, later = jnp.tril(same, -1).sum(1), jnp.triu(same, 1).sum(1)
     # Of one step's losses in this batch only the last `length` are written, so that no two want one slot.
     row = jnp.where(later < length, i, steps)
     slot = (history.counts[i] + earlier) % length

@@ -24,8 +24,8 @@ Params = Any
 class State(NamedTuple):
     """Everything that training carries from one step to the next.
 
-    step: counts the steps that were taken. It stands still, as all else does, where the loss or, unless the loss is
-      scaled, its gradient was not finite: a step behind the batches that were fed says that one was refused.
+    step: counts the steps that were taken, those skipped for an overflow among them. It stands still, as all else
+      does, where loss or gradient was no number: fewer steps than batches fed say that one was refused.
     ema: the averaged parameters; a tuple of them for a list of decays.
     log2_scale: of the loss, eq. (2); None for no scaling.
     carry: what the loss learns between steps, such as a `history.History`; None for nothing.
@@ -121,8 +121,8 @@ def make_step(
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         averages = (state.ema,) if _is_one(ema_decay) else state.ema
-        if len(averages) != len(decays):
-            raise ValueError(f"the state has {len(averages)} averages for ema_decay={ema_decay}; see `init_state`")
+        if [jax.tree.structure(ema) for ema in averages] != [jax.tree.structure(params)] * len(decays):
+            raise ValueError(f"the averages of the state are not those of ema_decay={ema_decay}; see `init_state`")
         averages = tuple(
             optax.incremental_update(params, ema, 1 - warm_decay(decay, state.step))
             for ema, decay in zip(averages, decays, strict=True)
@@ -134,14 +134,16 @@ def make_step(
         after = (params, averages[0] if _is_one(ema_decay) else averages, opt, carry)
         before = (state.params, state.ema, state.opt, state.carry)
         after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, before)
-        counted = (jnp.isfinite(value) if scaled else usable).astype(state.step.dtype)
         metrics = {"loss": value, "grad_norm": norm, **metrics}
-        scale = None
+        taken, scale = usable, None
         if scaled:
-            scale = state.log2_scale + jnp.where(usable, scale_growth, -1.0)
+            # Without a scale to lower it is the loss itself that overflows.
+            overflow = jnp.isfinite(value) & ~jnp.isfinite(norm) & (state.log2_scale > 0)
+            scale = state.log2_scale + jnp.where(usable, scale_growth, jnp.where(overflow, -1.0, 0.0))
             metrics["log2_scale"] = scale
+            taken |= overflow
         params, ema, opt, carry = after
-        return State(state.step + counted, params, ema, opt, scale, carry), metrics
+        return State(state.step + taken.astype(state.step.dtype), params, ema, opt, scale, carry), metrics
 
     return step
 
