@@ -89,6 +89,8 @@ def convert(
     """
     if not source:
         raise ValueError("--source is missing: pass the file of published weights, --source=model.pt")
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"--source={source}: there is no such file")
     if (workdir / checkpoint.CONFIG).exists():
         raise ValueError(f"{workdir} holds a run already; pass another --workdir")
     c = config.data

@@ -317,6 +317,9 @@ class _Attention(nn.Module):
             raise ValueError(f"{given} does not divide the width {width} of a level that attends")
         h = _GroupNorm(self.dtype, name="norm")(x).reshape(b, -1, width)  # (B, N, W)
         qkv = nn.DenseGeneral((3, heads, width // heads), dtype=self.dtype, name="qkv")(h)
+        if self.dtype == jnp.float16 and self.attention != "cudnn":
+            # XLA sums float16 products in float32 on accelerators only, and attention asks for that.
+            qkv = qkv.astype(jnp.float32)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, N, H, D)
         h = jax.nn.dot_product_attention(q, k, v, implementation=self.attention).reshape(x.shape)
         return x + nn.Dense(width, dtype=self.dtype, kernel_init=_ZERO, name="out")(h)
