@@ -150,7 +150,7 @@ def loss_at(
 def _next_time(chain: np.ndarray, t: jax.Array) -> jax.Array:
     """The time in the chain that follows the one nearest to t."""
     chain = jnp.asarray(chain, t.dtype)
-    return chain[1:][jnp.abs(chain[:-1] - t[:, None]).argmin(1)]
+    return chain[1:][jnp.abs(chain[None, :-1] - t[:, None]).argmin(1)]
 
 
 def by_quartile(t: jax.Array, values: jax.Array, name: str = "loss") -> dict[str, jax.Array]:

@@ -140,11 +140,11 @@ def test_ancestral_steps_have_the_variances_of_the_chain(key):
     }
     keys = sample_keys(key, jnp.arange(2))
     for variance, var in expected.items():
-        xs = ancestral(variance)(keys, lambda *_: now, path, x, t, s)
+        xs = ancestral(variance)(jax.random.clone(keys), lambda *_: now, path, x, t, s)
         np.testing.assert_allclose(xs.std(), np.sqrt(var), rtol=0.02)
         np.testing.assert_allclose(xs.mean(), step.on_x0 * 0.2 + step.on_xt * 0.7, atol=0.01)
         assert np.abs(np.corrcoef(xs)[0, 1]) < 0.03
-        last = ancestral(variance)(keys, lambda *_: now, path, x, t, jnp.float32(0.0))
+        last = ancestral(variance)(jax.random.clone(keys), lambda *_: now, path, x, t, jnp.float32(0.0))
         np.testing.assert_allclose(last, 0.2, atol=1e-6)  # no noise in the last step
 
 
