@@ -18,7 +18,7 @@ the error in those of b.                                                        
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,30 @@ import jax.numpy as jnp
 from diffusion.process import Coefficients, Path, coefficients, expand
 
 Prediction = Literal["x0", "eps", "v", "flow"]
-Denoise = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+class Learned(NamedTuple):
+    """What a network with a learned variance returns: its prediction and, per value, where the variance lies.
+
+    pred: [B, *S, C], the prediction itself.
+    v: [B, *S, C], the place of log var between the two fixed variances, in the network's own convention.
+    """
+
+    pred: jax.Array
+    v: jax.Array
+
+
+Output = jax.Array | Learned
+Denoise = Callable[[jax.Array, jax.Array, jax.Array | None], Output]
+
+
+class Estimate(NamedTuple):
+    """What an output says about xt, [B, *S, C] each; v, of a `Learned` output, is None where the network has none."""
+
+    x0: jax.Array
+    eps: jax.Array
+    v: jax.Array | None = None
+
 
 # Below this the system (2) is singular: pred and xt hold the same information.
 _SINGULAR = 1e-6
@@ -76,11 +99,27 @@ def decode(prediction: Prediction, coef: Coefficients, xt: jax.Array, pred: jax.
     return x0, eps
 
 
+def estimate(prediction: Prediction, coef: Coefficients, xt: jax.Array, output: Output) -> Estimate:
+    """`decode` for an output with or without a learned variance."""
+    v = output.v if isinstance(output, Learned) else None
+    return Estimate(*decode(prediction, coef, xt, pred_of(output)), v)
+
+
+def pred_of(output: Output) -> jax.Array:
+    """The prediction alone."""
+    return output.pred if isinstance(output, Learned) else output
+
+
+def replace_pred(output: Output, pred: jax.Array) -> Output:
+    """The output with another prediction and the same learned variance, if there is one."""
+    return output._replace(pred=pred) if isinstance(output, Learned) else pred
+
+
 def convert(denoise: Denoise, path: Path, source: Prediction, to: Prediction) -> Denoise:
     """The same denoiser, predicting `to` where it predicted `source`."""
 
-    def converted(xt: jax.Array, t: jax.Array, y: jax.Array | None = None) -> jax.Array:
-        coef = coefficients(path, t)
-        return target(to, coef, *decode(source, coef, xt, denoise(xt, t, y)))
+    def converted(xt: jax.Array, t: jax.Array, y: jax.Array | None = None) -> Output:
+        coef, output = coefficients(path, t), denoise(xt, t, y)
+        return replace_pred(output, target(to, coef, *decode(source, coef, xt, pred_of(output))))
 
     return converted

@@ -95,6 +95,10 @@ class VP:
 
     def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         position = jnp.asarray(t) * len(self.betas)
+        # i / T rounded to the dtype is still step i: the variance between neighbours is a difference of near equals.
+        off = jnp.round(position) - position
+        near = jnp.abs(off) < 2 * jnp.finfo(position.dtype).eps * len(self.betas)
+        position = position + jax.lax.stop_gradient(jnp.where(near, off, 0))
         low = jnp.clip(jnp.floor(position), 0, len(self.betas) - 1).astype(int)
         fraction = position - low
 
@@ -103,6 +107,27 @@ class VP:
             return values[low] * (1 - fraction) + values[low + 1] * fraction
 
         return jnp.sin(at(self._psi)), jnp.sin(at(self._phi))
+
+
+def named_betas(name: str, steps: int = 1000) -> np.ndarray:
+    """Betas [steps] by their published names: "linear", "linear0.025" (ending at that beta) or "cosine".
+
+    Raises:
+      ValueError: there is no such schedule, or `steps` are too few for it.
+    """
+    if name == "cosine":
+        return cosine_betas(steps)
+    if name == "linear":
+        return linear_betas(steps)
+    try:
+        high = float(name.removeprefix("linear")) if name.startswith("linear") else math.nan
+    except ValueError:
+        high = math.nan
+    if not 1e-4 < high <= 1:
+        raise ValueError(
+            f"schedule={name!r} is not one of linear, linear<beta_max> (linear0.025, above 1e-4 and up to 1), cosine"
+        )
+    return linear_betas(steps, high=high)
 
 
 def linear_betas(steps: int = 1000, low: float = 1e-4, high: float = 0.02) -> np.ndarray:

@@ -2,25 +2,28 @@
 
 With (x0_hat, eps_hat) decoded at (xt, t), a step to a time s < t is one of
 
-    ddim    xs = alpha_s x0_hat + sqrt(sigma_s^2 - eta^2 var) eps_hat + eta sqrt(var) z             (1)
-            var = (sigma_s / sigma_t)^2 (sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2)
-    heun    trapezoidal rule for dx/dt = alpha' x0_hat + sigma' eps_hat                             (2)
+    ddim       xs = alpha_s x0_hat + sqrt(sigma_s^2 - eta^2 small) eps_hat + eta sqrt(small) z      (1)
+    ancestral  xs = mean(x0_hat, xt) + sqrt(var) z, no noise where sigma_s = 0                      (2)
+    heun       trapezoidal rule for dx/dt = alpha' x0_hat + sigma' eps_hat                          (3)
 
-(1) is Song et al. 2020 (2010.02502), written for any path; eta = 1 is ancestral sampling. (2) is Karras et al. 2022
-(2206.00364), algorithm 1. A step is any function (key [B], predict, path, xt, t, s) -> xs; `predict(xt, t)` returns
-(x0_hat, eps_hat).
+with small, mean and var of `variance`. (1) is Song et al. 2020 (2010.02502), written for any path; eta = 1 is (2) with
+the fixed small variance. (2) is Ho et al. 2020 (2006.11239), algorithm 2. (3) is Karras et al. 2022 (2206.00364),
+algorithm 1. A step is any function (key [B], predict, path, xt, t, s) -> xs; `predict(xt, t)` returns an `Estimate`.
+The steps without noise also go up, from data to noise: `invert`.
 """
 
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.predict import Denoise, Prediction, decode
-from diffusion.process import Path, coefficients
+from diffusion.predict import Denoise, Estimate, Prediction, estimate
+from diffusion.process import Path, coefficients, expand
+from diffusion.variance import Variance, between, check_variance, reverse
 
-Predict = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Predict = Callable[[jax.Array, jax.Array], Estimate]
 Step = Callable[[jax.Array, Predict, Path, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -51,6 +54,46 @@ def sample(
         times = np.asarray(times, np.float64)
         if times.ndim != 1 or len(times) < 2 or not (np.diff(times) < 0).all():
             raise ValueError("times must be a vector of at least two falling values, see `uniform_grid`")
+    return _walk(key, denoise, path, x1, times, y, prediction, step or ddim(), keep)
+
+
+def invert(
+    denoise: Denoise,
+    path: Path,
+    x0: jax.Array,
+    times: np.ndarray | jax.Array,
+    y: jax.Array | None = None,
+    *,
+    prediction: Prediction,
+    step: Step | None = None,
+    keep: int | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The noise x1 [B, *S, C] that a sampler without noise turns into x0, along rising `times` [T + 1]; see `sample`.
+
+    Exact in the limit of small steps. x0 is taken for xt at times[0], which should lie a little above 0: at 0 most
+    predictions say nothing about eps. `step` is `ddim()`, the default, or `heun()`.
+
+    Raises:
+      ValueError: times do not rise, or keep is not in 2..T + 1.
+    """
+    if not isinstance(times, jax.core.Tracer):
+        times = np.asarray(times, np.float64)
+        if times.ndim != 1 or len(times) < 2 or not (np.diff(times) > 0).all():
+            raise ValueError("times must be a vector of at least two rising values, `uniform_grid(steps)[::-1]`")
+    return _walk(jax.random.key(0), denoise, path, x0, times, y, prediction, step or ddim(), keep)
+
+
+def _walk(
+    key: jax.Array,
+    denoise: Denoise,
+    path: Path,
+    x1: jax.Array,
+    times: np.ndarray | jax.Array,
+    y: jax.Array | None,
+    prediction: Prediction,
+    step: Step,
+    keep: int | None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     steps = len(times) - 1
     if keep is not None and not 2 <= keep <= steps + 1:
         raise ValueError(f"keep={keep} frames must lie in 2..{steps + 1} for {steps} steps")
@@ -58,12 +101,11 @@ def sample(
     keys = key if key.ndim else sample_keys(key, jnp.arange(b))
     if keys.shape != (b,) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raise ValueError(f"key must be one typed key (jax.random.key) or {b} of them, not {keys.dtype} {keys.shape}")
-    step = step or ddim()
     times = jnp.asarray(times, x1.dtype)
 
-    def predict(xt: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def predict(xt: jax.Array, t: jax.Array) -> Estimate:
         t = jnp.broadcast_to(t, (b,))
-        return decode(prediction, coefficients(path, t), xt, denoise(xt, t, y))
+        return estimate(prediction, coefficients(path, t), xt, denoise(xt, t, y))
 
     # Frame k is kept after step_of[k] steps; slot `keep` lies outside the buffer, and writes to it are dropped.
     slots = np.full(steps + 1, keep or 0)
@@ -128,6 +170,45 @@ def shifted_grid(steps: int, shift: float = 1.0, start: float = 1.0, last: float
     return t if last is None else np.append(t, 0.0)
 
 
+def respaced_grid(spec: str, steps: int) -> np.ndarray:
+    """Falling times that keep some of the `steps` of a chain, i / steps, and end at 0; `sample` then takes these steps.
+
+    "250" keeps 250 evenly spaced ones; "10,15,20" cuts the chain, from data to noise, into equal sections and keeps so
+    many of each (Nichol & Dhariwal 2021, 2102.09672); "ddim25" keeps 25 at one integer stride (Song et al. 2020,
+    2010.02502); "" keeps all.
+
+    Raises:
+      ValueError: that many steps cannot be kept.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+    if spec.startswith("ddim"):
+        wanted = spec.removeprefix("ddim")
+        strides = [n for n in range(1, steps + 1) if str(-(-steps // n)) == wanted]
+        if not strides:
+            raise ValueError(f"respacing={spec!r}: no integer stride keeps {wanted!r} of {steps} steps")
+        kept = np.arange(0, steps, strides[0])
+    else:
+        counts = spec.split(",") if spec else [str(steps)]
+        if not all(count.strip().isdecimal() and int(count) for count in counts):
+            raise ValueError(f"respacing={spec!r} is neither counts as in '250' or '10,15,20' nor 'ddim25'")
+        sizes = [steps // len(counts) + (i < steps % len(counts)) for i in range(len(counts))]
+        kept = [
+            start + _spread(int(count), size, spec)
+            for start, size, count in zip(itertools.accumulate(sizes, initial=0), sizes, counts, strict=False)
+        ]
+        kept = np.concatenate(kept)
+    return np.append((kept[::-1] + 1) / steps, 0.0)
+
+
+def _spread(count: int, size: int, spec: str) -> np.ndarray:
+    """`count` of 0..size - 1 from end to end, as evenly as whole numbers can be."""
+    if count > size:
+        raise ValueError(f"respacing={spec!r} keeps {count} of a section of {size} steps")
+    stride = (size - 1) / (count - 1) if count > 1 else 1.0
+    return np.round(np.cumsum([0.0] + [stride] * (count - 1))).astype(int)
+
+
 def ddim(eta: float = 0.0, overstep: float = 1.0) -> Step:
     """DDIM, eq. (1): deterministic for eta = 0, ancestral for eta = 1.
 
@@ -142,30 +223,43 @@ def ddim(eta: float = 0.0, overstep: float = 1.0) -> Step:
         raise ValueError(f"eta={eta} with overstep={overstep}: overstepping is defined for the deterministic sampler")
 
     def step(key, predict, path, xt, t, s):
-        x0, eps = predict(xt, t)
+        now = predict(xt, t)
         alpha, sigma = path(t - overstep * (t - s) if overstep != 1 else s)
         if not eta:
-            return alpha * x0 + sigma * eps
-        alpha_t, sigma_t = path(t)
-        var = jnp.square(sigma / sigma_t) * (jnp.square(sigma_t) - jnp.square(alpha_t / alpha * sigma))
-        # Rounding can push either difference of squares just below zero.
-        rest = jnp.sqrt(jnp.maximum(jnp.square(sigma) - eta**2 * var, 0))
-        z = jax.vmap(lambda k: jax.random.normal(k, xt.shape[1:], xt.dtype))(key)
-        return alpha * x0 + rest * eps + eta * jnp.sqrt(jnp.maximum(var, 0)) * z
+            return alpha * now.x0 + sigma * now.eps
+        small = between(path, t, s).small
+        # Rounding can push the difference just below zero.
+        rest = jnp.sqrt(jnp.maximum(jnp.square(sigma) - eta**2 * small, 0))
+        return alpha * now.x0 + rest * now.eps + eta * jnp.sqrt(jnp.maximum(small, 0)) * _normal(key, xt)
 
     return step
 
 
+def ancestral(variance: Variance = "fixed_small") -> Step:
+    """Sampling from the chain's own conditionals, eq. (2), with a variance of `variance`; it needs s < t."""
+    check_variance(variance)
+
+    def step(key, predict, path, xt, t, s):
+        model = reverse(variance, path, predict(xt, t), xt, t, s)
+        deviation = jnp.where(expand(path(s)[1] > 0, xt), jnp.exp(model.log_var / 2), 0)
+        return model.mean + deviation * _normal(key, xt)
+
+    return step
+
+
+def _normal(keys: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.vmap(lambda k: jax.random.normal(k, like.shape[1:], like.dtype))(keys)
+
+
 def heun() -> Step:
-    """Heun's second-order method, eq. (2): two evaluations a step, one (Euler's) on a step to where sigma = 0."""
+    """Heun's second-order method, eq. (3): two evaluations a step, one (Euler's) on a step to where sigma = 0."""
 
     def step(key, predict, path, xt, t, s):
         del key
 
         def velocity(x: jax.Array, at: jax.Array) -> jax.Array:
-            x0, eps = predict(x, at)
-            coef = coefficients(path, at)
-            return coef.dalpha * x0 + coef.dsigma * eps
+            now, coef = predict(x, at), coefficients(path, at)
+            return coef.dalpha * now.x0 + coef.dsigma * now.eps
 
         here = velocity(xt, t)
         euler = xt + (s - t) * here

@@ -1,13 +1,17 @@
-"""Training: a state, one pure step, and an average of the parameters.
+"""Training: a state, one pure step, and averages of the parameters.
 
     params <- params - optimizer(grad L)
     ema    <- d ema + (1 - d) params,    d = min(decay, (1 + step) / (10 + step))                   (1)
 
 The average follows the *new* parameters, and its horizon grows with the step so that early samples are not the
 initial noise. `step` is pure: the caller jits it, donates the state and places the arrays.
+
+A step whose loss or gradient is not finite changes neither parameters nor anything that follows from them. In float16
+a gradient may overflow, which is no error: the loss is multiplied by 2^floor(log2_scale) before it is differentiated,
+log2_scale falls by one at an overflow and grows slowly without (as in guided-diffusion).           (2)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,42 +22,166 @@ Params = Any
 
 
 class State(NamedTuple):
-    """Everything that training carries from one step to the next."""
+    """Everything that training carries from one step to the next.
+
+    step: counts the steps that were taken, those skipped for an overflow among them. It stands still, as all else
+      does, where loss or gradient was no number: fewer steps than batches fed say that one was refused.
+    ema: the averaged parameters; a tuple of them for a list of decays.
+    log2_scale: of the loss, eq. (2); None for no scaling.
+    carry: what the loss learns between steps, such as a `history.History`; None for nothing.
+    """
 
     step: jax.Array
     params: Params
-    ema: Params
+    ema: Params | tuple[Params, ...]
     opt: optax.OptState
+    log2_scale: jax.Array | None = None
+    carry: Any = None
 
 
-LossFn = Callable[[Params, jax.Array, Any], tuple[jax.Array, dict[str, jax.Array]]]
+LossFn = Callable[[Params, jax.Array, Any], tuple[jax.Array, Any]]
+DrawFn = Callable[[jax.Array, Any, Any], Any]
+ReportFn = Callable[[Any, Any], tuple[dict[str, jax.Array], Any]]
 StepFn = Callable[[jax.Array, State, Any], tuple[State, dict[str, jax.Array]]]
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> State:
-    """State before the first step; the average starts at the parameters."""
-    return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float | Sequence[float] = 0.999,
+    log2_scale: float | None = None,
+    carry: Any = None,
+) -> State:
+    """State before the first step; every average starts at the parameters.
 
-
-def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.999) -> StepFn:
-    """step(key, state, batch) -> (state, metrics) for loss_fn(params, key, batch) -> (scalar, metrics).
-
-    Randomness is fold_in(key, state.step): give every step the same key.
+    Args:
+      ema_decay: that of `make_step`; here only the number of averages matters.
+      log2_scale: where loss scaling begins, for networks that compute in float16: 20 is usual. None for no scaling.
+      carry: see `State`.
     """
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"ema_decay={ema_decay} must lie in [0, 1)")
+    averages = tuple(jax.tree.map(jnp.copy, params) for _ in _listed(ema_decay))
+    ema = averages[0] if _is_one(ema_decay) else averages
+    scale = None if log2_scale is None else jnp.asarray(log2_scale, jnp.float32)
+    return State(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), scale, carry)
+
+
+def make_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float | Sequence[float] = 0.999,
+    draw: DrawFn | None = None,
+    report: ReportFn | None = None,
+    microbatch: int | None = None,
+    scale_growth: float = 1e-3,
+) -> StepFn:
+    """step(key, state, batch) -> (state, metrics) for loss_fn(params, key, batch) -> (scalar, aux).
+
+    Randomness is fold_in(key, state.step): give every step the same key. A refused step is seen in `State.step`.
+
+    Args:
+      ema_decay: one, or a list for as many averages.
+      draw: (key, batch, carry) -> batch, what the loss sees instead: times and noise for the whole batch, say, so that
+        cutting it changes nothing. The loss's own key differs between microbatches.
+      report: (aux, carry) -> (metrics, carry), of the whole batch; by default aux are the metrics.
+      microbatch: examples to differentiate at a time; gradients are added up. Scalars of aux are averaged, arrays, one
+        value per example, are put together again.
+      scale_growth: of log2_scale per step, eq. (2), if the state has one.
+
+    Raises:
+      ValueError: an argument is out of range; on a call, the batch is no multiple of `microbatch`, or the state has
+        another number of averages.
+    """
+    decays = _listed(ema_decay)
+    if not decays or not all(0 <= decay < 1 for decay in decays):
+        raise ValueError(f"ema_decay={ema_decay} must lie in [0, 1), each one of a list")
+    if microbatch is not None and microbatch < 1:
+        raise ValueError(f"microbatch={microbatch} must be at least 1")
+    if not scale_growth >= 0:
+        raise ValueError(f"scale_growth={scale_growth} must not be negative")
 
     def step(key: jax.Array, state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
-        (value, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, key, batch)
+        if draw is not None:
+            key_draw, key = jax.random.split(key)
+            batch = draw(key_draw, batch, state.carry)
+        scaled = state.log2_scale is not None
+        factor = jnp.ldexp(jnp.float32(1), jnp.floor(state.log2_scale).astype(int)) if scaled else None
+
+        def differentiate(key: jax.Array, batch: Any) -> tuple[tuple[jax.Array, Any], Params]:
+            def scaled_loss(params: Params) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+                value, aux = loss_fn(params, key, batch)
+                return value * factor if scaled else value, (value, aux)
+
+            (_, found), grads = jax.value_and_grad(scaled_loss, has_aux=True)(state.params)
+            return found, jax.tree.map(lambda g: g / factor, grads) if scaled else grads
+
+        (value, aux), grads = accumulated(differentiate, key, batch, microbatch)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = warm_decay(ema_decay, state.step)
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
-        return State(state.step + 1, params, ema, opt), metrics
+        averages = (state.ema,) if _is_one(ema_decay) else state.ema
+        if [jax.tree.structure(ema) for ema in averages] != [jax.tree.structure(params)] * len(decays):
+            raise ValueError(f"the averages of the state are not those of ema_decay={ema_decay}; see `init_state`")
+        averages = tuple(
+            optax.incremental_update(params, ema, 1 - warm_decay(decay, state.step))
+            for ema, decay in zip(averages, decays, strict=True)
+        )
+        metrics, carry = (aux, state.carry) if report is None else report(aux, state.carry)
+
+        norm = optax.tree.norm(grads)
+        usable = jnp.isfinite(value) & jnp.isfinite(norm)
+        after = (params, averages[0] if _is_one(ema_decay) else averages, opt, carry)
+        before = (state.params, state.ema, state.opt, state.carry)
+        after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, before)
+        metrics = {"loss": value, "grad_norm": norm, **metrics}
+        taken, scale = usable, None
+        if scaled:
+            # Without a scale to lower it is the loss itself that overflows.
+            overflow = jnp.isfinite(value) & ~jnp.isfinite(norm) & (state.log2_scale > 0)
+            scale = state.log2_scale + jnp.where(usable, scale_growth, jnp.where(overflow, -1.0, 0.0))
+            metrics["log2_scale"] = scale
+            taken |= overflow
+        params, ema, opt, carry = after
+        return State(state.step + taken.astype(state.step.dtype), params, ema, opt, scale, carry), metrics
 
     return step
+
+
+def accumulated(
+    differentiate: Callable[[jax.Array, Any], Any], key: jax.Array, batch: Any, microbatch: int | None
+) -> tuple[tuple[jax.Array, Any], Params]:
+    """differentiate(key, batch) -> ((value, aux), grads), `microbatch` examples at a time, as of the whole batch."""
+    b = len(jax.tree.leaves(batch)[0])
+    if microbatch is None or microbatch >= b:
+        return differentiate(key, batch)
+    if b % microbatch:
+        raise ValueError(f"the batch of {b} is no multiple of microbatch={microbatch}")
+    n = b // microbatch
+    # Every n-th example, so that each microbatch of a batch split over devices still lies on all of them.
+    cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(microbatch, n, *x.shape[1:]), 1, 0), batch)
+
+    def add(total, now):
+        i, examples = now
+        (value, aux), grads = differentiate(jax.random.fold_in(key, i), examples)
+        return jax.tree.map(jnp.add, total, (value, grads)), aux
+
+    def whole(x: jax.Array) -> jax.Array:
+        return x.mean(0) if x.ndim == 1 else jnp.moveaxis(x, 0, 1).reshape(b, *x.shape[2:])
+
+    first = jax.tree.map(lambda x: x[0], cut)
+    (value, _), grads = jax.eval_shape(differentiate, key, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, grads))
+    (value, grads), aux = jax.lax.scan(add, zeros, (jnp.arange(n), cut))
+    return (value / n, jax.tree.map(whole, aux)), jax.tree.map(lambda g: g / n, grads)
+
+
+def _is_one(ema_decay: float | Sequence[float]) -> bool:
+    return not isinstance(ema_decay, Sequence)
+
+
+def _listed(ema_decay: float | Sequence[float]) -> tuple[float, ...]:
+    return (ema_decay,) if _is_one(ema_decay) else tuple(ema_decay)
 
 
 def warm_decay(decay: float, step: jax.Array) -> jax.Array:
@@ -72,16 +200,20 @@ def adamw(
     weight_decay: float = 0.0,
     clip: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, then a cosine to zero at `steps` or a constant; gradients clipped to a global norm.
+    """AdamW: linear warm-up, then a cosine or a line to zero at `steps`, or a constant; clipped to a global norm.
 
     Weight decay acts on what `decayed` marks.
     """
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"schedule={schedule!r} is not one of ('cosine', 'constant')")
+    schedules = {
+        "cosine": optax.cosine_decay_schedule,
+        "linear": lambda rate, left: optax.linear_schedule(rate, 0.0, left),
+        "constant": lambda rate, left: optax.constant_schedule(rate),
+    }
+    if schedule not in schedules:
+        raise ValueError(f"schedule={schedule!r} is not one of {tuple(schedules)}")
     if not 0 <= warmup < steps:
         raise ValueError(f"warmup={warmup} must lie in [0, steps={steps})")
-    decay = optax.cosine_decay_schedule(learning_rate, steps - warmup)
-    after = decay if schedule == "cosine" else optax.constant_schedule(learning_rate)
+    after = schedules[schedule](learning_rate, steps - warmup)
     rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), after], [warmup])
     optimizer = optax.adamw(rate, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
     return optimizer if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimizer)

@@ -212,22 +212,22 @@ def fit(
         for i, examples in batches:
             state, metrics = step(key, state, jax.device_put(examples, split))
             bar.update()
-            done = i + 1
+            done, taken = i + 1, state.step
             if done % c.log_every == 0 or done in (1, c.steps):
                 values = {name: float(value) for name, value in metrics.items()}
-                check_loss(done, values["loss"] + values["grad_norm"], checkpoints)
+                check_loss(done, taken, metrics, checkpoints)
                 rate = bar.rate() * c.batch_size * c.repeat
                 bar.note(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
                 log.scalars(done, {**values, "images_per_second": rate, "seconds": bar.seconds()})
             if held_out and (done % c.eval_every == 0 or done == c.steps):
-                check_loss(done, metrics["loss"] + metrics["grad_norm"], checkpoints)
+                check_loss(done, taken, metrics, checkpoints)
                 held_out.judge(done, state)
             over = done == c.steps or bool(held_out and held_out.exhausted())
             if over and held_out and c.patience is not None:
                 state = held_out.best(state)
             stopping = stop.asked  # read once: what is announced as saved must have been saved
             if over or stopping or done % c.save_every == 0:
-                check_loss(done, metrics["loss"] + metrics["grad_norm"], checkpoints)
+                check_loss(done, taken, metrics, checkpoints)
                 checkpoint.save(checkpoints, done, state)
             if stopping:
                 raise session.Stopped(f"Stopped at step {done} of {c.steps}; the same command continues from there.")
@@ -309,11 +309,13 @@ def describe(config: Config, source: data.Source, params: Any) -> str:
     return f"{config.model.name}: {count:,} parameters, {tokens} tokens, on {n:,} pictures {size} of {source.name}"
 
 
-def check_loss(step: int, value: float | jax.Array, checkpoints: Path) -> None:
-    """Raises FloatingPointError, saying what to do, if loss plus gradient norm is no number: both spoil the state."""
-    if not math.isfinite(value):
+def check_loss(step: int, taken: jax.Array, metrics: dict[str, jax.Array], checkpoints: Path) -> None:
+    """Raises FloatingPointError, saying what to do, if a step up to `step` was refused: loss or gradient no number."""
+    if int(taken) < step:
+        value = float(metrics["loss"] + metrics["grad_norm"])
+        when = f"was no number before step {step}" if math.isfinite(value) else f"is {value} at step {step}"
         raise FloatingPointError(
-            f"the loss or its gradient is {float(value)} at step {step}; nothing was saved after step "
+            f"the loss or its gradient {when}; nothing was saved after step "
             f"{checkpoint.latest(checkpoints) or 0}. Lower --config.train.learning_rate or set "
             "--config.train.clip=1.0, with another --workdir."
         )

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from diffusion import guide
-from diffusion.predict import convert, decode, target
-from diffusion.process import Linear, coefficients
+from diffusion.predict import Learned, convert, decode, target
+from diffusion.process import VP, Cosine, Linear, coefficients, linear_betas
+from diffusion.sample import respaced_grid, sample
 
 NULL = 3
 
@@ -46,6 +47,45 @@ def test_guidance_means_the_same_for_every_prediction(inputs):
     guided = guide.classifier_free(denoise, NULL, 2.0)
     as_flow = guide.classifier_free(convert(denoise, path, "x0", "flow"), NULL, 2.0)
     np.testing.assert_allclose(convert(guided, path, "x0", "flow")(*inputs), as_flow(*inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "flow"])
+def test_guiding_in_eps_space_is_guiding_in_the_predictions_own(inputs, prediction):
+    """Patch Diffusion converts to eps, guides, and converts back."""
+    path = Cosine()
+    in_eps = guide.classifier_free(convert(denoise, path, prediction, "eps"), NULL, 3.0)
+    there_and_back = convert(in_eps, path, "eps", prediction)(*inputs)
+    np.testing.assert_allclose(there_and_back, guide.classifier_free(denoise, NULL, 3.0)(*inputs), rtol=1e-4, atol=1e-4)
+
+
+def learned(xt, t, y):
+    return Learned(denoise(xt, t, y), xt + y[:, None])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5, lambda t: 1 + t])
+def test_a_learned_variance_is_that_of_the_conditional_pass(inputs, scale):
+    xt, t, y = inputs
+    guided = guide.classifier_free(learned, NULL, scale)(xt, t, y)
+    np.testing.assert_array_equal(guided.pred, guide.classifier_free(denoise, NULL, scale)(xt, t, y))
+    np.testing.assert_array_equal(guided.v, learned(xt, t, y).v)
+
+
+def test_guidance_on_a_respaced_chain_sees_the_original_indices(inputs):
+    """Also where the network's clock is not whole: indices rescaled to 1000, as on a chain of 300."""
+    seen = []
+
+    def clocked(xt, t, y):
+        jax.debug.callback(lambda index: seen.append(index), (300 * t - 1) * 1000 / 300)
+        return denoise(xt, t, y)
+
+    xt, _, y = inputs
+    guided = guide.classifier_free(clocked, NULL, 1.5)
+    chain = respaced_grid("4", 300)
+    x0 = sample(jax.random.key(1), guided, VP(linear_betas(300)), xt, chain, y, prediction="eps")
+    jax.effects_barrier()
+    expected = (np.round(chain[:-1] * 300) - 1) * 1000 / 300
+    np.testing.assert_allclose(np.stack(seen), np.repeat(expected[:, None], 2 * len(y), 1), atol=1e-2)
+    assert np.isfinite(x0).all()
 
 
 def test_interval_guides_inside_only(inputs):
@@ -95,3 +135,46 @@ def test_clip_changes_nothing_inside_and_is_finite_without_noise(key):
     t = jnp.array([0.0, 0.5])
     clipped = guide.clip(lambda xt, t, y: xt, Linear(), "x0")
     np.testing.assert_allclose(clipped(xt, t), xt, atol=1e-6)
+
+
+def test_dynamic_thresholding_matches_diffusers(key):
+    torch = pytest.importorskip("torch", reason="diffusers needs torch: pip install 'patch-diffusion[torch]'")
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.995, sample_max_value=1e9)
+    x0 = np.array(jax.random.normal(key, (3, 8, 8, 3))) * np.array([0.1, 1.0, 4.0], np.float32).reshape(3, 1, 1, 1)
+    theirs = scheduler._threshold_sample(torch.tensor(x0)).numpy()
+    fixed = guide.dynamic_threshold(lambda xt, t, y: xt, Cosine(), "x0")(jnp.asarray(x0), jnp.full(3, 0.5))
+    np.testing.assert_allclose(fixed, theirs, atol=1e-5)
+    np.testing.assert_allclose(fixed[0], x0[0], atol=1e-6)  # nothing there reaches the range's end
+
+
+def test_dynamic_thresholding_in_another_range(key):
+    """In [0, 1] as in [-1, 1], scaled; and noise follows."""
+    xt, t = 3 * jax.random.normal(key, (2, 50)), jnp.array([0.3, 0.7])
+    here = guide.dynamic_threshold(lambda xt, t, y: (xt + 1) / 2, Linear(), "x0", low=0.0, high=1.0)(xt, t)
+    there = guide.dynamic_threshold(lambda xt, t, y: xt, Linear(), "x0")(xt, t)
+    np.testing.assert_allclose(2 * here - 1, there, atol=1e-5)
+    as_eps = guide.dynamic_threshold(convert(lambda xt, t, y: xt, Linear(), "x0", "eps"), Linear(), "eps")
+    np.testing.assert_allclose(convert(as_eps, Linear(), "eps", "x0")(xt, t), there, atol=1e-4)
+
+
+def test_dynamic_thresholding_has_no_largest_batch():
+    """Twelve pictures of 1024 x 1024: more values than a 24-bit index counts."""
+    fix = guide.dynamic_threshold(lambda xt, t, y: xt, Linear(), "x0")
+    x = jax.ShapeDtypeStruct((12, 1024, 1024, 3), jnp.float32)
+    assert jax.jit(fix).lower(x, jax.ShapeDtypeStruct((12,), jnp.float32)).compile().memory_analysis() is not None
+
+
+def test_corrections_keep_the_learned_variance(inputs):
+    xt, t, y = inputs
+    for correct in (guide.clip, guide.dynamic_threshold):
+        both, alone = correct(learned, Linear(), "x0")(xt, t, y), correct(denoise, Linear(), "x0")(xt, t, y)
+        np.testing.assert_array_equal(both.pred, alone)
+        np.testing.assert_array_equal(both.v, learned(xt, t, y).v)
+
+
+@pytest.mark.parametrize("options", [{"quantile": 0.0}, {"quantile": 1.1}, {"low": 1.0}])
+def test_impossible_thresholds_are_refused(options):
+    with pytest.raises(ValueError, match="must"):
+        guide.dynamic_threshold(denoise, Linear(), "x0", **options)

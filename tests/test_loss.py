@@ -5,8 +5,10 @@ import pytest
 
 from diffusion import loss as losses
 from diffusion.patch import patchify
-from diffusion.predict import convert, target
-from diffusion.process import Cosine, Linear, coefficients, noise
+from diffusion.predict import Learned, convert, target
+from diffusion.process import VP, Cosine, Linear, coefficients, linear_betas, noise
+from diffusion.sample import respaced_grid
+from tests.chains import FILES, close, load
 
 
 def oracle(path, prediction, x0, error=0.0):
@@ -81,11 +83,195 @@ def test_denoiser_sees_the_noised_picture_and_its_label(key, x0):
     np.testing.assert_array_equal(seen["y"], labels)
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_published_losses(file):
+    """Squared errors, weights and variational terms, added up as their configs say."""
+    chain = load(file)
+    v, (t, _) = chain.values, chain.now
+    learned = chain.variance.startswith("learned")
+    value, parts = losses.loss_at(
+        losses.Draw(t, jnp.asarray(v["eps"])),
+        chain.denoise,
+        chain.path,
+        jnp.asarray(v["x0"]),
+        prediction=chain.prediction,
+        weight=losses.weighting(chain.weighting, chain.prediction) if chain.weighting else None,
+        bound=losses.Bound(chain.grid, chain.variance) if learned else None,
+    )
+    close(value, v["loss"])
+    close(value - parts["bound"] if learned else value, v["mse"])
+    if learned:
+        close(parts["bound"], v["vb"])
+
+
+PUBLISHED = {
+    "snr": lambda snr: snr,
+    "snr+1": lambda snr: snr + 1,
+    "truncated_snr": lambda snr: np.maximum(snr, 1),
+    "sqrt_snr": np.sqrt,
+    "p2": lambda snr: snr / np.sqrt(1 + snr),
+    "min_snr": lambda snr: np.minimum(snr, 5),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+def test_weightings_are_published_functions_of_snr_on_the_error_of_x0(x0, name, prediction):
+    path, t = VP(linear_betas(1000)), jnp.linspace(0.05, 0.9, 64)
+    wrong = oracle(path, prediction, x0, 0.3)
+    drawn = losses.Draw(t, jax.random.normal(jax.random.key(2), x0.shape))
+    weight = losses.weighting(name, prediction)
+    ours, _ = losses.loss_at(drawn, wrong, path, x0, prediction=prediction, weight=weight)
+    direct, _ = losses.loss_at(drawn, convert(wrong, path, prediction, "x0"), path, x0, prediction="x0")
+    alpha, sigma = (np.asarray(a, np.float64) for a in path(t))
+    np.testing.assert_allclose(ours, PUBLISHED[name]((alpha / sigma) ** 2) * direct, rtol=2e-3)
+
+
+def test_plain_errors_are_weightings():
+    coef = coefficients(Cosine(), jnp.array([0.01, 0.4, 0.99]))
+    np.testing.assert_allclose(losses.weighting("snr", "eps")(coef), 1, rtol=1e-5)
+    np.testing.assert_allclose(losses.weighting("snr+1", "v")(coef), 1, rtol=1e-5)
+
+
+def test_min_snr_matches_diffusers():
+    pytest.importorskip("torch", reason="diffusers needs torch: pip install 'patch-diffusion[torch]'")
+    import torch
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    index = torch.arange(0, 1000, 37)
+    snr = compute_snr(DDPMScheduler(1000, 1e-4, 0.02, "linear"), index).numpy()
+    coef = coefficients(VP(linear_betas(1000)), (jnp.asarray(index.numpy()) + 1) / 1000)
+    np.testing.assert_allclose(losses.weighting("min_snr", "eps")(coef), np.minimum(snr, 5) / snr, rtol=1e-3)
+    np.testing.assert_allclose(
+        losses.weighting("min_snr", "v", gamma=3.0)(coef), np.minimum(snr, 3) / (snr + 1), rtol=1e-3
+    )
+
+
+def test_the_sigmoid_weighting_does_not_depend_on_the_clock():
+    """On a path run through at another speed the weight is the same per unit of log SNR."""
+    slow = lambda t: Cosine()(t**2)  # noqa: E731
+    weight, t = losses.weighting("sigmoid", "eps", bias=-1.0), jnp.array([0.3, 0.6, 0.8])
+    here, there = weight(coefficients(slow, t)), weight(coefficients(Cosine(), t**2))
+    np.testing.assert_allclose(here, 2 * t * there, rtol=1e-4)
+    coef = coefficients(Cosine(), t)
+    logsnr = 2 * np.log(coef.alpha / coef.sigma)
+    speed = 2 * (coef.dsigma / coef.sigma - coef.dalpha / coef.alpha)
+    np.testing.assert_allclose(weight(coef), speed / (1 + np.exp(logsnr + 1)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "sigmoid"])
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
+def test_weightings_are_finite_at_both_ends(name, prediction):
+    assert np.isfinite(losses.weighting(name, prediction)(coefficients(Linear(), jnp.array([0.0, 1.0])))).all()
+
+
+def learner(params, xt, t, y):
+    return Learned(params["pred"] * xt, params["v"] * xt)
+
+
+def bounded(params, x0, **options):
+    chain = np.arange(20, -1, -1) / 20
+    bound = losses.Bound(chain, "learned_range", **options)
+    drawn = losses.Draw(jnp.tile(jnp.array([0.05, 0.5, 0.9, 1.0]), 16), jax.random.normal(jax.random.key(3), x0.shape))
+    return losses.loss_at(
+        drawn, lambda *at: learner(params, *at), VP(linear_betas(20)), x0 / 4, prediction="eps", bound=bound
+    )
+
+
+def test_the_bound_trains_the_variance_and_leaves_the_prediction_to_the_squared_error(x0):
+    params = {"pred": jnp.float32(0.4), "v": jnp.float32(0.1)}
+    grads = jax.grad(lambda p: bounded(p, x0)[0].mean())(params)
+    plain = jax.grad(lambda p: bounded(p, x0)[1]["mse"].mean())(params)
+    np.testing.assert_allclose(grads["pred"], plain["pred"], rtol=1e-5)
+    assert grads["v"] != 0 and plain["v"] == 0
+
+
+def test_rescaled_and_lone_bounds(x0):
+    params = {"pred": jnp.float32(0.4), "v": jnp.float32(0.1)}
+    value, parts = bounded(params, x0)
+    np.testing.assert_allclose(value, parts["mse"] + parts["bound"], rtol=1e-6)
+    rescaled, _ = bounded(params, x0, scale=20 / 1000)
+    np.testing.assert_allclose(rescaled, parts["mse"] + 0.02 * parts["bound"], rtol=1e-6)
+    lone, _ = bounded(params, x0, scale=20.0, alone=True)
+    np.testing.assert_allclose(lone, 20 * parts["bound"], rtol=1e-6)
+    assert jax.grad(lambda p: bounded(p, x0, alone=True)[0].mean())(params)["pred"] != 0
+
+
+def test_the_bound_of_a_respaced_chain_steps_to_the_next_time_kept(x0):
+    """Steps by their own indices: with the whole chain's next time the term would be another."""
+    path, chain = VP(linear_betas(100)), respaced_grid("5", 100)
+    t = jnp.full(64, chain[2])
+    drawn = losses.Draw(t, jax.random.normal(jax.random.key(3), x0.shape))
+
+    def term(grid):
+        bound = losses.Bound(grid, "fixed_large", alone=True)
+        denoise = lambda xt, t, y: 0.5 * xt  # noqa: E731
+        return losses.loss_at(drawn, denoise, path, x0 / 4, prediction="x0", bound=bound)[0]
+
+    np.testing.assert_array_equal(term(chain), term(np.array([1.0, chain[2], chain[3], 0.0])))
+    assert (term(chain) > 5 * term(respaced_grid("", 100))).all()
+
+
+def test_what_a_bound_cannot_do_is_refused(x0):
+    learned = lambda xt, t, y: Learned(xt, xt)  # noqa: E731
+    plain = lambda xt, t, y: xt  # noqa: E731
+    drawn = losses.Draw(jnp.full(64, 0.5), x0)
+    bound = losses.Bound(np.array([1.0, 0.5, 0.0]), "learned_range")
+    for denoise, options, message in (
+        (learned, {}, "nothing would train"),
+        (plain, {"bound": bound}, "no variance for the bound"),
+        (plain, {"bound": bound._replace(alone=True)}, "'learned_range' needs a network"),
+        (learned, {"bound": bound, "space": lambda x: x}, "cannot be combined with space"),
+        (learned, {"bound": bound._replace(chain=np.array([1.0, 0.5]))}, "ends at 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            losses.loss_at(drawn, denoise, Linear(), x0, prediction="x0", **options)
+
+
+def test_a_batch_can_be_cut_after_drawing(key, x0):
+    denoise = lambda xt, t, y: jnp.tanh(xt) * t[:, None, None]  # noqa: E731
+    drawn = losses.draw(key, x0, losses.antithetic_times)
+    whole, _ = losses.loss_at(drawn, denoise, Linear(), x0, prediction="v")
+    parts = [
+        losses.loss_at(jax.tree.map(lambda a, i=i: a[i::4], drawn), denoise, Linear(), x0[i::4], prediction="v")[0]
+        for i in range(4)
+    ]
+    np.testing.assert_allclose(jnp.stack(parts, 1).reshape(-1), whole, rtol=1e-6)
+
+
+def test_loss_is_a_draw_and_its_value_there(x0):
+    denoise = lambda xt, t, y: jnp.tanh(xt)  # noqa: E731
+    value, _ = losses.loss(jax.random.key(5), denoise, Linear(), x0, prediction="x0", times=losses.grid_times(10))
+    drawn = losses.draw(jax.random.key(5), x0, losses.grid_times(10))
+    np.testing.assert_array_equal(value, losses.loss_at(drawn, denoise, Linear(), x0, prediction="x0")[0])
+
+
+def test_importance_weights_multiply_the_loss_but_not_what_is_reported(x0):
+    times = lambda key, n: (jnp.full(n, 0.5), jnp.arange(float(n)))  # noqa: E731
+    value, parts = losses.loss(jax.random.key(5), lambda xt, t, y: xt, Linear(), x0, prediction="x0", times=times)
+    np.testing.assert_array_equal(value, jnp.arange(64.0) * parts["loss"])
+
+
+def test_quartile_means_average_to_the_mean(key):
+    t = jnp.concatenate([jnp.arange(1, 101) / 100, jnp.array([0.0, 0.1, 0.97])])
+    values = jax.random.normal(key, t.shape)
+    means = losses.by_quartile(t, values, "mse")
+    assert list(means) == ["mse_q0", "mse_q1", "mse_q2", "mse_q3"]
+    counts = np.array([27, 25, 25, 26])
+    np.testing.assert_allclose((np.array(list(means.values())) * counts).sum() / 103, values.mean(), rtol=1e-5)
+    # Indices 0..24 of a chain of 100 steps are its first quarter: times 0.01..0.25.
+    first = np.append(values[:25], values[100:102])
+    np.testing.assert_allclose(means["mse_q0"], first.mean(), rtol=1e-5)
+    assert np.isnan(losses.by_quartile(t[:3], values[:3])["loss_q3"])
+
+
 SAMPLERS = {
     "uniform": losses.uniform_times,
     "antithetic": losses.antithetic_times,
     "logit_normal": losses.logit_normal_times(0.5, 0.7),
     "grid": losses.grid_times(10),
+    "listed": losses.listed_times(np.array([1.0, 0.7, 0.1])),
 }
 
 
@@ -108,7 +294,26 @@ def test_time_samplers_have_their_distributions(key):
     np.testing.assert_allclose(jnp.diff(ordered), 0.01, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [lambda: losses.logit_normal_times(0.0, 0.0), lambda: losses.grid_times(0)])
+def test_listed_times_are_the_list_and_nothing_else(key):
+    t, counts = np.unique(losses.listed_times(respaced_grid("ddim10", 1000)[:-1])(key, 10000), return_counts=True)
+    np.testing.assert_array_equal(t, (np.arange(0, 1000, 100) + 1).astype(np.float32) / np.float32(1000))
+    np.testing.assert_allclose(counts, 1000, rtol=0.15)
+
+
+def test_unknown_weightings_are_named():
+    with pytest.raises(ValueError, match="weighting='p3' is not one of"):
+        losses.weighting("p3", "eps")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: losses.logit_normal_times(0.0, 0.0),
+        lambda: losses.grid_times(0),
+        lambda: losses.listed_times(np.array([])),
+        lambda: losses.weighting("min_snr", "x0", gamma=0.0),
+    ],
+)
 def test_impossible_time_samplers_are_refused(make):
     with pytest.raises(ValueError, match="must"):
         make()

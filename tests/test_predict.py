@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.predict import convert, decode, target
+from diffusion.predict import Learned, convert, decode, estimate, target
 from diffusion.process import coefficients, noise
 from tests.test_process import PATHS
 
@@ -76,6 +76,20 @@ def test_flow_is_the_velocity_of_xt(key):
     path, t = PATHS["vp"], jnp.array([0.31, 0.77])
     _, velocity = jax.jvp(lambda t: noise(path, x0, t, eps), (t,), (jnp.ones(2),))
     np.testing.assert_allclose(target("flow", coefficients(path, t), x0, eps), velocity, rtol=1e-4, atol=1e-4)
+
+
+def test_a_learned_variance_rides_beside_the_prediction(key):
+    path, t = PATHS["cosine"], jnp.array([0.2, 0.6])
+    x0, eps = draw(key, 2)
+    coef, xt, v = coefficients(path, t), noise(path, x0, t, eps), x0 * eps
+    plain = lambda xt, t, y: target("eps", coef, x0, eps)  # noqa: E731
+    learned = lambda xt, t, y: Learned(plain(xt, t, y), v)  # noqa: E731
+    converted = convert(learned, path, "eps", "v")(xt, t)
+    np.testing.assert_array_equal(converted.pred, convert(plain, path, "eps", "v")(xt, t))
+    np.testing.assert_array_equal(converted.v, v)
+    np.testing.assert_array_equal(estimate("v", coef, xt, converted).v, v)
+    np.testing.assert_allclose(estimate("v", coef, xt, converted).x0, x0, atol=1e-5)
+    assert estimate("eps", coef, xt, plain(xt, t, None)).v is None
 
 
 def test_unknown_prediction_is_named():

@@ -67,6 +67,43 @@ def test_betas_match_diffusers(kind):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+def test_variance_between_neighbours_of_a_long_chain_survives_float32():
+    betas = process.linear_betas(1000)
+    alpha, sigma = process.VP(betas)(jnp.arange(1, 1001) / 1000)
+    ratio = (alpha[1:] * sigma[:-1] / (sigma[1:] * alpha[:-1])) ** 2
+    np.testing.assert_allclose(sigma[1:] ** 2 * (1 - ratio), betas[1:], rtol=3e-4)
+
+
+def test_grid_times_are_exact_however_they_are_rounded():
+    """i / 1000 from three roundings is one step, and a time between two steps is not pulled to either."""
+    path, t = process.VP(process.linear_betas(1000)), jnp.arange(1, 1000) / 1000
+    alpha, _ = path(t)
+    for other in (jnp.nextafter(t, 2.0), jnp.nextafter(t, -1.0)):
+        np.testing.assert_array_equal(path(other)[0], alpha)
+    between = path(t + 1e-5)[0]
+    assert (between < alpha).all()
+
+
+@pytest.mark.parametrize(("name", "last"), [("linear", 0.02), ("linear0.025", 0.025), ("linear0.5", 0.5)])
+@pytest.mark.parametrize("steps", [500, 1000, 4000])
+def test_linear_schedules_end_at_their_beta_stretched_to_the_steps(name, last, steps):
+    betas = process.named_betas(name, steps)
+    assert betas.shape == (steps,) and betas.dtype == np.float64
+    np.testing.assert_allclose([betas[0], betas[-1]], [1e-4 * 1000 / steps, last * 1000 / steps], rtol=1e-12)
+
+
+def test_the_cosine_schedule_has_a_name():
+    np.testing.assert_array_equal(process.named_betas("cosine", 50), process.cosine_betas(50))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "sqrt", "linear-1", "linearly", "linear1.5", "linear0.00001", "linear0.02x", "linearnan"]
+)
+def test_unknown_schedules_are_named(name):
+    with pytest.raises(ValueError, match=f"schedule='{name}' is not one of linear, linear<beta_max>"):
+        process.named_betas(name)
+
+
 def test_geometric_is_the_limit_of_repeated_noising():
     rate, n = 0.99, 37
     x = 1.0
@@ -99,6 +136,7 @@ def test_noise_mixes_each_example_at_its_own_time(key):
         lambda: process.VP(np.array([0.1, -0.1])),
         lambda: process.VP(np.zeros((0,))),
         lambda: process.linear_betas(0),
+        lambda: process.named_betas("linear0.5", 100),
     ],
 )
 def test_impossible_processes_are_refused(make):

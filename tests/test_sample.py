@@ -7,9 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.predict import target
-from diffusion.process import VP, Geometric, Linear, coefficients, expand, linear_betas
-from diffusion.sample import ddim, heun, initial_noise, sample, sample_keys, shifted_grid, uniform_grid
+from diffusion.guide import clip
+from diffusion.predict import Estimate, Learned, convert, target
+from diffusion.process import VP, Cosine, Geometric, Linear, coefficients, expand, linear_betas
+from diffusion.sample import (
+    ancestral,
+    ddim,
+    heun,
+    initial_noise,
+    invert,
+    respaced_grid,
+    sample,
+    sample_keys,
+    shifted_grid,
+    uniform_grid,
+)
+from diffusion.variance import between
+from tests.chains import FILES, close, load
 from tests.test_process import PATHS
 
 MEAN, SCALE = 0.7, 0.3
@@ -83,6 +97,147 @@ def test_ddim_matches_diffusers():
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5 * np.abs(theirs.numpy()).max())
 
 
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_noisy_ddim_steps_match_diffusers(monkeypatch, eta):
+    torch = pytest.importorskip("torch", reason="diffusers needs torch: pip install 'patch-diffusion[torch]'")
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        1000, 1e-4, 0.02, "linear", clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(20)
+    xt, eps, z = np.random.default_rng(0).standard_normal((3, 2, 4, 4, 1)).astype(np.float32)
+    monkeypatch.setattr("diffusion.sample._normal", lambda key, like: jnp.asarray(z))
+    for index in (999, 499, 49):
+        theirs = scheduler.step(torch.tensor(eps), index, torch.tensor(xt), eta=eta, variance_noise=torch.tensor(z))
+        t, s = jnp.float32((index + 1) / 1000), jnp.float32((index - 49) / 1000)
+        path = VP(linear_betas(1000))
+        coef = coefficients(path, t)
+        now = Estimate((xt - coef.sigma * eps) / coef.alpha, jnp.asarray(eps))
+        ours = ddim(eta)(None, lambda *_, now=now: now, path, jnp.asarray(xt), t, s)
+        close(ours, theirs.prev_sample.numpy(), 2e-5)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_published_ddim_runs_with_clipping(file):
+    chain = load(file)
+    denoise = clip(convert(chain.denoise, chain.path, chain.prediction, "x0"), chain.path, "x0")
+    x0 = sample(jax.random.key(0), denoise, chain.path, jnp.asarray(chain.values["xT"]), chain.grid, prediction="x0")
+    close(x0, chain.values["ddim"])
+    np.testing.assert_array_equal(np.round(chain.grid[-2::-1] * 1000) - 1, chain.values["use_timesteps"])
+
+
+def test_ancestral_steps_have_the_variances_of_the_chain(key):
+    """Many equal pixels: their spread after one step is the deviation asked for, their mean the posterior's."""
+    path, t, s = Cosine(), jnp.float32(0.6), jnp.float32(0.4)
+    step, x = between(path, t, s), jnp.full((2, 20000), 0.7)
+    now = Estimate(jnp.full_like(x, 0.2), x, jnp.full_like(x, 0.25))
+    expected = {
+        "fixed_small": step.small,
+        "fixed_large": step.large,
+        "learned_sigmoid": step.small**0.25 * step.large**0.75,
+        "learned_range": step.small**0.375 * step.large**0.625,
+    }
+    keys = sample_keys(key, jnp.arange(2))
+    for variance, var in expected.items():
+        xs = ancestral(variance)(jax.random.clone(keys), lambda *_: now, path, x, t, s)
+        np.testing.assert_allclose(xs.std(), np.sqrt(var), rtol=0.02)
+        np.testing.assert_allclose(xs.mean(), step.on_x0 * 0.2 + step.on_xt * 0.7, atol=0.01)
+        assert np.abs(np.corrcoef(xs)[0, 1]) < 0.03
+        last = ancestral(variance)(jax.random.clone(keys), lambda *_: now, path, x, t, jnp.float32(0.0))
+        np.testing.assert_allclose(last, 0.2, atol=1e-6)  # no noise in the last step
+
+
+def test_ancestral_sampling_is_ddim_with_eta_1(key):
+    path, x1, grid = VP(linear_betas(100)), jnp.full((2, 8), 0.5), respaced_grid("10,5", 100)
+    denoise = gaussian_denoiser(path, "eps")
+    draw = partial(sample, key, denoise, path, x1, grid, prediction="eps")
+    np.testing.assert_allclose(draw(step=ancestral()), draw(step=ddim(eta=1.0)), atol=2e-5)
+
+
+@pytest.mark.parametrize("step", [ddim(), ddim(0.5), heun(), ancestral("fixed_large")])
+def test_steps_that_do_not_ask_for_a_learned_variance_ignore_it(key, step):
+    path, x1 = VP(linear_betas(100)), jnp.full((2, 8), 0.5)
+    plain = gaussian_denoiser(path, "v")
+    learned = lambda xt, t, y: Learned(plain(xt, t), xt)  # noqa: E731
+    draw = partial(sample, key, path=path, x1=x1, times=uniform_grid(5), prediction="v", step=step)
+    np.testing.assert_array_equal(draw(learned), draw(plain))
+
+
+def test_ancestral_sampling_with_a_learned_variance(key):
+    """A network that always answers with the large end is the fixed large variance."""
+    path, x1, grid = VP(linear_betas(100)), jnp.full((2, 8), 0.5), respaced_grid("7", 100)
+    plain = gaussian_denoiser(path, "v")
+    learned = lambda xt, t, y: Learned(plain(xt, t), jnp.ones_like(xt))  # noqa: E731
+    draw = partial(sample, key, path=path, x1=x1, times=grid, prediction="v")
+    wide = draw(plain, step=ancestral("fixed_large"))
+    np.testing.assert_allclose(draw(learned, step=ancestral("learned_range")), wide, atol=1e-5)
+    assert jnp.abs(draw(learned, step=ancestral("learned_sigmoid")) - wide).max() > 1e-2
+    with pytest.raises(ValueError, match="needs a network that returns Learned"):
+        draw(plain, step=ancestral("learned_range"))
+
+
+def test_inversion_matches_diffusers():
+    torch = pytest.importorskip("torch", reason="diffusers needs torch: pip install 'patch-diffusion[torch]'")
+    from diffusers import DDIMInverseScheduler
+
+    scheduler = DDIMInverseScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(20)
+    x0 = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
+    theirs = torch.tensor(x0)
+    for i in scheduler.timesteps:
+        theirs = scheduler.step(torch.tanh(theirs) * 0.9, i, theirs).prev_sample
+    path, rising = VP(linear_betas(1000)), uniform_grid(20)[::-1]
+    ours = invert(lambda xt, t, y: jnp.tanh(xt) * 0.9, path, x0, rising, prediction="eps")
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5 * np.abs(theirs.numpy()).max())
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
+def test_inversion_and_sampling_return_the_data(key, prediction):
+    """For a linear denoiser both follow one flow; the error is that of the steps, and falls with their square."""
+    path, x = Cosine(), MEAN + SCALE * jax.random.normal(key, (2, 9, 1))
+    denoise, errors = gaussian_denoiser(path, prediction), []
+    with jax.enable_x64(True):
+        x = jnp.asarray(x, jnp.float64)
+        for n in (50, 100):
+            rising = np.linspace(0.02, 0.98, n + 1)
+            x1 = invert(denoise, path, x, rising, prediction=prediction, step=heun())
+            back = sample(key, denoise, path, x1, rising[::-1], prediction=prediction, step=heun())
+            errors.append(float(jnp.abs(back - x).max()))
+            assert abs(float(x1.std()) - 1) < 0.5
+    assert errors[1] < 1e-3 and errors[1] < errors[0] / 3
+
+
+def test_inversion_finds_the_noise_of_the_exact_flow():
+    path, x1 = Cosine(), jnp.linspace(-2, 2, 9).reshape(1, 9, 1)
+    times = np.linspace(0.001, 1, 401)
+    x0 = exact_flow(path, x1)
+    np.testing.assert_allclose(invert(gaussian_denoiser(path, "v"), path, x0, times, prediction="v"), x1, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("spec", "steps", "index"),
+    [
+        ("", 5, [0, 1, 2, 3, 4]),
+        ("1", 10, [0]),
+        ("3", 10, [0, 4, 9]),
+        ("ddim5", 10, [0, 2, 4, 6, 8]),
+        ("ddim1", 10, [0]),
+        ("2,1,3", 11, [0, 3, 4, 8, 9, 10]),
+        ("2, 2", 4, [0, 1, 2, 3]),
+    ],
+)
+def test_respacing_keeps_these_steps(spec, steps, index):
+    grid = respaced_grid(spec, steps)
+    np.testing.assert_allclose(grid, np.append((np.array(index)[::-1] + 1) / steps, 0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("spec", ["11", "6,5", "ddim7", "ddim", "ddim0", "ten", "5,", "0", "-3", "2.5"])
+def test_impossible_respacing_is_named(spec):
+    with pytest.raises(ValueError, match=f"respacing='{spec}'"):
+        respaced_grid(spec, 10)
+
+
 def test_samples_do_not_depend_on_their_neighbours(key):
     path, times = Linear(), uniform_grid(10)
     denoise = gaussian_denoiser(path, "x0")
@@ -148,7 +303,7 @@ def test_overstep_moves_the_picture_past_the_clock():
     step = ddim(overstep=1.5)
     alpha, _ = path(jnp.float32(0.2))
     x0_hat = (x - (1 - alpha) * noise_hat) / alpha
-    xs = step(None, lambda xt, t: (x0_hat, noise_hat), path, x, jnp.float32(0.2), jnp.float32(0.198))
+    xs = step(None, lambda xt, t: Estimate(x0_hat, noise_hat), path, x, jnp.float32(0.2), jnp.float32(0.198))
     np.testing.assert_allclose(xs, (x - noise_hat * (1 - 0.99**1.5)) / 0.99**1.5, rtol=1e-5)
 
 
@@ -190,6 +345,17 @@ def test_impossible_settings_are_refused(make):
 def test_times_must_fall(key, times):
     with pytest.raises(ValueError, match="falling"):
         sample(key, lambda xt, t, y: xt, Linear(), jnp.zeros((1, 2)), times, prediction="x0")
+
+
+@pytest.mark.parametrize("times", [[0.0, 0.0], [1.0, 0.0], [0.5]])
+def test_times_of_an_inversion_must_rise(times):
+    with pytest.raises(ValueError, match="rising"):
+        invert(lambda xt, t, y: xt, Linear(), jnp.zeros((1, 2)), times, prediction="x0")
+
+
+def test_unknown_variances_are_named_before_sampling():
+    with pytest.raises(ValueError, match="variance='large' is not one of"):
+        ancestral("large")
 
 
 def test_too_many_frames_are_refused(key):

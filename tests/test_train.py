@@ -7,8 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion import train
+from diffusion import checkpoint, history, train
+from diffusion import loss as losses
 from diffusion.models.vit import vit
+from diffusion.process import VP, Linear, linear_betas
 
 
 def quadratic(params, key, batch):
@@ -70,6 +72,197 @@ def test_ema_decay_zero_is_no_average(key):
     np.testing.assert_array_equal(state.ema["w"], state.params["w"])
 
 
+def test_several_averages_are_each_what_one_alone_would_be(key):
+    optimizer, decays = optax.sgd(0.5), (0.0, 0.05, 0.9)
+    together = train.init_state({"w": jnp.zeros(3)}, optimizer, ema_decay=decays)
+    alone = [train.init_state({"w": jnp.zeros(3)}, optimizer) for _ in decays]
+    steps = [train.make_step(quadratic, optimizer, ema_decay=decay) for decay in decays]
+    for i in range(3):
+        batch = jnp.full((4, 3), float(i))
+        together, _ = train.make_step(quadratic, optimizer, ema_decay=decays)(key, together, batch)
+        alone = [step(key, state, batch)[0] for step, state in zip(steps, alone, strict=True)]
+    assert len(together.ema) == 3
+    for ours, theirs in zip(together.ema, alone, strict=True):
+        np.testing.assert_array_equal(ours["w"], theirs.ema["w"])
+    assert len({float(ema["w"][0]) for ema in together.ema}) == 3
+
+
+@pytest.mark.parametrize("decays", [[0.9], 0.9])
+def test_a_state_with_other_averages_is_refused(key, decays):
+    state = train.init_state({"w": jnp.zeros(3)}, optax.sgd(0.5), ema_decay=decays)
+    with pytest.raises(ValueError, match=r"not those of ema_decay=\[0.9, 0.99\]"):
+        train.make_step(quadratic, optax.sgd(0.5), ema_decay=[0.9, 0.99])(key, state, jnp.ones((4, 3)))
+
+
+def test_the_default_state_has_the_leaves_it_always_had():
+    """So that older checkpoints restore: nothing is stored for what is not used."""
+    state = train.init_state({"w": jnp.zeros(3)}, optax.sgd(0.5))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    assert [jax.tree_util.keystr(path) for path, _ in leaves] == [".step", ".params['w']", ".ema['w']"]
+
+
+def test_a_state_with_everything_is_stored_and_restored(tmp_path):
+    kinds = {"ema_decay": (0.9, 0.99), "log2_scale": 20.0, "carry": history.empty(4, 2)}
+    state = train.init_state({"w": jnp.arange(3.0)}, optax.adam(0.1), **kinds)
+    checkpoint.save(tmp_path, 1, state)
+    again, _ = checkpoint.restore(tmp_path, jax.eval_shape(lambda: state))
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def diffusion_step(microbatch, **options):
+    """A small denoiser under the real loss, times antithetic over the batch, labels dropped."""
+
+    def draw(key, batch, carry):
+        return {**batch, "drawn": losses.draw(key, batch["x"], losses.antithetic_times)}
+
+    def loss_fn(params, key, batch):
+        denoise = lambda xt, t, y: jnp.tanh(xt @ params["w"]) * t[:, None] + params["b"].reshape(1, -1)  # noqa: E731
+        values, parts = losses.loss_at(batch["drawn"], denoise, Linear(), batch["x"], prediction="v")
+        return values.mean(), parts
+
+    def report(parts, carry):
+        return losses.by_quartile(parts["t"], parts["loss"]), carry
+
+    optimizer = optax.adam(1e-2)
+    state = train.init_state({"w": jnp.eye(3) / 2, "b": jnp.zeros(3)}, optimizer)
+    step = train.make_step(loss_fn, optimizer, draw=draw, report=report, microbatch=microbatch, **options)
+    return jax.jit(step), state
+
+
+@pytest.mark.parametrize("microbatch", [1, 4, 6])
+def test_microbatches_are_the_full_batch(key, microbatch):
+    batch = {"x": jax.random.normal(jax.random.key(5), (12, 3))}
+    (step, state), (cut, _) = diffusion_step(None), diffusion_step(microbatch)
+    (whole, metrics), (parts, cut_metrics) = step(key, state, batch), cut(key, state, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, parts)
+    assert {*metrics} == {"loss", "grad_norm", "loss_q0", "loss_q1", "loss_q2", "loss_q3"}
+    for name, value in metrics.items():
+        np.testing.assert_allclose(cut_metrics[name], value, rtol=1e-5)
+    np.testing.assert_allclose(np.mean([metrics[f"loss_q{i}"] for i in range(4)]), metrics["loss"], rtol=1e-5)
+
+
+def test_gradients_of_microbatches_add_up_exactly(key):
+    """In whole numbers, where sums have no rounding, not one bit differs; batch order and scalars are kept."""
+
+    def loss_fn(params, key, batch):
+        return (batch @ params["w"]).mean(), {"first": batch[:, 0], "mean": batch.mean()}
+
+    batch = jnp.arange(24.0).reshape(8, 3)
+    results = []
+    for microbatch in (None, 8, 2):
+        state = train.init_state({"w": jnp.ones(3)}, optax.sgd(1.0))
+        results.append(train.make_step(loss_fn, optax.sgd(1.0), microbatch=microbatch)(key, state, batch))
+    jax.tree.map(np.testing.assert_array_equal, results[0], results[1])
+    jax.tree.map(np.testing.assert_array_equal, results[0], results[2])
+    np.testing.assert_array_equal(results[2][1]["first"], batch[:, 0])
+
+
+def test_without_a_draw_microbatches_have_noise_of_their_own(key):
+    def loss_fn(params, key, batch):
+        return params["w"].sum() * 0, {"drawn": jnp.full(len(batch), jax.random.normal(key))}
+
+    state = train.init_state({"w": jnp.ones(3)}, optax.sgd(1.0))
+    _, metrics = train.make_step(loss_fn, optax.sgd(1.0), microbatch=2)(key, state, jnp.ones((6, 1)))
+    assert len(np.unique(metrics["drawn"])) == 3
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(key):
+    step, state = diffusion_step(5)
+    with pytest.raises(ValueError, match="the batch of 12 is no multiple of microbatch=5"):
+        step(key, state, {"x": jnp.ones((12, 3))})
+
+
+@pytest.mark.parametrize("microbatch", [None, 16])
+def test_the_loss_decides_where_it_is_measured_next(key, microbatch):
+    """A history rides in the state: a loss that is large late in the chain draws the times there."""
+    steps = 4
+
+    def draw(key, batch, seen):
+        return {"x": batch, "drawn": losses.draw(key, batch, history.times(seen))}
+
+    def loss_fn(params, key, batch):
+        wrong = lambda xt, t, y: params["w"] + jnp.where(t[:, None] > 0.9, 30.0, 1.0)  # noqa: E731
+        values, parts = losses.loss_at(batch["drawn"], wrong, VP(linear_betas(20)), batch["x"], prediction="eps")
+        return values.mean(), parts
+
+    def report(parts, seen):
+        seen = history.remember(seen, parts["t"], parts["loss"])
+        return {"late": (parts["t"] > 0.9).mean()}, seen
+
+    state = train.init_state({"w": jnp.zeros((1, 2))}, optax.sgd(0.0), carry=history.empty(steps, 2))
+    step = jax.jit(train.make_step(loss_fn, optax.sgd(0.0), draw=draw, report=report, microbatch=microbatch))
+    late = []
+    for _ in range(3):
+        state, metrics = step(key, state, jnp.zeros((64, 2)))
+        late.append(float(metrics["late"]))
+    assert late[0] < 0.6 and min(late[1:]) > 0.9
+    assert state.carry.counts.sum() == 3 * 64
+
+
+def half_precision(params, key, batch):
+    """A loss whose gradient is computed in float16 and overflows there when the scale is beyond 2^15 / |batch|."""
+    matrix, vector = (params[name].astype(jnp.float16) for name in ("matrix", "vector"))
+    x = batch.astype(jnp.float16)
+    return ((x @ matrix).sum() + (x * vector.reshape(1, -1)).sum()).astype(jnp.float32), {}
+
+
+def test_an_overflow_in_float16_skips_the_step_and_training_recovers(key):
+    params = {"matrix": jnp.ones((3, 3)), "vector": jnp.ones(3)}
+    state = first = train.init_state(params, optax.adam(0.1), log2_scale=18.5)
+    step = jax.jit(train.make_step(half_precision, optax.adam(0.1), scale_growth=0.25))
+    batch, scales = jnp.full((2, 3), 0.5), [18.5]
+    for i in range(4):
+        state, metrics = step(key, state, batch)
+        scales.append(float(state.log2_scale))
+        if i < 3:
+            assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+            assert (state.step, state.log2_scale) == (i + 1, 17.5 - i)
+            jax.tree.map(np.testing.assert_array_equal, state[1:4], first[1:4])
+    # 2^16 is beyond float16, 2^15 is not.
+    assert scales == [18.5, 17.5, 16.5, 15.5, 15.75]
+    assert (state.params["matrix"] != 1).all() and np.isfinite(metrics["grad_norm"])
+
+
+def test_scaled_gradients_are_unscaled_in_every_group_of_parameters(key):
+    """Matrices and vectors alike: the gradient, its norm and so clipping and Adam's epsilon are those without."""
+    params = {"matrix": jnp.ones((3, 3)), "vector": jnp.ones(3)}
+    batch, optimizer = jnp.full((2, 3), 0.5), optax.sgd(1.0)
+    step = train.make_step(half_precision, optimizer)
+    plain, metrics = step(key, train.init_state(params, optimizer), batch)
+    scaled, scaled_metrics = step(key, train.init_state(params, optimizer, log2_scale=10.9), batch)
+    jax.tree.map(np.testing.assert_array_equal, scaled.params, plain.params)
+    assert scaled_metrics["grad_norm"] == metrics["grad_norm"] and scaled_metrics["loss"] == metrics["loss"]
+    np.testing.assert_allclose(scaled.log2_scale, 10.901, rtol=1e-6)
+
+
+@pytest.mark.parametrize("log2_scale", [None, 4.0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_changes_nothing_and_is_seen_in_the_step(key, bad, log2_scale):
+    def loss_fn(params, key, batch):
+        return (params["w"] * batch).sum(), {"seen": batch.sum()}
+
+    optimizer = optax.adam(0.1)
+    state = train.init_state({"w": jnp.ones(3)}, optimizer, log2_scale=log2_scale, carry=jnp.zeros(()))
+    report = lambda aux, carry: (aux, carry + aux["seen"])  # noqa: E731
+    step = jax.jit(train.make_step(loss_fn, optimizer, report=report))
+    before, _ = step(key, state, jnp.ones(3))
+    after, metrics = step(key, before, jnp.array([1.0, bad, 1.0]))
+    assert not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    again, _ = step(key, after, jnp.ones(3))
+    assert int(again.step) == 2 and np.isfinite(again.params["w"]).all()
+
+
+@pytest.mark.parametrize("log2_scale", [None, 0.0])
+def test_a_gradient_that_is_no_number_changes_nothing(key, log2_scale):
+    """The loss is 0 and its slope infinite, with no scale to lower."""
+    loss_fn = lambda params, key, batch: (jnp.sqrt(params["w"]).sum(), {})  # noqa: E731
+    state = train.init_state({"w": jnp.zeros(2)}, optax.sgd(0.1), log2_scale=log2_scale)
+    after, metrics = train.make_step(loss_fn, optax.sgd(0.1))(key, state, jnp.ones((2, 1)))
+    assert metrics["loss"] == 0 and np.isinf(metrics["grad_norm"])
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
 def test_average_has_a_growing_horizon():
     decay = [float(train.warm_decay(0.995, jnp.array(step))) for step in (0, 90, 10**6)]
     np.testing.assert_allclose(decay, [0.1, 0.91, 0.995], rtol=1e-6)
@@ -84,6 +277,16 @@ def test_learning_rate_warms_up_and_ends_at_zero():
         sizes.append(float(-updates["w"][0, 0]))
     np.testing.assert_allclose(sizes[:5], [0, 0.25, 0.5, 0.75, 1], atol=1e-5)
     assert sizes[5] < 1 and sizes[10] < 1e-6
+
+
+def test_a_linear_schedule_falls_to_zero_and_stays_there():
+    params = {"w": jnp.zeros((2, 2))}
+    optimizer = train.adamw(1.0, 10, warmup=2, schedule="linear")
+    state, sizes = optimizer.init(params), []
+    for _ in range(13):
+        updates, state = optimizer.update({"w": jnp.ones((2, 2))}, state, params)
+        sizes.append(float(-updates["w"][0, 0]))
+    np.testing.assert_allclose(sizes, [0, 0.5, *np.arange(8, 0, -1) / 8, 0, 0, 0], atol=1e-5)
 
 
 def test_weight_decay_spares_vectors():
@@ -122,9 +325,19 @@ def test_impossible_schedules_are_refused(options, message):
         train.adamw(1e-3, 10, **options)
 
 
-def test_impossible_decay_is_refused():
-    with pytest.raises(ValueError, match="ema_decay=1"):
-        train.make_step(quadratic, optax.sgd(0.1), ema_decay=1.0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"ema_decay": (0.9, 1.0)}, r"ema_decay=\(0.9, 1.0\)"),
+        ({"ema_decay": []}, r"ema_decay=\[\]"),
+        ({"microbatch": 0}, "microbatch=0"),
+        ({"scale_growth": -1.0}, "scale_growth=-1"),
+    ],
+)
+def test_impossible_steps_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        train.make_step(quadratic, optax.sgd(0.1), **options)
 
 
 def test_sharded_training_equals_training_on_one_device():

@@ -13,13 +13,14 @@ class Model(NamedTuple):
     """A network.
 
     init: (key, xt [B, *S, C], t [B], y [B] | None) -> params, a nested dict of arrays.
-    apply: (params, xt, t, y, *, key=None) -> prediction; `key` turns dropout on.
+    apply: (params, xt, t, y, *, key=None) -> prediction, or `predict.Learned` of it and a variance; `key` turns
+      dropout on.
 
     `partial(model.apply, params)` is a denoiser.
     """
 
     init: Callable[..., Any]
-    apply: Callable[..., jax.Array]
+    apply: Callable[..., Any]
 
 
 def from_module(module: nn.Module) -> Model:
@@ -28,7 +29,7 @@ def from_module(module: nn.Module) -> Model:
     def init(key: jax.Array, xt: jax.Array, t: jax.Array, y: jax.Array | None = None) -> Any:
         return module.init(key, xt, t, y, False)["params"]
 
-    def apply(params: Any, xt: jax.Array, t: jax.Array, y: jax.Array | None = None, *, key=None) -> jax.Array:
+    def apply(params: Any, xt: jax.Array, t: jax.Array, y: jax.Array | None = None, *, key=None) -> Any:
         rngs = None if key is None else {"dropout": key}
         return module.apply({"params": params}, xt, t, y, key is not None, rngs=rngs)
 

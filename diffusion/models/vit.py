@@ -12,7 +12,7 @@ which takes the seams out of it.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -22,10 +22,12 @@ import numpy as np
 from diffusion.geometry import geometry
 from diffusion.models.base import Model, from_module
 from diffusion.patch import patchify, unpatchify
+from diffusion.predict import Learned
 
 Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "swiglu"]
 Positions = Literal["sincos", "learned", "rotary"]
+LearnedVariance = Literal["none", "channels"]
 
 _ZERO = nn.initializers.zeros_init()
 _XAVIER = nn.initializers.xavier_uniform()
@@ -48,6 +50,7 @@ def vit(
     positions: Sequence[Positions] = ("sincos",),
     class_tokens: int = 0,
     class_tokens_from: int = 0,
+    learned_variance: LearnedVariance = "none",
     dropout: float = 0.0,
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
@@ -63,6 +66,8 @@ def vit(
       bottleneck: patches pass through this many dimensions before the width (JiT).
       positions: any of "sincos", "learned" (added to the tokens) and "rotary" (in attention).
       class_tokens: this many tokens of the class are put before the patches from block `class_tokens_from` on (JiT).
+      learned_variance: "none", or with "channels" apply returns `Learned`, whose v, any number, is a second half of
+        the head's output (DiT).
       dtype: of the computation; parameters, statistics of norms, the softmax and the head are float32.
       remat: recompute blocks in the backward pass to save memory.
       attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
@@ -74,9 +79,10 @@ def vit(
     """
     if width % heads:
         raise ValueError(f"width={width} is not divisible by heads={heads}")
-    for name, value, known in (("norm", norm, ("layer", "rms")), ("mlp", mlp, ("gelu", "swiglu"))):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not one of {known}")
+    names = {"norm": (norm, Norm), "mlp": (mlp, Mlp), "learned_variance": (learned_variance, LearnedVariance)}
+    for name, (value, known) in names.items():
+        if value not in get_args(known):
+            raise ValueError(f"{name}={value!r} is not one of {get_args(known)}")
     unknown = set(positions) - {"sincos", "learned", "rotary"}
     if unknown:
         raise ValueError(f"positions={tuple(positions)}: {sorted(unknown)} not among 'sincos', 'learned', 'rotary'")
@@ -88,8 +94,8 @@ def vit(
     block |= dict(dropout=dropout, dtype=dtype, attention=attention)
     tokens = dict(patch_size=patch_size, stride=stride, bottleneck=bottleneck, positions=tuple(positions))
     classes = dict(num_classes=num_classes, class_tokens=class_tokens, class_tokens_from=class_tokens_from)
-    clock = clock or (lambda t: 1000 * t)
-    return from_module(_ViT(width=width, depth=depth, block=block, remat=remat, clock=clock, **tokens, **classes))
+    common = dict(learned_variance=learned_variance, block=block, remat=remat, clock=clock or (lambda t: 1000 * t))
+    return from_module(_ViT(width=width, depth=depth, **common, **tokens, **classes))
 
 
 class _ViT(nn.Module):
@@ -102,12 +108,13 @@ class _ViT(nn.Module):
     positions: tuple[str, ...]
     class_tokens: int
     class_tokens_from: int
+    learned_variance: str
     remat: bool
     clock: Callable[[jax.Array], jax.Array]
     block: dict
 
     @nn.compact
-    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> jax.Array:
+    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> jax.Array | Learned:
         _, *size, channels = xt.shape
         dtype = self.block["dtype"]
         shape = geometry(size, self.patch_size, self.stride)
@@ -142,8 +149,11 @@ class _ViT(nn.Module):
         norm = self.block["norm"]
         shift, scale = _gates(c, 2, self.width, dtype, "head_gates")
         z = _modulate(_norm(norm, dtype, "head_norm", affine=norm == "rms")(z[:, prefix:]), shift, scale)
-        z = nn.Dense(_prod(shape.patch) * channels, kernel_init=_ZERO, name="head")(z.astype(jnp.float32))  # (B, N, D)
-        return unpatchify(z, size, self.patch_size, self.stride)
+        learned = self.learned_variance == "channels"
+        width = _prod(shape.patch) * channels * (1 + learned)
+        z = nn.Dense(width, kernel_init=_ZERO, name="head")(z.astype(jnp.float32))  # (B, N, D)
+        pred = unpatchify(z, size, self.patch_size, self.stride)
+        return Learned(*jnp.split(pred, 2, -1)) if learned else pred
 
 
 class _Block(nn.Module):

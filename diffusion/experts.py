@@ -1,0 +1,101 @@
+"""Experts: several networks, each for a range of the signal-to-noise ratio, as one denoiser.
+
+Descending thresholds s_1 > ... > s_n cut the chain into n + 1 ranges. With SNR = (alpha / sigma)^2, expert k has
+
+    s_k >= SNR > s_(k+1),    s_0 = infinity, s_(n+1) = -1                                          (1)
+
+so expert 0 has the cleanest pictures and clean data itself, and the last one pure noise. SNR falls with t, so (1) is a
+cut of time; `boundaries` makes it once, and training and sampling both compare t with the same numbers. Balaji et al.
+2022 (2211.01324); Luhman & Luhman 2022 (2207.04316).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion.loss import Times, listed_times, uniform_times
+from diffusion.predict import Denoise, Output
+from diffusion.process import Path
+
+
+def boundaries(path: Path, snr_splits: Sequence[float]) -> np.ndarray:
+    """The times [n] at which the SNR has fallen to each threshold, in float32: expert k has b_k <= t < b_(k+1).
+
+    Raises:
+      ValueError: thresholds are not positive and falling, or the path does not reach one of them.
+    """
+    splits = np.asarray(snr_splits, np.float64)
+    if splits.ndim != 1 or not splits.size or not (splits > 0).all() or not np.isfinite(splits).all():
+        raise ValueError(f"snr_splits={snr_splits} must list one or more positive thresholds")
+    if not (np.diff(splits) < 0).all():
+        raise ValueError(f"snr_splits={snr_splits} must fall: from the least noisy threshold to the noisiest")
+
+    def reached(t: np.ndarray) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            alpha, sigma = (np.asarray(a, np.float64) for a in path(jnp.asarray(t, jnp.float32)))
+        return alpha**2 <= splits * sigma**2
+
+    low, high = np.zeros(len(splits), np.float32), np.ones(len(splits), np.float32)
+    if not reached(high).all():
+        raise ValueError(f"snr_splits={snr_splits}: the path's SNR stays above {splits[~reached(high)][0]:g}")
+    while (np.nextafter(low, 2, dtype=np.float32) < high).any():
+        middle = (low + high) / 2
+        low, high = np.where(reached(middle), low, middle), np.where(reached(middle), middle, high)
+    if len(np.unique(high)) < len(high):
+        raise ValueError(f"snr_splits={snr_splits}: two thresholds fall on one time, and the expert between has none")
+    return high
+
+
+def expert_of(bounds: np.ndarray, t: jax.Array) -> jax.Array:
+    """Which expert has each t [B], [B] in 0..n, for `boundaries` [n]."""
+    return jnp.searchsorted(jnp.asarray(bounds), t.astype(jnp.float32), side="right")
+
+
+def expert_times(bounds: np.ndarray, expert: int, chain: np.ndarray | None = None) -> Times:
+    """Time sampler that draws uniformly from the times of one expert: from those of `chain`, or from all of them.
+
+    Raises:
+      ValueError: there is no such expert, or the chain has no time for it.
+    """
+    if not 0 <= expert <= len(bounds):
+        raise ValueError(f"expert={expert} must lie in 0..{len(bounds)}: {len(bounds)} thresholds, one expert more")
+    if chain is not None:
+        own = chain[:-1][np.asarray(expert_of(bounds, jnp.asarray(chain[:-1]))) == expert]
+        if not len(own):
+            raise ValueError(
+                f"expert={expert} has none of the {len(chain) - 1} times of the chain; its SNR range is empty"
+            )
+        return listed_times(own)
+    low, high = np.concatenate([[0], bounds, [1]]).astype(np.float32)[expert : expert + 2]
+    # Rounding may carry low + (high - low) u to high, which is the next expert's.
+    return lambda key, n: jnp.minimum(low + (high - low) * uniform_times(key, n), np.nextafter(high, np.float32(0)))
+
+
+def experts(denoisers: Sequence[Denoise], bounds: np.ndarray) -> Denoise:
+    """One denoiser of n + 1, for `boundaries` [n]: each t is answered by the expert whose time it is.
+
+    An expert runs only if a t of the batch is its own, then on the whole batch. In sampling and likelihood, where t is
+    the same for all, exactly one runs; under `jax.vmap` all do.
+
+    Raises:
+      ValueError: the number of denoisers does not fit the thresholds.
+    """
+    if len(denoisers) != len(bounds) + 1:
+        raise ValueError(f"{len(bounds)} thresholds need {len(bounds) + 1} experts, not {len(denoisers)}")
+
+    def denoise(xt: jax.Array, t: jax.Array, y: jax.Array | None = None) -> Output:
+        index = expert_of(bounds, t)
+        output = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(denoisers[0], xt, t, y))
+        for k, expert in enumerate(denoisers):
+            mine = index == k
+
+            def answer(output: Output, expert: Denoise = expert, mine: jax.Array = mine) -> Output:
+                own = mine.reshape(mine.shape + (1,) * (xt.ndim - 1))
+                return jax.tree.map(lambda new, old: jnp.where(own, new, old), expert(xt, t, y), output)
+
+            output = jax.lax.cond(mine.any(), answer, lambda output: output, output)
+        return output
+
+    return denoise

@@ -1,0 +1,292 @@
+"""Published PyTorch networks as our parameters: files, names and shapes.
+
+    file (.safetensors, .npz, .pt)  --read-->  {name: array}  --from_torch-->  params                 (1)
+
+A layout says, for each of our parameters, which entry of a state dict it is: under what name, in what shape, and how
+that array becomes ours. The network itself is described once, by the fields of its constructor: the shapes of our
+parameters, which `jax.eval_shape(model.init, ...)` knows, decide what must be in the file, and a file either fits
+entirely or is refused with everything that does not.
+
+    patch_unet   Patch Diffusion (2207.04316): unet(...)
+    adm_unet     guided-diffusion (2105.05233), its upsamplers too: unet(**ADM, ...)
+    dit          DiT (2212.09748): vit(...)
+
+PyTorch keeps a linear map as [out, in] and a convolution as [out, in, h, w]; ours are [in, out] and [h, w, in, out].
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion import torch_file
+
+_SAFETENSORS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_SAFETENSORS |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+
+
+class Entry(NamedTuple):
+    """An entry of a state dict: its name, its shape, and what makes our parameter of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    convert: Callable[[np.ndarray], np.ndarray]
+
+
+ParamPath = tuple[str, ...]
+
+
+class Layout(NamedTuple):
+    """How published parameters are named and shaped.
+
+    entries: shapes of our parameters by path -> their entries by path; ValueError if the layout has none for one.
+    fixed: entries that hold no parameters: what is wrong with such an array, None if nothing is.
+    """
+
+    entries: Callable[[Mapping[ParamPath, tuple[int, ...]]], dict[ParamPath, Entry]]
+    fixed: Mapping[str, Callable[[np.ndarray], str | None]] = {}
+
+
+def read(path: str | os.PathLike, entry: str | None = None) -> dict[str, np.ndarray]:
+    """The arrays in a .safetensors, .npz, .pt or .pth file, by name; no code of the file is run and no PyTorch needed.
+
+    `entry` picks one dict out of a training checkpoint that holds several, such as "ema".
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is of another kind, damaged, asks for anything but tensors, or holds something else.
+    """
+    kind = Path(path).suffix
+    if kind in (".pt", ".pth"):
+        arrays = torch_file.read(path)
+    elif kind == ".npz":
+        arrays = _read_npz(path)
+    elif kind == ".safetensors":
+        arrays = _read_safetensors(path)
+    else:
+        raise ValueError(f"{path} must end in .safetensors, .npz, .pt or .pth")
+    if entry is not None:
+        if not isinstance(arrays, dict) or entry not in arrays:
+            raise ValueError(f"{path} holds no entry {entry!r}; there are {_brief(arrays)}")
+        arrays = arrays[entry]
+    if not isinstance(arrays, dict) or not all(isinstance(x, np.ndarray) for x in arrays.values()):
+        inner = [k for k, v in arrays.items() if isinstance(v, dict)] if isinstance(arrays, dict) else []
+        remedy = f"; name one of {inner} as the entry to read" if inner else ""
+        raise ValueError(f"{path} holds more than named arrays: {_brief(arrays)}{remedy}")
+    return arrays
+
+
+def from_torch(arrays: Mapping[str, np.ndarray], like: Any, layout: Layout) -> Any:
+    """Our parameters, a nested dict of float32 arrays shaped like `like`, from the arrays of a state dict.
+
+    Raises:
+      ValueError: an entry is missing, surplus, misshapen or not of floating point, all of which are listed; or `like`
+        has parameters that the layout knows no entry for.
+    """
+    paths = jax.tree_util.tree_flatten_with_path(like)[0]
+    shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in paths}
+    entries = layout.entries(shapes)
+    expected = {entry.name: entry for entry in entries.values()}
+    lines = [f"missing: {e.name} {list(e.shape)}" for e in expected.values() if e.name not in arrays]
+    for name, x in arrays.items():
+        if name in layout.fixed:
+            problem = layout.fixed[name](np.asarray(x, np.float32))
+            lines += [f"differs: {name} {problem}"] * (problem is not None)
+        elif name not in expected:
+            lines.append(f"surplus: {name} {list(x.shape)}")
+        elif x.shape != expected[name].shape:
+            lines.append(f"misshapen: {name} is {list(x.shape)}, must be {list(expected[name].shape)}")
+        elif not jnp.issubdtype(x.dtype, jnp.floating):
+            lines.append(f"misshapen: {name} is of dtype {x.dtype}, must be of floating point")
+    if lines:
+        raise ValueError("\n  ".join(["the file does not fit this network:", *lines]))
+    params: dict[str, Any] = {}
+    for path, shape in shapes.items():
+        entry = entries[path]
+        value = entry.convert(np.asarray(arrays[entry.name], np.float32)).reshape(shape)
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = np.ascontiguousarray(value)
+    return params
+
+
+def patch_unet(*, new_attention_order: bool = False, null_class: bool = True) -> Layout:
+    """Patch Diffusion's U-Net, as `unet` is by default.
+
+    Args:
+      new_attention_order: the published `use_new_attention_order`; parameters do not tell.
+      null_class: whether the classes have a row for none of them (`classifier_free`); else it becomes zero.
+    """
+    blocks = {"film": "emb_layers", "gate": "classemb_proj", "conv_out": "out_layers.2"}
+    outer = {"classes": "label_embs", "variance_time": "variance_output_t_emb"}
+    outer |= {"variance_in": "variance_output_model.0", "variance_out": "variance_output_model.2"}
+    return Layout(lambda shapes: _unet_entries(shapes, blocks, outer, new_attention_order, null_class))
+
+
+def adm_unet(*, new_attention_order: bool = False, null_class: bool = False) -> Layout:
+    """Guided-diffusion's U-Net, as unet(**ADM) is; arguments as for `patch_unet`. Published ones have no null class."""
+    blocks = {"film": "emb_layers.1", "norm_out": "out_layers.0", "conv_out": "out_layers.3"}
+    outer = {"classes": "label_emb"}
+    return Layout(lambda shapes: _unet_entries(shapes, blocks, outer, new_attention_order, null_class))
+
+
+def dit(patch_size: int, *, null_class: bool = True) -> Layout:
+    """DiT, as `vit` is by default, with patches of `patch_size`; `null_class` as for `patch_unet`."""
+    inner = {"qkv": "attn.qkv", "out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2"}
+    inner |= {"gates": "adaLN_modulation.1"}
+    outer = {"embed": "x_embedder.proj", "classes": "y_embedder.embedding_table", "head": "final_layer.linear"}
+    outer |= {"head_gates": "final_layer.adaLN_modulation.1"}
+
+    def entries(shapes: Mapping[ParamPath, tuple[int, ...]]) -> dict[ParamPath, Entry]:
+        found = {}
+        for path, shape in shapes.items():
+            module, leaf = path[:-1], path[-1]
+            match module:
+                case (block, name) if block.startswith("block_") and name in inner:
+                    name = f"{block.replace('block_', 'blocks.')}.{inner[name]}"
+                case ("clock_embed", name):
+                    name = f"t_embedder.mlp.{'0' if name == 'in' else '2'}"
+                case (name,) if name in outer:
+                    name = outer[name]
+                case _:
+                    raise _foreign(path)
+            if module == ("embed",) and leaf == "kernel":
+                # Ours is a linear map of patches (ph, pw, c), theirs a convolution whose stride is its size.
+                size, width = shape
+                channels = size // patch_size**2
+                wanted = (width, channels, patch_size, patch_size)
+                found[path] = Entry(f"{name}.weight", wanted, lambda w: w.transpose(2, 3, 1, 0))
+            else:
+                found[path] = _entry(name, path, shape, per_head=False, null_class=null_class)
+        return found
+
+    return Layout(entries, {"pos_embed": _check_positions})
+
+
+def _unet_entries(
+    shapes: Mapping[ParamPath, tuple[int, ...]],
+    blocks: Mapping[str, str],
+    outer: Mapping[str, str],
+    new_attention_order: bool,
+    null_class: bool,
+) -> dict[ParamPath, Entry]:
+    """Entries of either U-Net: `blocks` and `outer` name the modules in which they differ."""
+    blocks = {"norm_in": "in_layers.0", "conv_in": "in_layers.2", "skip": "skip_connection", **blocks}
+    blocks |= {"norm": "norm", "qkv": "qkv", "out": "proj_out"}
+    outer = {"time_in": "time_embed.0", "time_out": "time_embed.2", "head_norm": "out.0", "head": "out.2", **outer}
+    modules = {path[0] for path in shapes}
+
+    def prefix(module: str) -> str | None:
+        """input_2_attention -> input_blocks.2.1: in a block the layers are counted."""
+        numbered = re.fullmatch(r"(input|middle|output)_(\d+)(?:_(attention|down|up))?", module)
+        if not numbered:
+            return None
+        side, number, role = numbered.groups()
+        if side == "middle":
+            return f"middle_block.{number}"
+        place = {"attention": 1, "up": 1 + (f"{side}_{number}_attention" in modules)}.get(role, 0)
+        return f"{side}_blocks.{number}.{place}"
+
+    found = {}
+    for path, shape in shapes.items():
+        module, *inner, _ = path
+        name = prefix(module)
+        if not inner:
+            # Of the numbered ones these are the convolutions at the entry and where the size changes.
+            ending = {"down": ".op", "up": ".conv"}.get(module.rpartition("_")[2], "")
+            name = outer.get(module) if name is None else name + ending
+        elif name is not None and inner[0] in blocks:
+            name = f"{name}.{blocks[inner[0]]}"
+        else:
+            name = None
+        if name is None:
+            raise _foreign(path)
+        # Linear maps that PyTorch has as convolutions over one position.
+        ones = {"qkv": 1, "out": 1, "variance_time": 2}.get(path[-2], 0)
+        found[path] = _entry(name, path, shape, per_head=not new_attention_order, null_class=null_class, ones=ones)
+    return found
+
+
+def _entry(
+    name: str, path: ParamPath, shape: tuple[int, ...], *, per_head: bool, null_class: bool, ones: int = 0
+) -> Entry:
+    """The entry of the parameter at `path` of our `shape`, in a module that PyTorch calls `name`."""
+    *_, module, leaf = path
+    trailing = (1,) * ones
+    name = f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
+    if module == "qkv":
+        *width, _, heads, size = shape  # [W, 3, H, D], or [3, H, D] for the bias
+
+        def split(w: np.ndarray) -> np.ndarray:
+            rows = w.reshape(heads, 3, size, -1).swapaxes(0, 1) if per_head else w.reshape(3, heads, size, -1)
+            return np.moveaxis(rows, -1, 0)
+
+        return Entry(name, (3 * heads * size, *width, *(trailing if width else ())), split)
+    if leaf == "embedding" and not null_class:
+        rows, width = shape
+        return Entry(name, (rows - 1, width), lambda w: np.concatenate([w, np.zeros((1, width), w.dtype)]))
+    if leaf == "kernel" and len(shape) == 4:
+        h, w, inward, outward = shape
+        return Entry(name, (outward, inward, h, w), lambda w: w.transpose(2, 3, 1, 0))
+    if leaf == "kernel":
+        inward, outward = shape
+        return Entry(name, (outward, inward, *trailing), lambda w: w.reshape(outward, inward).T)
+    return Entry(name, shape, lambda w: w)
+
+
+def _foreign(path: ParamPath) -> ValueError:
+    return ValueError(
+        f"this layout has no entry for the parameter {'.'.join(path)}: the network has fields that the published one "
+        "has not"
+    )
+
+
+def _check_positions(x: np.ndarray) -> str | None:
+    """DiT stores its sine-cosine positions [1, N, W] although they are fixed, and ours computes them."""
+    from diffusion.models.vit import sincos_positions
+
+    side = math.isqrt(x.shape[1]) if x.ndim == 3 else 0
+    if not side or x.shape != (1, side * side, x.shape[2]):
+        return f"has shape {list(x.shape)}, not that of positions on a square grid"
+    wanted = sincos_positions((side, side), x.shape[2])
+    error = np.abs(x[0] - wanted).max()
+    return None if error < 1e-3 else f"is off the fixed sine-cosine positions by {error:.2g}"
+
+
+def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    with open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        except Exception as e:  # A damaged archive makes NumPy raise nearly anything.
+            raise ValueError(f"{path} is not a .npz file of arrays, or damaged ({type(e).__name__}: {e})") from None
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        entries = deserialize(Path(path).read_bytes())
+    except SafetensorError as e:
+        raise ValueError(f"{path} is not a .safetensors file, or damaged ({e})") from None
+    unknown = {e["dtype"] for _, e in entries} - set(_SAFETENSORS)
+    if unknown:
+        raise ValueError(f"{path} holds tensors of {sorted(unknown)}; known are {', '.join(_SAFETENSORS)}")
+    return {
+        name: np.frombuffer(e["data"], np.dtype(_SAFETENSORS[e["dtype"]])).reshape(e["shape"]) for name, e in entries
+    }
+
+
+def _brief(value: Any) -> str:
+    """A line on what is there."""
+    if not isinstance(value, dict):
+        return type(value).__name__
+    names = [f"{k} ({type(v).__name__})" for k, v in value.items()]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

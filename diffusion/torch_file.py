@@ -1,0 +1,240 @@
+"""Tensors out of a file of `torch.save`, without PyTorch and without running anything the file says.
+
+    archive/data.pkl        a pickle: a program for a stack machine that builds the dicts            (1)
+    archive/data/<key>      the bytes of one storage                                               (2)
+    tensor = storage[offset + sum_i index_i stride_i]                                              (3)
+
+A pickle may name any function of the machine and have it called. Here the program is read as data by an interpreter
+of a few opcodes: it knows dicts, lists, tuples, numbers and strings, and of names only `OrderedDict`, the storages and
+the functions that stand for (3); every other name or opcode is refused by its name. Sizes, offsets and strides are
+checked against the bytes that are there, and nothing larger than the file is ever allocated.
+"""
+
+import os
+import pickletools
+import sys
+import zipfile
+from math import prod
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+_STORAGES = {
+    "torch.DoubleStorage": np.float64,
+    "torch.FloatStorage": np.float32,
+    "torch.HalfStorage": np.float16,
+    "torch.BFloat16Storage": jnp.bfloat16,
+    "torch.LongStorage": np.int64,
+    "torch.IntStorage": np.int32,
+    "torch.ShortStorage": np.int16,
+    "torch.CharStorage": np.int8,
+    "torch.ByteStorage": np.uint8,
+    "torch.BoolStorage": np.bool_,
+}
+_TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+_PARAMETER, _DICT = "torch._utils._rebuild_parameter", "collections.OrderedDict"
+_NAMES = {*_STORAGES, *_TENSORS, _PARAMETER, _DICT}
+
+# The first bytes of PyTorch's format before 1.6: a pickled number.
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+
+
+class _Name(str):
+    """A name of `_NAMES`, which is all that is ever known of what it names."""
+
+
+class _Storage(NamedTuple):
+    key: str
+    values: np.ndarray  # flat
+
+
+def read(path: str | os.PathLike) -> Any:
+    """What was saved: nested dicts and lists of arrays, numbers and strings.
+
+    Arrays are views (3), which may overlap and are not to be written; bfloat16 stays what it is.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file asks for anything but tensors, is damaged, or has another format; the message says what.
+    """
+    with open(path, "rb") as file:
+        start = file.read(len(_LEGACY))
+    if start == _LEGACY:
+        raise ValueError(
+            f"{path} has the format of PyTorch before 1.6, which is not read; "
+            "load it in PyTorch and save it again with torch.save, or with safetensors"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Archive(archive, os.path.getsize(path)).load()
+    except _Refused as e:
+        raise ValueError(
+            f"{path} {e}: refused. Only dicts of tensors are read: save model.state_dict() by itself"
+        ) from None
+    except Exception as e:  # A damaged program or archive makes the readers raise nearly anything.
+        raise ValueError(f"{path} is not a file of torch.save, or damaged ({type(e).__name__}: {e})") from None
+
+
+class _Refused(Exception):
+    """The file asks for something that is not data."""
+
+
+class _Archive:
+    def __init__(self, archive: zipfile.ZipFile, length: int) -> None:
+        self._archive, self._storages = archive, {}
+        programs = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(programs) != 1:
+            raise ValueError(f"it holds {len(programs)} programs data.pkl")
+        self._root = programs[0].removesuffix("data.pkl")
+        members = archive.infolist()
+        # Stored members that fill no more than the file: nothing unpacks to more than was downloaded.
+        if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
+            raise ValueError("its members are compressed or encrypted")
+        if any(m.file_size != m.compress_size for m in members) or sum(m.file_size for m in members) > length:
+            raise ValueError("its members are larger than the file")
+        order = self._member("byteorder").decode() if f"{self._root}byteorder" in archive.namelist() else "little"
+        self._swap = order != sys.byteorder
+
+    def load(self) -> Any:
+        """Runs the program of data.pkl on a stack of values."""
+        stack: list[Any] = []
+        marks: list[int] = []
+        memo: dict[int, Any] = {}
+
+        def popped() -> list[Any]:
+            start = marks.pop()
+            values = stack[start:]
+            del stack[start:]
+            return values
+
+        def fill(target: Any, values: list[Any]) -> None:
+            if not isinstance(target, dict) or len(values) % 2:
+                raise ValueError("the program puts items into what is no dict")
+            for k, v in zip(values[::2], values[1::2], strict=True):
+                if not isinstance(k, str | int):
+                    raise _Refused(f"has a key of type {type(k).__name__}")
+                target[k] = v
+
+        for opcode, argument, _ in pickletools.genops(self._member("data.pkl")):
+            match opcode.name:
+                case "PROTO" | "FRAME":
+                    pass
+                case name if name in _CONSTANTS:
+                    stack.append(_CONSTANTS[name])
+                case name if name in _VALUES:
+                    stack.append(argument)
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "MARK":
+                    marks.append(len(stack))
+                case "TUPLE":
+                    stack.append(tuple(popped()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+                    n = int(name[-1])
+                    stack[-n:] = [tuple(stack[-n:])]
+                case "APPEND":
+                    value = stack.pop()
+                    _list(stack[-1]).append(value)
+                case "APPENDS":
+                    values = popped()
+                    _list(stack[-1]).extend(values)
+                case "SETITEM":
+                    values = [stack.pop(-2), stack.pop()]
+                    fill(stack[-1], values)
+                case "SETITEMS":
+                    values = popped()
+                    fill(stack[-1], values)
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "GLOBAL":
+                    stack.append(_allowed(*argument.split(" ", 1)))
+                case "STACK_GLOBAL":
+                    stack[-2:] = [_allowed(*stack[-2:])]
+                case "BINPERSID":
+                    stack[-1] = self._storage(stack[-1])
+                case "REDUCE":
+                    stack[-2:] = [self._call(*stack[-2:])]
+                case "BUILD":
+                    # The version numbers that a state dict carries as attributes.
+                    stack.pop()
+                    if not isinstance(stack[-1], dict):
+                        raise _Refused("sets the state of an object")
+                case "STOP":
+                    return stack.pop()
+                case name:
+                    raise _Refused(f"uses the pickle instruction {name}")
+        raise ValueError("the program has no end")
+
+    def _call(self, name: Any, arguments: Any) -> Any:
+        if not isinstance(name, _Name) or not isinstance(arguments, tuple):
+            raise _Refused("calls what is no name")
+        if name in _TENSORS:
+            return self._tensor(*arguments[:4])
+        if name == _PARAMETER:
+            return arguments[0]
+        if name == _DICT:
+            return dict(*arguments)
+        raise _Refused(f"calls {name}")
+
+    def _storage(self, reference: Any) -> _Storage:
+        match reference:
+            case ("storage", _Name() as kind, str(key), str(), int(numel)) if kind in _STORAGES and numel >= 0:
+                pass
+            case _:
+                raise _Refused(f"refers to {reference!r:.80}, which is no storage")
+        if (key, kind) not in self._storages:
+            values = self._member(f"data/{key}")
+            dtype = np.dtype(_STORAGES[kind])
+            values = np.frombuffer(values, f"u{dtype.itemsize}", len(values) // dtype.itemsize)
+            self._storages[key, kind] = (values.byteswap() if self._swap else values).view(dtype)
+        values = self._storages[key, kind]
+        if numel > len(values):
+            raise ValueError(f"storage {key} of {numel} {values.dtype} holds {len(values)}")
+        return _Storage(key, values[:numel])
+
+    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
+        """Eq. (3)."""
+        if not isinstance(storage, _Storage):
+            raise _Refused("makes a tensor of what is no storage")
+        key, values = storage
+        if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+            raise ValueError(f"a tensor has offset {offset!r}, size {size!r} and stride {stride!r}")
+        if 0 in size:
+            return np.zeros(size, values.dtype)
+        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        # More elements than the storage has would be one element seen many times, at any size that the file asks for.
+        if prod(size) > len(values) or last >= len(values):
+            raise ValueError(
+                f"a tensor of size {list(size)}, stride {list(stride)} and offset {offset} does not lie in its "
+                f"storage {key} of {len(values)}"
+            )
+        strides = [s * values.itemsize for s in stride]
+        return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
+
+    def _member(self, name: str) -> bytes:
+        return self._archive.read(self._root + name)
+
+
+def _allowed(module: Any, name: Any) -> _Name:
+    full = f"{module}.{name}"
+    if full not in _NAMES:
+        raise _Refused(f"asks for {full!r:.80}")
+    return _Name(full)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("the program appends to what is no list")
+    return value

@@ -1,0 +1,117 @@
+"""Makes a run of published PyTorch weights: `experiments.sample` draws from it and `experiments.train` trains it on.
+
+    python -m experiments.convert --source=model.pt --layout=dit --config=CONFIG.py --classes=1000 --workdir=runs/dit
+
+The config describes the network, what it predicts and its pictures, of which --config.data.size and
+--config.data.channels must be set; no data set is opened. To train on, the classes must have the data's names: pass a
+file of them. The weights become step 0 of the run, parameters and average alike. A file that does not fit the network
+is refused, with every entry that is missing, surplus or misshapen.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from diffusion import checkpoint, interop
+from diffusion import train as training
+from experiments import build, session
+from experiments.config import Config
+from experiments.train import define_config
+
+flags.declare_key_flag("workdir")
+_SOURCE = flags.DEFINE_string("source", None, "The published weights: a .safetensors, .npz, .pt or .pth file.")
+_LAYOUT = flags.DEFINE_enum("layout", None, ["patch_unet", "adm_unet", "dit"], "Whose names and shapes they have.")
+_ENTRY = flags.DEFINE_string("entry", None, "Which of the entries of a training checkpoint to take, such as ema.")
+_CLASSES = flags.DEFINE_string("classes", "0", "How many classes the weights know, or a file with a name per line.")
+_NULL_CLASS = flags.DEFINE_bool(
+    "null_class", None, "Whether the weights know a label for no class; default: as published, not for adm_unet."
+)
+_NEW_ATTENTION_ORDER = flags.DEFINE_bool(
+    "new_attention_order", False, "The published use_new_attention_order; the weights do not tell."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set as in --config.model.depth=12")
+    config: Config = flags.FLAGS.config
+    session.start()
+    workdir = session.workdir(Path("runs") / config.name)
+    names = class_names(_CLASSES.value)
+    count = convert(config, workdir, _SOURCE.value, layout(config), class_names=names, entry=_ENTRY.value)
+    print(f"{_SOURCE.value}: {count:,} parameters, now step 0 of {workdir}")
+    print(f"draw from it with: python -m experiments.sample --workdir={workdir}")
+
+
+def layout(config: Config) -> interop.Layout:
+    """The layout that the flags name.
+
+    Raises:
+      ValueError: they name none.
+    """
+    null = {} if _NULL_CLASS.value is None else {"null_class": _NULL_CLASS.value}
+    order = {"new_attention_order": _NEW_ATTENTION_ORDER.value}
+    layouts: dict[str, Callable[[], interop.Layout]] = {
+        "patch_unet": lambda: interop.patch_unet(**order, **null),
+        "adm_unet": lambda: interop.adm_unet(**order, **null),
+        "dit": lambda: interop.dit(config.model.patch_size, **null),
+    }
+    if _LAYOUT.value is None:
+        raise ValueError(f"--layout is missing: pass one of {', '.join(layouts)}")
+    return layouts[_LAYOUT.value]()
+
+
+def class_names(given: str) -> tuple[str, ...]:
+    """Names of the classes: the lines of a file, or as many numbers as are asked for."""
+    if given.isdecimal():
+        return tuple(map(str, range(int(given))))
+    return tuple(Path(given).read_text(encoding="utf-8").splitlines())
+
+
+def convert(
+    config: Config,
+    workdir: Path,
+    source: str | None,
+    layout: interop.Layout,
+    *,
+    class_names: tuple[str, ...] = (),
+    entry: str | None = None,
+) -> int:
+    """Makes the run in `workdir`; returns how many parameters it has.
+
+    Raises:
+      ValueError: `source` does not fit the network, a field is missing, or `workdir` holds a run.
+      OSError: `source` cannot be read, or `workdir` not written.
+    """
+    if not source:
+        raise ValueError("--source is missing: pass the file of published weights, --source=model.pt")
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"--source={source}: there is no such file")
+    if (workdir / checkpoint.CONFIG).exists():
+        raise ValueError(f"{workdir} holds a run already; pass another --workdir")
+    c = config.data
+    if c.size is None or c.channels is None:
+        raise ValueError(
+            f"--config.data.size={c.size} and --config.data.channels={c.channels} must say what pictures the network "
+            "draws, as in --config.data.size='(256, 256)' --config.data.channels=3"
+        )
+    if class_names and not config.model.conditional:
+        raise ValueError(f"--classes: {len(class_names)} classes need --config.model.conditional")
+    seen = build.Seen((*c.size, c.channels), class_names)
+    like = jax.eval_shape(partial(build.init_params, config, seen))
+    number = jax.ShapeDtypeStruct((1,), jnp.int32)
+    jax.eval_shape(build.drawer(config, seen), like, number, number)
+    checkpoint.check_writable(workdir)
+    params = jax.tree.map(jnp.asarray, interop.from_torch(interop.read(source, entry), like, layout))
+    state = training.init_state(params, build.optimizer(config))
+    checkpoint.save(workdir / "checkpoints", 0, state)
+    checkpoint.write_config(workdir, build.to_stored(config, seen))  # last: it makes the directory that of a run
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+if __name__ == "__main__":
+    session.run(main, define_config)

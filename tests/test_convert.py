@@ -1,0 +1,168 @@
+"""experiments.convert: published weights become a run that the other commands take up."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from absl import flags
+from absl.testing import flagsaver
+
+from diffusion import checkpoint, interop
+from experiments import build, convert, sample, session, train
+from experiments import config as configs
+from tests.test_interop import value
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny() -> configs.Config:
+    config = configs.Config(name="dit")
+    config.data.size, config.data.channels = (8, 8), 1
+    config.model = configs.Model(patch_size=4, width=8, depth=1, heads=2)
+    config.process = configs.Process(path="vp", prediction="eps", loss_in=None, times="grid")
+    config.train = configs.Train(steps=2, batch_size=2, warmup=0, log_every=1)
+    config.sample = configs.Sample(count=4, steps=2, batch_size=4)
+    return config
+
+
+def dit(config: configs.Config, classes: int) -> dict[str, torch.Tensor]:
+    """A state dict as DiT's program has it."""
+    w, p, c = config.model.width, config.model.patch_size, config.data.channels
+    shapes = {
+        "pos_embed": (1, 4, w),
+        "x_embedder.proj.weight": (w, c, p, p),
+        "x_embedder.proj.bias": (w,),
+        "t_embedder.mlp.0.weight": (w, 256),
+        "t_embedder.mlp.0.bias": (w,),
+        "t_embedder.mlp.2.weight": (w, w),
+        "t_embedder.mlp.2.bias": (w,),
+        "y_embedder.embedding_table.weight": (classes + 1, w),
+        "blocks.0.attn.qkv.weight": (3 * w, w),
+        "blocks.0.attn.qkv.bias": (3 * w,),
+        "blocks.0.attn.proj.weight": (w, w),
+        "blocks.0.attn.proj.bias": (w,),
+        "blocks.0.mlp.fc1.weight": (4 * w, w),
+        "blocks.0.mlp.fc1.bias": (4 * w,),
+        "blocks.0.mlp.fc2.weight": (w, 4 * w),
+        "blocks.0.mlp.fc2.bias": (w,),
+        "blocks.0.adaLN_modulation.1.weight": (6 * w, w),
+        "blocks.0.adaLN_modulation.1.bias": (6 * w,),
+        "final_layer.linear.weight": (p * p * c, w),
+        "final_layer.linear.bias": (p * p * c,),
+        "final_layer.adaLN_modulation.1.weight": (2 * w, w),
+        "final_layer.adaLN_modulation.1.bias": (2 * w,),
+    }
+    return {name: torch.tensor(value(name, shape)) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A converted run, made by the command line."""
+    folder = tmp_path_factory.mktemp("convert")
+    torch.save({"ema": dit(tiny(), 3), "step": 7}, folder / "dit.pt")
+    (folder / "classes.txt").write_text("ant\nbee\ncat\n")
+    (folder / "config.py").write_text(f"from experiments.config import *\ndef get_config(): return {tiny()!r}\n")
+    command = f"""{sys.executable} -m experiments.convert --source={folder}/dit.pt --entry=ema --layout=dit
+        --config={folder}/config.py --classes={folder}/classes.txt --workdir={folder}/run"""
+    done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "now step 0" in done.stdout and f"experiments.sample --workdir={folder}/run" in done.stdout
+    return folder / "run"
+
+
+def test_the_run_describes_itself_and_holds_the_weights(run):
+    config, seen = build.stored(run)
+    assert config == tiny() and seen == build.Seen((8, 8, 1), ("ant", "bee", "cat"))
+    ema, step = checkpoint.restore_ema(run / "checkpoints")
+    wanted = interop.from_torch(
+        {k: v.numpy() for k, v in dit(config, 3).items()},
+        jax.eval_shape(lambda: build.init_params(config, seen)),
+        interop.dit(4),
+    )
+    assert step == 0
+    jax.tree.map(np.testing.assert_array_equal, ema, wanted)
+
+
+def test_pictures_are_drawn_from_it(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "start", lambda: None)
+    given = [f"--workdir={run}", f"--outdir={tmp_path / 'drawn'}", "--num_samples=3", "--labels=bee,cat"]
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        flags.FLAGS.unparse_flags()
+        sample.main(flags.FLAGS(["sample", *given]))
+    assert "from step 0" in printed.getvalue()
+    with np.load(tmp_path / "drawn" / "samples.npz") as file:
+        assert file["arr_0"].shape == (3, 8, 8, 1) and file["arr_1"].tolist() == [1, 2, 1]
+        assert file["arr_0"].std() > 0
+
+
+def test_training_goes_on_from_it(run):
+    """The state is the one that training would have begun with, had it drawn these parameters."""
+    config, seen = build.stored(run)
+    optimizer = build.optimizer(config)
+    params = jax.tree.map(jnp.asarray, checkpoint.restore_ema(run / "checkpoints")[0])
+    wanted = train.training.init_state(params, optimizer)
+    state, step = checkpoint.restore(run / "checkpoints", wanted)
+    assert step == 0 and jax.tree.structure(state) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)
+    train.claim(run, build.to_stored(config, seen))  # the same config continues it
+
+
+def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path):
+    source, workdir = tmp_path / "dit.pt", tmp_path / "run"
+    torch.save(dit(tiny(), 3), source)
+    names = ("0", "1", "2")
+
+    def refused(message, *, change=lambda config: None, source=source, layout=None, class_names=names):
+        config = tiny()
+        change(config)
+        with pytest.raises((ValueError, OSError), match=message):
+            convert.convert(config, workdir, source, layout or interop.dit(4), class_names=class_names)
+        assert not (workdir / checkpoint.CONFIG).exists() and not (workdir / "checkpoints").exists()
+
+    refused("--source is missing", source=None)
+    refused("none.pt: there is no such file", source=tmp_path / "none.pt")
+    refused(r"--config\.data\.size=None", change=lambda c: setattr(c.data, "size", None))
+    refused(r"--config\.data\.channels=None", change=lambda c: setattr(c.data, "channels", None))
+    refused(r"3 classes need --config\.model\.conditional", change=lambda c: setattr(c.model, "conditional", False))
+    refused(r"surplus: y_embedder\.embedding_table\.weight \[4, 8\]", class_names=())
+    refused(
+        r"misshapen: x_embedder\.proj\.bias is \[8\], must be \[16\]", change=lambda c: setattr(c.model, "width", 16)
+    )
+    refused("no entry for the parameter block_0", layout=interop.patch_unet())
+    refused("sample.sampler='euler'", change=lambda c: setattr(c.sample, "sampler", "euler"))
+    workdir.mkdir(exist_ok=True)
+    (workdir / checkpoint.CONFIG).write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="holds a run already; pass another --workdir"):
+        convert.convert(tiny(), workdir, source, interop.dit(4), class_names=names)
+
+
+def test_flags_name_layout_and_classes(tmp_path):
+    (tmp_path / "classes.txt").write_text("tench\ngold fish\n")
+    assert convert.class_names("0") == () and convert.class_names("3") == ("0", "1", "2")
+    assert convert.class_names(str(tmp_path / "classes.txt")) == ("tench", "gold fish")
+    with pytest.raises(FileNotFoundError):
+        convert.class_names(str(tmp_path / "none.txt"))
+    shapes = {("classes", "embedding"): (4, 8)}
+    rows = {}
+    for name in ("patch_unet", "adm_unet", "dit"):
+        for null in ("", "--null_class", "--nonull_class"):
+            with flagsaver.flagsaver():
+                flags.FLAGS.unparse_flags()
+                flags.FLAGS(["convert", f"--layout={name}", *filter(None, [null])])
+                (entry,) = convert.layout(tiny()).entries(shapes).values()
+            rows[name, null] = entry.shape[0]
+    assert {k: v for k, v in rows.items() if not k[1]} == {("patch_unet", ""): 4, ("adm_unet", ""): 3, ("dit", ""): 4}
+    assert {v for k, v in rows.items() if k[1] == "--null_class"} == {4}
+    assert {v for k, v in rows.items() if k[1] == "--nonull_class"} == {3}
+    with flagsaver.flagsaver(), pytest.raises(ValueError, match="--layout is missing: pass one of patch_unet"):
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["convert"])
+        convert.layout(tiny())

@@ -1,0 +1,134 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.experts import boundaries, experts
+from diffusion.guide import classifier_free, clip
+from diffusion.likelihood import bits_per_dim
+from diffusion.predict import Learned, target
+from diffusion.process import VP, coefficients, expand, linear_betas
+from diffusion.sample import respaced_grid, sample_keys
+from diffusion.variance import between, least_variance
+
+PATH = VP(linear_betas(200))
+CHAIN = respaced_grid("", 200)
+SCALE = 0.3
+KIND = {"prediction": "eps", "variance": "fixed_small"}
+
+
+def gaussian_denoiser(prediction):
+    """The best denoiser of x0 ~ N(0, SCALE^2)."""
+
+    def denoise(xt, t, y=None):
+        coef = coefficients(PATH, t)
+        alpha, sigma = expand(coef.alpha, xt), expand(coef.sigma, xt)
+        total = jnp.square(alpha * SCALE) + jnp.square(sigma)
+        return target(prediction, coef, alpha * SCALE**2 / total * xt, sigma / total * xt)
+
+    return denoise
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Gaussian pictures in 256 levels."""
+    x = SCALE * jax.random.normal(jax.random.key(9), (8, 16, 16, 3))
+    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5) / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def exact(pictures):
+    code = jax.jit(lambda x: bits_per_dim(jax.random.key(0), gaussian_denoiser("eps"), PATH, x, CHAIN, **KIND))
+    return code(pictures)
+
+
+def test_terms_of_a_gaussian_are_those_in_closed_form(exact):
+    """KL of two Gaussians of one variance: on average on_x0^2 Var(x0 | xt) / (2 var)."""
+    t, s = jnp.asarray(CHAIN[:-2], jnp.float32), jnp.asarray(CHAIN[1:-1], jnp.float32)
+    alpha, sigma = PATH(t)
+    step = between(PATH, t, s)
+    left = SCALE**2 * sigma**2 / ((alpha * SCALE) ** 2 + sigma**2)
+    expected = step.on_x0**2 * left / (2 * step.small) / np.log(2)
+    np.testing.assert_allclose(exact.terms[:-1].mean(1), expected, rtol=0.12)
+    np.testing.assert_allclose(exact.terms[:-1].mean(1).sum(), expected.sum(), rtol=0.01)
+    np.testing.assert_allclose(exact.x0_mse[:-1].mean(1), left, rtol=0.12)
+
+
+def test_bits_of_a_gaussian_are_its_entropy_if_the_variance_is_that_of_the_true_reverse_process(pictures):
+    """Var(xs | xt) = small + on_x0^2 Var(x0 | xt): then every step is exact, and so is their sum."""
+    least = least_variance(PATH, CHAIN)
+
+    def denoise(xt, t, y=None):
+        (alpha, sigma), step = PATH(t), between(PATH, t, t - 1 / 200)
+        left = SCALE**2 * sigma**2 / ((alpha * SCALE) ** 2 + sigma**2)
+        small = jnp.maximum(step.small, jnp.where(t < 1.5 / 200, least, 0))
+        true = jnp.log(jnp.where(t < 1.5 / 200, 0, step.small) + step.on_x0**2 * left)
+        v = 2 * (true - jnp.log(small)) / (jnp.log(step.large) - jnp.log(small)) - 1
+        return Learned(gaussian_denoiser("eps")(xt, t), jnp.broadcast_to(expand(v, xt), xt.shape))
+
+    code = jax.jit(
+        lambda x: bits_per_dim(jax.random.key(0), denoise, PATH, x, CHAIN, prediction="eps", variance="learned_range")
+    )
+    edges = lambda x: jax.scipy.stats.norm.cdf(x / SCALE)  # noqa: E731
+    mass = jnp.where(pictures > 0.999, 1.0, edges(pictures + 1 / 255))
+    mass = mass - jnp.where(pictures < -0.999, 0.0, edges(pictures - 1 / 255))
+    np.testing.assert_allclose(code(pictures).total.mean(), -jnp.log2(mass).mean(), atol=0.02)
+
+
+def test_parts_add_up(exact):
+    np.testing.assert_allclose(exact.total, exact.prior + exact.terms.sum(0), rtol=1e-5)
+    assert exact.terms.shape == exact.x0_mse.shape == exact.eps_mse.shape == (200, 8)
+    assert (exact.prior > 0).all() and (exact.prior < 0.1).all() and exact.terms[-1].mean() > 1
+
+
+def test_a_picture_is_coded_alike_among_others(pictures):
+    keys, denoise = sample_keys(jax.random.key(1), jnp.arange(4)), gaussian_denoiser("x0")
+    chain, kind = respaced_grid("5", 200), {"prediction": "x0", "variance": "fixed_large"}
+    together = bits_per_dim(keys, denoise, PATH, pictures[:4], chain, **kind).total
+    alone = bits_per_dim(keys[2:3], denoise, PATH, pictures[2:3], chain, **kind).total
+    np.testing.assert_allclose(alone[0], together[2], rtol=1e-5)
+    one_key = bits_per_dim(jax.random.key(1), denoise, PATH, pictures[:4], chain, **kind).total
+    np.testing.assert_allclose(one_key, together, rtol=1e-6)
+
+
+def test_a_respaced_chain_codes_worse(pictures, exact):
+    few = bits_per_dim(jax.random.key(0), gaussian_denoiser("eps"), PATH, pictures, respaced_grid("10", 200), **KIND)
+    assert few.terms.shape == (10, 8) and (few.total > exact.total + 0.1).all()
+
+
+def test_experts_guidance_clipping_and_learned_variance_are_denoisers_here_too(pictures):
+    """Two experts that are the same network, guided at scale 1, code as that network does."""
+    plain = gaussian_denoiser("x0")
+    learned = lambda xt, t, y: Learned(plain(xt, t), -jnp.ones_like(xt))  # noqa: E731
+    pick = clip(classifier_free(experts([learned, learned], boundaries(PATH, [0.25])), 0, 1.0), PATH, "x0")
+    y, chain, key = jnp.zeros(8, int), respaced_grid("6", 200), jax.random.key(3)
+    ours = bits_per_dim(key, pick, PATH, pictures, chain, y, prediction="x0", variance="learned_range")
+    # v = -1 is the small end, at the decoder's step too.
+    small = bits_per_dim(key, clip(plain, PATH, "x0"), PATH, pictures, chain, prediction="x0", variance="fixed_small")
+    np.testing.assert_allclose(ours.total, small.total, rtol=1e-4)
+    wrong = experts([learned, lambda xt, t, y: Learned(0 * xt + 1, -jnp.ones_like(xt))], boundaries(PATH, [0.25]))
+    other = bits_per_dim(key, wrong, PATH, pictures, chain, y, prediction="x0", variance="learned_range")
+    noisy = np.asarray(PATH(jnp.asarray(chain[:-1]))[0] ** 2 <= 0.25 * PATH(jnp.asarray(chain[:-1]))[1] ** 2)
+    assert 0 < noisy.sum() < 6
+    assert ((np.abs(other.terms - ours.terms) > 1e-4).all(1) == noisy).all()
+
+
+def test_memory_does_not_grow_with_the_number_of_steps():
+    def temporary(steps):
+        path, chain = VP(linear_betas(steps)), respaced_grid("", steps)
+        denoise = lambda xt, t, y: jnp.tanh(xt)  # noqa: E731
+        code = jax.jit(lambda x: bits_per_dim(jax.random.key(0), denoise, path, x, chain, **KIND).total)
+        compiled = code.lower(jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(1000) - temporary(50) < 4 * 64 * 64 * 3 * 4 / 4
+
+
+def test_impossible_likelihoods_are_refused_at_once(pictures):
+    code = lambda chain, variance: bits_per_dim(  # noqa: E731
+        jax.random.key(0), None, PATH, pictures, np.array(chain), prediction="eps", variance=variance
+    )
+    with pytest.raises(ValueError, match="ends at 0"):
+        code([1.0, 0.5, 0.2], "fixed_small")
+    with pytest.raises(ValueError, match="variance='best'"):
+        code([1.0, 0.5, 0.0], "best")
