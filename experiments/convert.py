@@ -20,7 +20,7 @@ from diffusion import checkpoint, interop
 from diffusion import train as training
 from experiments import build, session
 from experiments.config import Config
-from experiments.train import define_config
+from experiments.train import define_config, given_config
 
 flags.declare_key_flag("workdir")
 _SOURCE = flags.DEFINE_string("source", None, "The published weights: a .safetensors, .npz, .pt or .pth file.")
@@ -38,7 +38,7 @@ _NEW_ATTENTION_ORDER = flags.DEFINE_bool(
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set as in --config.model.depth=12")
-    config: Config = flags.FLAGS.config
+    config = given_config()
     session.start()
     workdir = session.workdir(Path("runs") / config.name)
     names = class_names(_CLASSES.value)

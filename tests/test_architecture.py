@@ -36,10 +36,14 @@ DOORS = {
     "likelihood": {"predict", "process", "sample", "variance"},
     "train": set(),
     "checkpoint": set(),
+    "torch_file": set(),
+    "interop": {"models", "torch_file"},
     "evaluate": {"data", "models"},
     "models/base": {"patch"},
     "models/blog": {"models", "patch", "process"},
-    "models/vit": {"geometry", "models", "patch"},
+    "models/vit": {"geometry", "models", "patch", "predict"},
+    "models/unet": {"geometry", "models", "patch", "predict"},
+    "models/unet_flops": {"geometry", "models"},
 }
 WITHOUT_JAX = ("geometry.py", "patch_numpy.py", "patch_numba.py", "patch_kernels.py", "data/")
 FILES = sorted((ROOT / "diffusion").rglob("*.py"))
