@@ -69,11 +69,17 @@ def test_training_times_fill_an_experts_range():
     np.testing.assert_array_equal(np.unique(own), np.array([0.7, 0.8, 0.9, 1.0], np.float32))
 
 
+def test_a_boundary_belongs_to_the_noisier_expert():
+    bounds = boundaries(Linear(), [4.0, 0.25])
+    assert expert_of(bounds, jnp.asarray(bounds)).tolist() == [1, 2]
+    assert expert_of(bounds, jnp.nextafter(jnp.asarray(bounds), 0.0)).tolist() == [0, 1]
+
+
 def test_times_at_an_experts_edge_stay_its_own(monkeypatch):
-    """Where rounding could carry the largest draw over the boundary."""
+    """Where rounding would carry the largest draw over the boundary: in a narrow range far from 0."""
     largest = lambda key, n: jnp.full((n,), np.nextafter(np.float32(1), np.float32(0)))  # noqa: E731
     monkeypatch.setattr("diffusion.experts.uniform_times", largest)
-    bounds = boundaries(Linear(), [4.0, 0.25])
+    bounds = boundaries(Linear(), [(0.4 / 0.6) ** 2, (0.39 / 0.61) ** 2])
     for k in range(3):
         assert expert_of(bounds, expert_times(bounds, k)(jax.random.key(0), 1))[0] == k
 

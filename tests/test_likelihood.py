@@ -75,10 +75,28 @@ def test_bits_of_a_gaussian_are_its_entropy_if_the_variance_is_that_of_the_true_
     np.testing.assert_allclose(code(pictures).total.mean(), -jnp.log2(mass).mean(), atol=0.02)
 
 
-def test_parts_add_up(exact):
-    np.testing.assert_allclose(exact.total, exact.prior + exact.terms.sum(0), rtol=1e-5)
+def test_the_decoder_of_a_gaussian_is_that_in_closed_form(pictures):
+    """Its variance is the posterior's of the step before, its bins are narrow beside it."""
+    chain = np.array([1.0, 0.5, 0.25, 0.0])
+    ours = bits_per_dim(
+        jax.random.key(0), gaussian_denoiser("x0"), PATH, pictures, chain, prediction="x0", variance="fixed_small"
+    )
+    var = float(between(PATH, jnp.float32(0.5), jnp.float32(0.25)).small)
+    alpha, sigma = (float(a) for a in PATH(jnp.float32(0.25)))
+    left = SCALE**2 * sigma**2 / ((alpha * SCALE) ** 2 + sigma**2)
+    expected = 0.5 * np.log2(2 * np.pi * var) + left / (2 * var) / np.log(2) - np.log2(2 / 255)
+    np.testing.assert_allclose(ours.terms[-1].mean(), expected, rtol=0.01)
+
+
+def test_parts_add_up(pictures, exact):
     assert exact.terms.shape == exact.x0_mse.shape == exact.eps_mse.shape == (200, 8)
-    assert (exact.prior > 0).all() and (exact.prior < 0.1).all() and exact.terms[-1].mean() > 1
+    assert (exact.prior > 0).all() and (exact.prior < 1e-3).all() and exact.terms[-1].mean() > 1
+    # From halfway much of a picture is left, and coding that is the prior's part.
+    half = bits_per_dim(jax.random.key(0), gaussian_denoiser("eps"), PATH, pictures, np.array([0.5, 0.2, 0.0]), **KIND)
+    np.testing.assert_allclose(half.total, half.prior + half.terms.sum(0), rtol=1e-5)
+    alpha, sigma = (float(a) for a in PATH(jnp.float32(0.5)))
+    expected = 0.5 * (sigma**2 - 1 - np.log(sigma**2) + alpha**2 * (pictures**2).mean((1, 2, 3))) / np.log(2)
+    np.testing.assert_allclose(half.prior, expected, rtol=1e-3)
 
 
 def test_a_picture_is_coded_alike_among_others(pictures):
