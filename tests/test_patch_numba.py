@@ -303,7 +303,7 @@ def run(*arguments: str, **environment: str) -> str:
 
 
 CHECK = """
-import os, threading, numpy as np
+import os, threading, time, numpy as np
 from diffusion import patch_kernels, patch_numba, patch_numpy
 x = np.arange(300 * 28 * 28, dtype=np.float32).reshape(300, 28, 28, 1)
 def check(p, x=x):
@@ -317,9 +317,9 @@ stop = threading.Event()
 def compile_all_the_time():
     n = 1
     while not stop.is_set():
-        patch_numba.patchify(np.zeros((2, 8 * n, 3), np.uint8), 8, layout="chw")
+        patch_numba.patchify(np.zeros((2, 64 + n, 1), np.uint8), 64 + n)  # another length, another kernel
         n += 1
-        patch_kernels.programs.clear()
+        time.sleep(0.001)  # locks are not fair: without a pause fork may wait for long
 thread = threading.Thread(target=compile_all_the_time)
 thread.start()
 children = []

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app
+from absl import app, flags
 
 from diffusion import sample as sampling
 from diffusion.geometry import geometry
@@ -42,7 +42,7 @@ MISSING = "TensorFlow is not installed, so ours is timed alone: pip install -e '
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    timing.check_json(timing.JSON.value)
+    timing.check_json(flags.FLAGS.json)
     session.start()
     compare = importlib.util.find_spec("tensorflow") is not None
     if not compare:
@@ -50,12 +50,12 @@ def main(argv: Sequence[str]) -> None:
     result = run(
         blog.get_config(),
         compare=compare,
-        rounds=timing.ROUNDS.value,
-        steps=timing.STEPS.value,
-        sample_steps=timing.SAMPLE_STEPS.value,
+        rounds=flags.FLAGS.rounds,
+        steps=flags.FLAGS.steps,
+        sample_steps=flags.FLAGS.sample_steps,
     )
     print(report(result))
-    timing.write_json(timing.JSON.value, result)
+    timing.write_json(flags.FLAGS.json, result)
 
 
 def run(config: Config, *, compare: bool, rounds: int = 3, steps: int = 1, sample_steps: int = 2) -> dict[str, Any]:
@@ -196,4 +196,4 @@ def report(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    session.run(main)
+    session.run(main, timing.define_flags)

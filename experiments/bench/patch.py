@@ -72,10 +72,10 @@ def main(argv: Sequence[str]) -> None:
     unknown = [name for name in _CASES.value if name not in CASES]
     if unknown:
         raise app.UsageError(f"--cases={unknown} are not among {list(CASES)}")
-    timing.check_json(timing.JSON.value)
-    result = run(_CASES.value, fraction=_FRACTION.value, rounds=timing.ROUNDS.value)
+    timing.check_json(flags.FLAGS.json)
+    result = run(_CASES.value, fraction=_FRACTION.value, rounds=flags.FLAGS.rounds)
     print(report(result))
-    timing.write_json(timing.JSON.value, result)
+    timing.write_json(flags.FLAGS.json, result)
     if _PLOT.value:
         draw(result, Path(_PLOT.value))
 

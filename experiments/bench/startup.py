@@ -38,10 +38,10 @@ PATIENCE = 600.0
 
 
 def main(argv: Sequence[str]) -> None:
-    timing.check_json(timing.JSON.value)
-    result = run(argv[1:], rounds=timing.ROUNDS.value, runs=_RUNS.value)
+    timing.check_json(flags.FLAGS.json)
+    result = run(argv[1:], rounds=flags.FLAGS.rounds, runs=_RUNS.value)
     print(report(result))
-    timing.write_json(timing.JSON.value, result)
+    timing.write_json(flags.FLAGS.json, result)
 
 
 def run(arguments: Sequence[str] = (), *, rounds: int = 3, runs: int = 1) -> dict[str, Any]:
@@ -115,4 +115,4 @@ def report(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    session.run(main)
+    session.run(main, timing.define_flags)

@@ -17,12 +17,17 @@ from typing import Any
 import jax
 from absl import flags
 
-JSON = flags.DEFINE_string("json", None, "Also write the result, every single timing included, to this file.")
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Each contender is timed this many times, in turns.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 5, "Training steps per timing.", lower_bound=1)
-SAMPLE_STEPS = flags.DEFINE_integer(
-    "sample_steps", 10, "Sampler steps per timing; all of them cost alike.", lower_bound=1
-)
+
+def define_flags(argv: list[str]) -> None:
+    """Defines --json, --rounds, --steps and --sample_steps, for `session.run`.
+
+    Not on import, since other commands have flags of these names, and a test imports them all.
+    """
+    del argv
+    flags.DEFINE_string("json", None, "Also write the result, every single timing included, to this file.")
+    flags.DEFINE_integer("rounds", 7, "Each contender is timed this many times, in turns.", lower_bound=1)
+    flags.DEFINE_integer("steps", 5, "Training steps per timing.", lower_bound=1)
+    flags.DEFINE_integer("sample_steps", 10, "Sampler steps per timing; all of them cost alike.", lower_bound=1)
 
 
 def interleave(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

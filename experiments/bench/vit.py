@@ -49,20 +49,26 @@ NOISE = 0.02  # on the initial parameters
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    timing.check_json(timing.JSON.value)
+    timing.check_json(flags.FLAGS.json)
     session.start()
     result = run(
         given_config(),
         peers=PEERS[_PEER.value],
         attention=_ATTENTION.value,
-        rounds=timing.ROUNDS.value,
-        steps=timing.STEPS.value,
-        sample_steps=timing.SAMPLE_STEPS.value,
+        rounds=flags.FLAGS.rounds,
+        steps=flags.FLAGS.steps,
+        sample_steps=flags.FLAGS.sample_steps,
         num_classes=_NUM_CLASSES.value,
         peak_tflops=_PEAK.value,
     )
     print(report(result))
-    timing.write_json(timing.JSON.value, result)
+    timing.write_json(flags.FLAGS.json, result)
+
+
+def define_flags(argv: list[str]) -> None:
+    """Defines the flags of all benchmarks and the config's."""
+    timing.define_flags(argv)
+    define_config(argv)
 
 
 def run(
@@ -361,4 +367,4 @@ def report(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    session.run(main, define_config)
+    session.run(main, define_flags)
