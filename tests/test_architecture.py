@@ -36,7 +36,7 @@ DOORS = {
     "evaluate": {"data", "models"},
     "models/base": {"patch"},
     "models/blog": {"models", "patch", "process"},
-    "models/vit": {"geometry", "models", "patch"},
+    "models/vit": {"geometry", "models", "patch", "predict"},
 }
 WITHOUT_JAX = ("geometry.py", "patch_numpy.py", "patch_numba.py", "data/")
 FILES = sorted((ROOT / "diffusion").rglob("*.py"))
