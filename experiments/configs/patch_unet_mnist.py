@@ -1,0 +1,53 @@
+"""A U-Net on 2x2 patches learns to draw digits: Patch Diffusion (2207.04316) at a size for two CPU cores.
+
+    python -m experiments.train --config=experiments/configs/patch_unet_mnist.py
+
+With two experts, one for the noisier half of the process and one for the cleaner:
+
+    python -m experiments.train --config=experiments/configs/patch_unet_mnist.py:experts --split=1
+    python -m experiments.train --config=experiments/configs/patch_unet_mnist.py:experts --split=0
+    python -m experiments.sample --workdir=runs/patch_unet_mnist_split0,runs/patch_unet_mnist_split1
+"""
+
+from experiments.config import Config, Data, Model, Process, Sample, Train
+
+
+def get_config(variant: str = "") -> Config:
+    if variant not in ("", "experts"):
+        raise ValueError(f"patch_unet_mnist:{variant} is neither patch_unet_mnist nor patch_unet_mnist:experts")
+    config = Config(
+        name="patch_unet_mnist",
+        data=Data(name="mnist5k"),
+        model=Model(
+            name="unet",
+            patch_size=2,
+            num_channels=64,
+            channel_mult=(1.0, 2.0),
+            num_res_blocks=2,
+            attention_resolutions=(7,),
+            num_head_channels=32,
+            clock="index",
+        ),
+        process=Process(
+            path="vp",
+            betas="cosine",
+            prediction="x0",
+            weighting="sqrt_snr",
+            variance="learned_sigmoid",
+            bound=1.0,
+            times="grid",
+        ),
+        train=Train(
+            steps=3000,
+            batch_size=32,
+            learning_rate=1e-3,
+            warmup=100,
+            ema=(0.998,),
+            sample_every=500,
+            save_every=500,
+        ),
+        sample=Sample(respacing="50", sampler="ancestral", guidance=1.5, clip=True),
+    )
+    if variant == "experts":
+        config.process.snr_splits = (0.25,)
+    return config
