@@ -86,7 +86,7 @@ def time_grid(config: Config) -> np.ndarray:
 def expert_grid(config: Config) -> np.ndarray:
     """The times at which one expert restores pictures: those of its own range, and 0, where it leaps to the data."""
     bounds, split, grid = build.boundaries(config), config.process.split, time_grid(config)[:-1]
-    own = grid[np.asarray(experts.expert_of(bounds, jnp.asarray(grid))) == split]
+    own = experts.own_times(bounds, split, grid)
     if not len(own):  # the sampler takes fewer steps than there are ranges
         own = np.array([np.concatenate([[0], bounds, [1]])[split : split + 2].mean()])
     return np.append(own, 0.0)

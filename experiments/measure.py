@@ -112,7 +112,7 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
         others = [f"{workdir}" if i == report["split"] else f"WORKDIR{i}" for i in range(report["experts"])]
         return (
             f"Trained expert {report['split']} of {report['experts']}, {report['train_steps']} steps in "
-            f"{minutes(report['train_seconds'])}. Alone it draws nothing; what it restores is in {workdir / 'previews'}.\n"
+            f"{minutes(report['train_seconds'])}. Alone it draws nothing; what it restores: {workdir / 'previews'}.\n"
             f"Next, with all experts: python -m experiments.sample --workdir={','.join(others)} --num_samples=64"
         )
     words = [

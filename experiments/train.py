@@ -174,15 +174,12 @@ def rehearse(config: Config, seen: build.Seen) -> None:
     state = jax.eval_shape(partial(objectives.init_state, config, seen), params)
     jax.eval_shape(objectives.make_step(config, seen), jax.random.key(0), state, examples)
     one = jax.ShapeDtypeStruct((1,), np.int32)
+    image = jax.ShapeDtypeStruct((1, *seen.shape), np.uint8)
     if config.process.split is not None:
-        jax.eval_shape(
-            drawing.restorer(config, seen), params, one, one, jax.ShapeDtypeStruct((1, *seen.shape), np.uint8)
-        )
-    elif config.condition.size:
-        low = jax.ShapeDtypeStruct((1, *config.condition.size, seen.shape[-1]), np.uint8)
-        jax.eval_shape(drawing.drawer(config, seen), params, one, one, low)
+        jax.eval_shape(drawing.restorer(config, seen), params, one, one, image)
     else:
-        jax.eval_shape(drawing.drawer(config, seen), params, one, one)
+        low = [jax.eval_shape(partial(drawing.shrunk, config), image)] if config.condition.size else []
+        jax.eval_shape(drawing.drawer(config, seen), params, one, one, *low)
     if config.train.init_from is not None:
         runs.begin_with(Path(config.train.init_from), params)
     if config.train.eval_every or config.process.split is not None or config.condition.size:
