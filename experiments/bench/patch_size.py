@@ -67,13 +67,13 @@ def main(argv: Sequence[str]) -> None:
     session.start()
     result = run(
         size=given.size,
-        patch_sizes=[int(p) for p in given.patch_sizes],
+        patch_sizes=numbers("patch_sizes", int),
         grid=given.grid,
         fields={
             "num_channels": given.num_channels,
-            "channel_mult": [float(mult) for mult in given.channel_mult],
+            "channel_mult": numbers("channel_mult", float),
             "num_res_blocks": given.num_res_blocks,
-            "attention_resolutions": [int(n) for n in given.attention_resolutions],
+            "attention_resolutions": numbers("attention_resolutions", int),
         },
         dtype=given.dtype,
         batch_size=given.batch_size,
@@ -106,6 +106,22 @@ def define_flags(argv: list[str]) -> None:
     flags.DEFINE_string("peer", None, "A checkout of the published program, PatchDiffusion-Pytorch, to race.")
     flags.DEFINE_bool("peer_compile", False, "Race it under torch.compile too, which takes minutes to compile.")
     flags.DEFINE_string("plot", None, "Also draw the result to this PNG.")
+
+
+def numbers(name: str, kind: type) -> list[Any]:
+    """The value of a flag that is a list of numbers.
+
+    Raises:
+      ValueError: it is none, or empty.
+    """
+    given = flags.FLAGS[name].value
+    try:
+        values = [kind(text) for text in given]
+    except ValueError:
+        values = []
+    if not values:
+        raise ValueError(f"--{name}={','.join(given)} must be numbers ({kind.__name__}) with commas between them")
+    return values
 
 
 def run(
