@@ -102,7 +102,7 @@ def define_flags(argv: list[str]) -> None:
     flags.DEFINE_integer("num_res_blocks", 2, "Blocks of a level.", lower_bound=1)
     flags.DEFINE_list("attention_resolutions", ["16", "8"], "Sides, in patches, of the levels that attend.")
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the computation; bfloat16 is for accelerators.")
-    flags.DEFINE_integer("batch_size", 4, "Pictures at a time.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 2, "Pictures at a time.", lower_bound=1)
     flags.DEFINE_string("peer", None, "A checkout of the published program, PatchDiffusion-Pytorch, to race.")
     flags.DEFINE_bool("peer_compile", False, "Race it under torch.compile too, which takes minutes to compile.")
     flags.DEFINE_string("plot", None, "Also draw the result to this PNG.")
