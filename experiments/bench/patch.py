@@ -28,6 +28,7 @@ from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from diffusion import patch, patch_numba, patch_numpy
 from diffusion.geometry import geometry
+from experiments import session
 from experiments.bench import timing
 
 
@@ -463,4 +464,4 @@ def bars(figure, result: dict[str, Any]):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    session.run(main, timing.define_flags)
