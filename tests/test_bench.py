@@ -4,6 +4,9 @@ import dataclasses
 import importlib.util
 import json
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +20,7 @@ from experiments.config import Config, Data, Model, Process, Sample, Train
 from experiments.configs import blog as blog_config
 
 NAMES = ("slow", "fast")
+ROOT = Path(__file__).parent.parent
 
 
 def tiny() -> Config:
@@ -146,6 +150,12 @@ def test_patch(tmp_path):
     assert "28x28/7" in patch.report(result)
     patch.draw(result, tmp_path / "race.png")
     assert (tmp_path / "race.png").stat().st_size and (tmp_path / "race_roof.png").stat().st_size
+
+
+def test_patch_as_a_command_knows_its_flags():
+    command = [sys.executable, "-m", "experiments.bench.patch", "--rounds=1", "--json=", "--cases=none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "--cases=['none'] are not among" in done.stdout + done.stderr
 
 
 def test_startup(monkeypatch):
