@@ -1,4 +1,4 @@
-"""A U-Net on 2x2 patches learns to draw digits: Patch Diffusion (2207.04316) at a size for two CPU cores.
+"""A U-Net on 4x4 patches learns to draw digits: Patch Diffusion (2207.04316) at a size for two CPU cores.
 
     python -m experiments.train --config=experiments/configs/patch_unet_mnist.py
 
@@ -20,10 +20,10 @@ def get_config(variant: str = "") -> Config:
         data=Data(name="mnist5k"),
         model=Model(
             name="unet",
-            patch_size=2,
+            patch_size=4,
             num_channels=64,
             channel_mult=(1.0, 2.0),
-            num_res_blocks=2,
+            num_res_blocks=1,
             attention_resolutions=(7,),
             num_head_channels=32,
             clock="index",
@@ -38,13 +38,13 @@ def get_config(variant: str = "") -> Config:
             times="grid",
         ),
         train=Train(
-            steps=3000,
+            steps=5000,
             batch_size=32,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             warmup=100,
             ema=(0.998,),
-            sample_every=500,
-            save_every=500,
+            sample_every=1000,
+            save_every=1000,
         ),
         sample=Sample(respacing="50", sampler="ancestral", guidance=1.5, clip=True),
     )
