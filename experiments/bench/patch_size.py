@@ -150,6 +150,10 @@ def run(
     same_picture = [Case(size, p) for p in patch_sizes]
     same_grid = [Case(grid * p, p) for p in patch_sizes if grid * p <= size]
     amounts = {"batch_size": batch_size, "steps": steps, "sample_steps": sample_steps}
+    if torch_unet is not None:
+        beside = (same_grid or same_picture)[-1]
+        modes = ("eager", "compile") if peer_compile else ("eager",)
+        agreement, contenders = versus(torch_unet, peer, beside, fields, dtype, modes, **amounts)
     costs, racing = {}, {kind: {} for kind in KINDS}
     for case in dict.fromkeys(same_picture + same_grid):
         costs[case.name], both = measured(case, fields, dtype, **amounts)
@@ -168,9 +172,6 @@ def run(
         "peer": None,
     }
     if torch_unet is not None:
-        beside = (same_grid or same_picture)[-1]
-        modes = ("eager", "compile") if peer_compile else ("eager",)
-        agreement, contenders = versus(torch_unet, peer, beside, fields, dtype, modes, **amounts)
         result["peer"] = {"case": beside.name, "parity": agreement, "torch": torch_unet.torch.__version__}
         result["peer"] |= {kind: race(contenders[kind], units[kind], rounds) for kind in KINDS}
     return result
