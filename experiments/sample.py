@@ -107,7 +107,7 @@ def override(config: Config, seen: build.Seen) -> None:
         raise ValueError(f"--guidance={c.guidance} must be a finite number")
     guided = [name for name in ("guidance", "guidance_low", "guidance_high") if given[name] is not None]
     if guided and not seen.num_classes:
-        raise ValueError(f"--{guided[0]} needs a run that was trained with labels; this one was not")
+        raise ValueError(f"--{guided[0]}={given[guided[0]]} needs a run that was trained with labels; this one was not")
     guide.interval(c.guidance, c.guidance_low, c.guidance_high)
     if _CONDITION_NOISE.value is not None:
         if not config.condition.size:

@@ -21,11 +21,11 @@ def get_config(variant: str = "") -> Config:
         model=Model(
             name="unet",
             patch_size=4,
-            num_channels=64,
+            num_channels=48,
             channel_mult=(1.0, 2.0),
             num_res_blocks=1,
-            attention_resolutions=(7,),
-            num_head_channels=32,
+            attention_resolutions=(),
+            num_head_channels=48,
             clock="index",
         ),
         process=Process(
@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> Config:
             times="grid",
         ),
         train=Train(
-            steps=5000,
+            steps=4500,
             batch_size=32,
             learning_rate=2e-3,
             warmup=100,
