@@ -106,6 +106,22 @@ def test_float16_scales_its_loss():
     assert np.isfinite(metrics["grad_norm"])
 
 
+def test_estimates_are_kept_in_range():
+    config = small()
+    config.process.variance, config.process.bound, config.sample.clip = "fixed_small", 0.0, False
+    params = build.init_params(config, SEEN)
+    params = jax.tree.map(lambda p: p + jax.random.normal(jax.random.key(p.size), p.shape), params)
+    given = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.full(4, 0.5), jnp.arange(4) % 3
+    free = drawing.denoiser(config, SEEN, params)(*given)
+    config.sample.clip = True
+    clipped = drawing.denoiser(config, SEEN, params)(*given)
+    config.sample.threshold = 0.9
+    scaled = drawing.denoiser(config, SEEN, params)(*given)
+    np.testing.assert_allclose(clipped, jnp.clip(free, -1, 1), atol=1e-4)
+    assert jnp.abs(free).max() > 2 and jnp.abs(scaled).max() <= 1.0001
+    assert jnp.abs(scaled - clipped).max() > 0.1
+
+
 def test_a_smaller_picture_beside_the_noisy_one():
     config = tiny()
     config.condition.size, config.condition.noise = (4, 4), 0.5
