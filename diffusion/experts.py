@@ -62,7 +62,7 @@ def expert_times(bounds: np.ndarray, expert: int, chain: np.ndarray | None = Non
     if not 0 <= expert <= len(bounds):
         raise ValueError(f"expert={expert} must lie in 0..{len(bounds)}: {len(bounds)} thresholds, one expert more")
     if chain is not None:
-        own = chain[:-1][np.asarray(expert_of(bounds, jnp.asarray(chain[:-1]))) == expert]
+        own = own_times(bounds, expert, chain[:-1])
         if not len(own):
             raise ValueError(
                 f"expert={expert} has none of the {len(chain) - 1} times of the chain; its SNR range is empty"
@@ -71,6 +71,11 @@ def expert_times(bounds: np.ndarray, expert: int, chain: np.ndarray | None = Non
     low, high = np.concatenate([[0], bounds, [1]]).astype(np.float32)[expert : expert + 2]
     # Rounding may carry low + (high - low) u to high, which is the next expert's.
     return lambda key, n: jnp.minimum(low + (high - low) * uniform_times(key, n), np.nextafter(high, np.float32(0)))
+
+
+def own_times(bounds: np.ndarray, expert: int, times: np.ndarray) -> np.ndarray:
+    """Those of `times` that are one expert's."""
+    return times[np.searchsorted(bounds, np.asarray(times, np.float32), side="right") == expert]
 
 
 def experts(denoisers: Sequence[Denoise], bounds: np.ndarray) -> Denoise:

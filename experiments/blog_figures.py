@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from diffusion import checkpoint, process
-from experiments import build, measure, pictures, session
+from experiments import build, drawing, measure, pictures, runs, session
 from experiments.config import Config
 
 flags.declare_key_flag("workdir")
@@ -51,7 +51,7 @@ def figures(workdir: Path) -> list[Path]:
     config.sample.sampler, config.sample.shift = "ddim", 1.0
     folder = workdir / "figures"
     checkpoint.check_writable(folder)
-    params, step = checkpoint.restore_ema(workdir / "checkpoints", report=print)
+    params, step = runs.weights(workdir, config)
     print(f"drawing from step {step} of {workdir}")
 
     n = config.process.steps
@@ -64,7 +64,7 @@ def figures(workdir: Path) -> list[Path]:
     for steps in (n, max(n // 10, 1)):
         for name, overstep in {"without": 1.0, "with": _OVERSTEP}.items():
             config.sample.steps, config.sample.overstep = steps, overstep
-            drawn, _ = measure.collect(build.drawer(config, seen), params, labels, config.sample.batch_size)
+            drawn, _ = measure.collect(drawing.drawer(config, seen), params, labels, config.sample.batch_size)
             title = f"{name} step scaling{f' of {overstep:g}' if overstep != 1 else ''}, n = {steps}"
             grids[f"{name}_step_scaling_{steps}"] = partial(draw_grid, images=drawn, title=title)
     return write(folder, strips, grids)
@@ -85,7 +85,7 @@ def denoising(config: Config, seen: build.Seen, params: Any, labels: np.ndarray)
     n = config.sample.steps = config.process.steps
     config.sample.overstep = _OVERSTEP
     count = steps_shown(n)
-    _, frames = build.drawer(config, seen, len(count))(params, np.zeros(1, int), labels)
+    _, frames = drawing.drawer(config, seen, len(count))(params, np.zeros(1, int), labels)
     return {"images": np.asarray(frames)[:, 0], "names": [f"n = {i}" for i in n - count]}
 
 

@@ -1,9 +1,7 @@
-"""From a config to the library's functions: the one place that knows both."""
+"""From a config to the library's functions: data, path, network and optimiser. `objective` and `drawing` go on."""
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,24 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import checkpoint, data, guide, process, train
-from diffusion import loss as losses
+from diffusion import checkpoint, data, process, train
+from diffusion import experts as expert
 from diffusion import sample as sampling
 from diffusion.models import Model, recomposed
 from diffusion.models.blog import blog
+from diffusion.models.unet import ADM, unet
 from diffusion.models.vit import vit
-from diffusion.patch import patchify
-from diffusion.predict import Denoise
 from experiments import config as configs
 
-Images = np.ndarray
-Draw = Callable[..., jax.Array]
-
 # The fields of config.model that a network reads.
+_SHARED = {"name", "patch_size", "conditional", "heads"}
+_COMPUTED = {"dropout", "clock", "dtype", "remat", "attention"}
+_VIT = {"stride", "width", "depth", "mlp_ratio", "bottleneck", "norm", "mlp", "qk_norm", "positions"}
+_UNET = {"num_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels"}
 _FIELDS = {
-    "blog": {"name", "patch_size", "stride", "depth", "heads", "head_dim", "conditional"},
-    "vit": {field.name for field in dataclasses.fields(configs.Model)} - {"head_dim"},
+    "blog": _SHARED | {"stride", "depth", "head_dim"},
+    "vit": _SHARED | _COMPUTED | _VIT | {"class_tokens", "class_tokens_from"},
+    "unet": _SHARED | _COMPUTED | _UNET | {"use_scale_shift_norm", "resblock_updown", "adm"},
 }
+# How a network has the variance that `config.process.variance` says it learns.
+_LEARNED = {"learned_range": "channels", "learned_sigmoid": "head"}
 
 
 def choose(name: str, value: str, options: dict[str, Any]) -> Any:
@@ -86,13 +87,37 @@ def stored(workdir: Path) -> tuple[configs.Config, Seen]:
 def path(config: configs.Config) -> process.Path:
     """The noising process."""
     c = config.process
+    if c.betas != "linear" and c.path != "vp":
+        raise ValueError(f"--config.process.betas={c.betas} belongs to --config.process.path=vp, not to {c.path}")
     options = {
         "linear": process.Linear,
         "cosine": process.Cosine,
-        "vp": lambda: process.VP(process.linear_betas(c.steps)),
+        "vp": lambda: process.VP(process.named_betas(c.betas, c.steps)),
         "geometric": lambda: process.Geometric(c.rate, c.steps),
     }
     return choose("process.path", c.path, options)()
+
+
+def chain(config: configs.Config) -> np.ndarray:
+    """All times of a path that is a chain, falling to 0, [T + 1].
+
+    Raises:
+      ValueError: the path has no steps.
+    """
+    c = config.process
+    if c.path not in ("vp", "geometric"):
+        raise ValueError(f"--config.process.path={c.path} is no chain of steps, which this needs: set it to vp")
+    return sampling.respaced_grid("", c.steps)
+
+
+def boundaries(config: configs.Config) -> np.ndarray:
+    """The times at which one expert follows another, [n] for n thresholds."""
+    if not config.process.snr_splits:
+        raise ValueError(
+            f"--config.process.split={config.process.split} needs --config.process.snr_splits, the thresholds between "
+            "experts"
+        )
+    return expert.boundaries(path(config), config.process.snr_splits)
 
 
 def network(config: configs.Config, seen: Seen) -> Model:
@@ -103,15 +128,26 @@ def network(config: configs.Config, seen: Seen) -> Model:
     for name, default in unused.items():
         if getattr(c, name) != default:
             raise ValueError(f"--config.model.{name}={getattr(c, name)} has no effect on --config.model.name={c.name}")
-    if c.name == "blog":
-        if seen.num_classes:
-            raise ValueError("--config.model.name=blog knows no labels: set --noconfig.model.conditional")
-        shape = {"patch_size": c.patch_size, "stride": c.stride, "depth": c.depth}
-        trained = blog(path(config), heads=c.heads, head_dim=c.head_dim, **shape)
-        return trained if config.process.patches else recomposed(trained, c.patch_size, c.stride)
-    if config.process.patches:
+    if config.process.patches and c.name != "blog":
         raise ValueError("--config.process.patches needs --config.model.name=blog, the network that answers in patches")
-    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if config.condition.size and c.name != "unet":
+        raise ValueError(f"--config.condition.size={config.condition.size} needs --config.model.name=unet")
+    return {"blog": _blog, "vit": _vit, "unet": _unet}[c.name](config, seen)
+
+
+def _blog(config: configs.Config, seen: Seen) -> Model:
+    c = config.model
+    if seen.num_classes:
+        raise ValueError("--config.model.name=blog knows no labels: set --noconfig.model.conditional")
+    if config.process.variance in _LEARNED:
+        raise ValueError(f"--config.process.variance={config.process.variance}: the blog's network learns none")
+    shape = {"patch_size": c.patch_size, "stride": c.stride, "depth": c.depth}
+    trained = blog(path(config), heads=c.heads, head_dim=c.head_dim, **shape)
+    return trained if config.process.patches else recomposed(trained, c.patch_size, c.stride)
+
+
+def _vit(config: configs.Config, seen: Seen) -> Model:
+    c = config.model
     return vit(
         patch_size=c.patch_size,
         stride=c.stride,
@@ -127,53 +163,46 @@ def network(config: configs.Config, seen: Seen) -> Model:
         positions=c.positions,
         class_tokens=c.class_tokens if seen.num_classes else 0,
         class_tokens_from=c.class_tokens_from,
-        dropout=c.dropout,
-        dtype=choose("model.dtype", c.dtype, dtypes),
-        remat=c.remat,
-        attention=c.attention,
-        clock=choose("model.clock", c.clock, {"1000 t": lambda t: 1000 * t, "1 - t": lambda t: 1 - t}),
+        **_computed(config),
     )
 
 
-def times(config: configs.Config) -> losses.Times:
-    """The time sampler of the loss."""
-    c = config.process
-    options = {
-        "uniform": lambda: losses.uniform_times,
-        "antithetic": lambda: losses.antithetic_times,
-        "logit_normal": lambda: losses.logit_normal_times(c.times_mean, c.times_std),
-        "grid": lambda: losses.grid_times(c.steps, first=1 if c.path == "vp" else 0),
+def _unet(config: configs.Config, seen: Seen) -> Model:
+    c = config.model
+    return unet(
+        **(ADM if c.adm else {}),
+        patch_size=c.patch_size,
+        num_channels=c.num_channels,
+        channel_mult=c.channel_mult,
+        num_res_blocks=c.num_res_blocks,
+        attention_resolutions=c.attention_resolutions,
+        num_heads=c.heads,
+        num_head_channels=c.num_head_channels,
+        num_classes=seen.num_classes,
+        out_channels=seen.shape[-1],
+        use_scale_shift_norm=c.use_scale_shift_norm,
+        resblock_updown=c.resblock_updown,
+        **_computed(config),
+    )
+
+
+def _computed(config: configs.Config) -> dict[str, Any]:
+    """What vit and unet have in common: how they are computed, and what surrounds them."""
+    c, steps = config.model, config.process.steps
+    clocks = {"1000 t": lambda t: 1000 * t, "1 - t": lambda t: 1 - t, "index": lambda t: steps * t - 1}
+    if c.clock == "index":
+        chain(config)
+    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if c.name == "unet":
+        dtypes["float16"] = jnp.float16
+    return {
+        "learned_variance": _LEARNED.get(config.process.variance, "none"),
+        "dropout": c.dropout,
+        "dtype": choose("model.dtype", c.dtype, dtypes),
+        "remat": c.remat,
+        "attention": c.attention,
+        "clock": choose("model.clock", c.clock, clocks),
     }
-    return choose("process.times", c.times, options)()
-
-
-def example_loss(config: configs.Config, seen: Seen) -> Callable[..., jax.Array]:
-    """(params, key, batch, training: bool) -> loss of each noised picture [B * repeat]."""
-    c = config.process
-    space = partial(patchify, patch_size=config.model.patch_size, stride=config.model.stride) if c.patches else None
-    weight = None if c.loss_in in (None, c.prediction) else losses.measured_in(c.loss_in, c.prediction, c.loss_floor)
-    noising, sampler, model, classes = path(config), times(config), network(config, seen), seen.num_classes
-
-    def example_losses(params: Any, key: jax.Array, batch: dict[str, jax.Array], training: bool) -> jax.Array:
-        key_loss, key_labels, key_dropout = jax.random.split(key, 3)
-        x0 = jnp.repeat(to_float(config, batch["x"]), config.train.repeat, 0)
-        y = None
-        if classes:
-            y = jnp.repeat(batch["y"], config.train.repeat, 0)
-            y = guide.drop_labels(key_labels, y, classes, config.train.label_drop if training else 0.0)
-        denoise = partial(model.apply, params, key=key_dropout if training and config.model.dropout else None)
-        values, _ = losses.loss(
-            key_loss, denoise, noising, x0, y, prediction=c.prediction, times=sampler, weight=weight, space=space
-        )
-        return values
-
-    return example_losses
-
-
-def loss_fn(config: configs.Config, seen: Seen) -> train.LossFn:
-    """(params, key, batch) -> (mean loss, no further metrics), for `train.make_step`."""
-    examples = example_loss(config, seen)
-    return lambda params, key, batch: (examples(params, key, batch, True).mean(), {})
 
 
 def optimizer(config: configs.Config) -> optax.GradientTransformation:
@@ -199,74 +228,14 @@ def key(seed: int, use: str) -> jax.Array:
 def init_params(config: configs.Config, seen: Seen) -> Any:
     """Parameters from the config's seed."""
     init = jax.jit(network(config, seen).init)
-    return init(key(config.seed, "init"), jnp.zeros((1, *seen.shape)), jnp.zeros(1), jnp.zeros(1, int))
+    *size, channels = seen.shape
+    xt = jnp.zeros((1, *size, channels + planes(config, seen)))
+    return init(key(config.seed, "init"), xt, jnp.zeros(1), jnp.zeros(1, int))
 
 
-def denoiser(config: configs.Config, seen: Seen, params: Any) -> Denoise:
-    """The trained denoiser in pictures, with the config's guidance and clipping."""
-    c = config.sample
-    model = network(config, seen)
-    if config.process.patches:
-        model = recomposed(model, config.model.patch_size, config.model.stride)
-    denoise = partial(model.apply, params)
-    if seen.num_classes:
-        scale = c.guidance if c.guidance in (0, 1) else guide.interval(c.guidance, c.guidance_low, c.guidance_high)
-        denoise = guide.classifier_free(denoise, seen.num_classes, scale)
-    if c.clip:
-        denoise = guide.clip(denoise, path(config), config.process.prediction, config.data.low, config.data.high)
-    return denoise
-
-
-def sampler_step(config: configs.Config) -> sampling.Step:
-    """One step of the configured sampler."""
-    c = config.sample
-    options = {
-        "ddim": lambda: sampling.ddim(overstep=c.overstep),
-        "ancestral": lambda: sampling.ddim(eta=1.0),
-        "heun": sampling.heun,
-    }
-    if c.overstep != 1 and c.sampler != "ddim":
-        raise ValueError(f"--config.sample.overstep={c.overstep} belongs to the ddim sampler, not to {c.sampler}")
-    return choose("sample.sampler", c.sampler, options)()
-
-
-def drawer(config: configs.Config, seen: Seen, keep: int | None = None) -> Draw:
-    """Compiled (params, index [B], y [B]) -> uint8 pictures [B, H, W, C]; with `keep`, also frames [keep, B, H, W, C].
-
-    Picture i depends on the sample seed, its number i and its label alone.
-    """
-    noising, step = path(config), sampler_step(config)
-    # Where no data is left (alpha = 0) a prediction of eps says nothing about it: begin just below.
-    blind = config.process.prediction == "eps" and float(noising(jnp.ones(()))[0]) < 1e-6
-    c = config.sample
-    grid = sampling.shifted_grid(c.steps, c.shift, 0.999 if blind else 1.0, c.last if c.steps > 1 else None)
-    sample_key = key(config.sample.seed, "sample")
-
-    @jax.jit
-    def draw(params: Any, index: jax.Array, y: jax.Array) -> Any:
-        keys = sampling.sample_keys(sample_key, index)
-        drawn = sampling.sample(
-            keys,
-            denoiser(config, seen, params),
-            noising,
-            sampling.initial_noise(keys, seen.shape),
-            grid,
-            y if seen.num_classes else None,
-            prediction=config.process.prediction,
-            step=step,
-            keep=keep,
-        )
-        return jax.tree.map(partial(to_uint8, config), drawn)
-
-    return draw
-
-
-def in_batches(draw: Draw, params: Any, labels: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Draws pictures 0..len(labels) - 1 batch by batch; the last one is filled up, so that one program serves all."""
-    batch_size = min(batch_size, len(labels))
-    for start in range(0, len(labels), batch_size):
-        index = np.arange(start, start + batch_size)
-        yield np.asarray(draw(params, index, labels[index % len(labels)]))[: len(labels) - start]
+def planes(config: configs.Config, seen: Seen) -> int:
+    """How many channels the condition adds to what the network sees: a smaller picture's, and how noisy it is."""
+    return seen.shape[-1] + (config.condition.noise > 0) if config.condition.size else 0
 
 
 def to_float(config: configs.Config, images: jax.Array) -> jax.Array:

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from diffusion import checkpoint, interop
-from diffusion import train as training
-from experiments import build, session
+from experiments import build, drawing, objective, session
 from experiments.config import Config
 from experiments.train import define_config, given_config
 
@@ -103,11 +102,12 @@ def convert(
         raise ValueError(f"--classes: {len(class_names)} classes need --config.model.conditional")
     seen = build.Seen((*c.size, c.channels), class_names)
     like = jax.eval_shape(partial(build.init_params, config, seen))
-    number = jax.ShapeDtypeStruct((1,), jnp.int32)
-    jax.eval_shape(build.drawer(config, seen), like, number, number)
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    low = [jax.ShapeDtypeStruct((1, *config.condition.size, c.channels), jnp.uint8)] if config.condition.size else []
+    jax.eval_shape(drawing.drawer(config, seen), like, one, one, *low)
     checkpoint.check_writable(workdir)
     params = jax.tree.map(jnp.asarray, interop.from_torch(interop.read(source, entry), like, layout))
-    state = training.init_state(params, build.optimizer(config))
+    state = objective.init_state(config, seen, params)
     checkpoint.save(workdir / "checkpoints", 0, state)
     checkpoint.write_config(workdir, build.to_stored(config, seen))  # last: it makes the directory that of a run
     return sum(p.size for p in jax.tree.leaves(params))

@@ -8,15 +8,12 @@ Reads arr_0 uint8 [N, 28, 28, 1] and, where there is one, arr_1 [N], the labels 
 """
 
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from absl import app, flags
 
-from experiments import build, measure, session
+from experiments import build, measure, pictures, session
 from experiments.config import Config
 
 flags.declare_key_flag("workdir")
@@ -37,31 +34,12 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(
                 f"{workdir} was trained on {config.data.name}, and there is a feature network for digits only"
             )
-    images, labels = read(path)
+    images, labels = pictures.read_npz(path)
     try:
         values = measure.quality(config, images, labels if labelled else None)
     except (TypeError, ValueError) as e:
         raise type(e)(f"{path}: {e}") from e
     print(json.dumps({"samples": str(path), **values}, indent=2) if _JSON.value else table(path, values))
-
-
-def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pictures arr_0 [N, ...] and labels arr_1 [N], or None where the file has none.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it holds no arr_0, or is not an npz.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: pass --samples=FILE.npz, or the --workdir of a finished run")
-    try:
-        with zipfile.ZipFile(path), np.load(path) as arrays:  # the first because NumPy leaves what is no zip open
-            found = {name: np.atleast_1d(arrays[name]) for name in arrays.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise ValueError(f"{path} is not a whole npz file: {e}") from e
-    if "arr_0" not in found:
-        raise ValueError(f"{path} holds {sorted(found)}, but no arr_0, the pictures")
-    return found["arr_0"], found.get("arr_1")
 
 
 def table(path: Path, values: dict[str, float]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from diffusion import checkpoint, evaluate
-from experiments import build, pictures, session
+from experiments import build, drawing, pictures, session
 from experiments.config import Config
 
 # Data sets whose pictures the digit classifier was made for.
@@ -19,16 +19,28 @@ def finish(
 ) -> dict[str, Any]:
     """Draws config.sample.count pictures, writes samples.npz, samples.png and report.json, and returns the report.
 
-    `steps` and `seconds` are those of the training that ended here.
+    An expert, which draws nothing alone, only has its report written. `steps` and `seconds` are those of the training
+    that ended here.
     """
+    report = {"train_steps": steps, "train_seconds": seconds}
+    if config.process.split is not None:
+        report |= {"split": config.process.split, "experts": len(config.process.snr_splits) + 1}
+        return write_report(workdir, report)
     labels = equal_share(config.sample.count, seen.num_classes)
-    images, sample_seconds = collect(build.drawer(config, seen), params, labels, config.sample.batch_size)
+    low = np.asarray(drawing.shrunk(config, held_out(config, labels))) if config.condition.size else None
+    draw = drawing.drawer(config, seen)
+    images, sample_seconds = collect(draw, params, labels, config.sample.batch_size, low)
     save(workdir, images, labels, seen.num_classes)
     log.image(steps, "samples", images[0])
-    report = {"train_steps": steps, "train_seconds": seconds, "sample_seconds": sample_seconds}
-    report |= {"sample_count": len(images), "sample_steps": config.sample.steps, "guidance": config.sample.guidance}
+    report |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
+    report |= {"sample_steps": len(drawing.time_grid(config)) - 1, "guidance": config.sample.guidance}
     if config.data.name in DIGITS and images.shape[1:] == (28, 28, 1) and len(images) >= 4:
         report |= quality(config, images, labels if seen.num_classes else None)
+    return write_report(workdir, report)
+
+
+def write_report(workdir: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Writes report.json, which makes the run a finished one."""
     text = json.dumps(report, indent=2) + "\n"
     checkpoint.atomic_write(workdir / "report.json", lambda file: file.write(text.encode()))
     return report
@@ -39,11 +51,26 @@ def equal_share(count: int, classes: int) -> np.ndarray:
     return np.arange(count) % max(classes, 1)
 
 
-def collect(draw: build.Draw, params: Any, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, float]:
-    """All pictures [N, H, W, C] of `labels`, drawn behind a progress bar, and the seconds that it took."""
+def held_out(config: Config, labels: np.ndarray) -> np.ndarray:
+    """Held-out pictures uint8 [N, H, W, C] of these labels, in turn where there are too few."""
+    source = build.source(config, "test")
+    places = {label: np.flatnonzero(source.labels == label) for label in np.unique(labels)}
+    if not config.model.conditional or not all(map(len, places.values())):
+        return source.images[np.arange(len(labels)) % len(source.labels)]
+    turns = [np.count_nonzero(labels[:i] == label) for i, label in enumerate(labels)]
+    return source.images[[places[label][turn % len(places[label])] for label, turn in zip(labels, turns, strict=True)]]
+
+
+def collect(
+    draw: drawing.Draw, params: Any, labels: np.ndarray, batch_size: int, low: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
+    """All pictures [N, H, W, C] of `labels`, drawn behind a progress bar, and the seconds that it took.
+
+    `low` [N, h, w, C] are the smaller pictures that a conditional network starts from.
+    """
     batches = []
     with session.Bar(len(labels), "drawing", "picture") as progress:
-        for batch in build.in_batches(draw, params, labels, batch_size):
+        for batch in drawing.in_batches(draw, params, labels, batch_size, low):
             batches.append(batch)
             progress.update(len(batch))
             progress.note(f"{progress.rate():.0f} pictures/s")
@@ -81,6 +108,13 @@ def quality(config: Config, images: np.ndarray, labels: np.ndarray | None) -> di
 
 def paragraph(workdir: Path, report: dict[str, Any]) -> str:
     """What a run reached, in words, and what to type next."""
+    if "split" in report:
+        others = [f"{workdir}" if i == report["split"] else f"WORKDIR{i}" for i in range(report["experts"])]
+        return (
+            f"Trained expert {report['split']} of {report['experts']}, {report['train_steps']} steps in "
+            f"{minutes(report['train_seconds'])}. Alone it draws nothing; what it restores: {workdir / 'previews'}.\n"
+            f"Next, with all experts: python -m experiments.sample --workdir={','.join(others)} --num_samples=64"
+        )
     words = [
         f"Trained {report['train_steps']} steps in {minutes(report['train_seconds'])}, then drew "
         f"{report['sample_count']} pictures in {minutes(report['sample_seconds'])} "

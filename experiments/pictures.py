@@ -1,5 +1,7 @@
 """Pictures out of arrays: grids, film strips, animations. uint8 [N, H, W, C] in, files out, whole or not at all."""
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,3 +52,22 @@ def save_animation(path: Path, frames: Sequence[Image.Image], *, milliseconds: i
 def save_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Writes arr_0 uint8 [N, H, W, C] and arr_1 int labels [N], the layout that guided-diffusion's evaluator reads."""
     atomic_write(path, lambda file: np.savez(file, images, labels))
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pictures arr_0 [N, ...] and labels arr_1 [N], or None where the file has none.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds no arr_0, or is not an npz.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; experiments.train and experiments.sample write samples.npz")
+    try:
+        with zipfile.ZipFile(path), np.load(path) as arrays:  # the first because NumPy leaves what is no zip open
+            found = {name: np.atleast_1d(arrays[name]) for name in arrays.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise ValueError(f"{path} is not a whole npz file: {e}") from e
+    if "arr_0" not in found:
+        raise ValueError(f"{path} holds {sorted(found)}, but no arr_0, the pictures")
+    return found["arr_0"], found.get("arr_1")

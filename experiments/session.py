@@ -19,7 +19,10 @@ from tqdm import tqdm
 
 # Defined once for all commands, so that a notebook or a test can import several of them.
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Work directory of a training run; experiments.train's default: runs/ and the config's name."
+    "workdir",
+    None,
+    "Work directory of a training run; experiments.train's default: runs/ and the config's name. To draw with experts, "
+    "those of all, separated by commas.",
 )
 
 
@@ -67,6 +70,18 @@ def workdir(default: str | Path | None = None) -> Path:
     if not (_WORKDIR.value or default):
         raise ValueError("--workdir is missing: pass the directory that experiments.train wrote, --workdir=runs/mnist")
     return Path(_WORKDIR.value or default)
+
+
+def workdirs() -> list[Path]:
+    """--workdir, which may list several, the runs of SNR experts, separated by commas.
+
+    Raises:
+      ValueError: it is not given, or empty somewhere.
+    """
+    folders = str(workdir()).split(",")
+    if not all(folders):
+        raise ValueError(f"--workdir={_WORKDIR.value} names an empty directory between its commas")
+    return [Path(folder) for folder in folders]
 
 
 def run(main: Callable[[list[str]], Any], define: Callable[[list[str]], Any] | None = None) -> None:

@@ -2,6 +2,7 @@
 
     python -m experiments.train                                              digits, in minutes on a CPU
     python -m experiments.train --config=experiments/configs/blog.py         the blog's model
+    python -m experiments.train --config=experiments/configs/patch_unet_mnist.py    a U-Net on patches
     python -m experiments.train --config.data.name=folder:PATH --config.data.size="(64, 64)" --workdir=runs/mine
 
 The same command continues a run that was stopped, bit for bit. `--dry_run` prints what would be trained.
@@ -25,7 +26,8 @@ from ml_collections import config_flags
 from diffusion import checkpoint, data, guide
 from diffusion import train as training
 from diffusion.geometry import geometry
-from experiments import build, measure, pictures, session
+from experiments import build, drawing, measure, pictures, runs, session
+from experiments import objective as objectives
 from experiments.config import Config, to_dict
 
 _CONFIGS = Path(__file__).parent / "configs"
@@ -34,6 +36,7 @@ _NONE: list[str] = []
 
 flags.declare_key_flag("workdir")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, size and cost of the network, and stop.")
+_SPLIT = flags.DEFINE_integer("split", None, "Which SNR expert to train; short for --config.process.split.")
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events (needs the tensorboard extra).")
 
 
@@ -45,7 +48,13 @@ def main(argv: list[str]) -> None:
     if _DRY_RUN.value:
         dry_run(config)
     else:
-        train(config, session.workdir(Path("runs") / config.name), tensorboard=_TENSORBOARD.value)
+        train(config, session.workdir(default_workdir(config)), tensorboard=_TENSORBOARD.value)
+
+
+def default_workdir(config: Config) -> Path:
+    """Where a run goes if nothing else is said: experts side by side."""
+    split = config.process.split
+    return Path("runs") / (config.name if split is None else f"{config.name}_split{split}")
 
 
 def define_config(argv: list[str]) -> None:
@@ -78,6 +87,8 @@ def given_config() -> Config:
     for field in _NONE:
         section, _, name = field.rpartition(".")
         setattr(getattr(config, section) if section else config, name, None)
+    if _SPLIT.value is not None:
+        config.process.split = _SPLIT.value
     return config
 
 
@@ -140,7 +151,14 @@ def check(config: Config) -> None:
         raise ValueError(f"--config.train.clip={c.clip} must be positive; None turns clipping off")
     if c.patience is not None and not c.eval_every:
         raise ValueError(f"--config.train.patience={c.patience} needs --config.train.eval_every")
-    build.path(config), build.times(config), build.sampler_step(config), build.optimizer(config)
+    if not c.ema:
+        raise ValueError("--config.train.ema=() must list one or more decays, such as (0.999,)")
+    examples = c.batch_size * c.repeat
+    if c.microbatch is not None and (c.microbatch < 1 or examples % c.microbatch):
+        raise ValueError(f"--config.train.microbatch={c.microbatch} must divide the {examples} examples of a batch")
+    build.path(config), objectives.time_sampler(config), build.optimizer(config)
+    drawing.sampler_step(config), drawing.time_grid(config)
+    guide.interval(config.sample.guidance, config.sample.guidance_low, config.sample.guidance_high)
 
 
 def rehearse(config: Config, seen: build.Seen) -> None:
@@ -150,13 +168,20 @@ def rehearse(config: Config, seen: build.Seen) -> None:
       ValueError: a field is wrong, or the network does not fit the pictures.
     """
     params = jax.eval_shape(partial(build.init_params, config, seen))
-    key, y = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((1,), np.int32)
-    examples = {"x": jax.ShapeDtypeStruct((1, *seen.shape), np.uint8), "y": y}
-    jax.eval_shape(build.loss_fn(config, seen), params, key, examples)
-    jax.eval_shape(build.drawer(config, seen), params, y, y)
-    guide.interval(config.sample.guidance, config.sample.guidance_low, config.sample.guidance_high)
-    training.make_step(build.loss_fn(config, seen), build.optimizer(config), ema_decay=config.train.ema)
-    if config.train.eval_every:
+    b = config.train.batch_size
+    examples = {"x": jax.ShapeDtypeStruct((b, *seen.shape), np.uint8), "y": jax.ShapeDtypeStruct((b,), np.int32)}
+    state = jax.eval_shape(partial(objectives.init_state, config, seen), params)
+    jax.eval_shape(objectives.make_step(config, seen), jax.random.key(0), state, examples)
+    one = jax.ShapeDtypeStruct((1,), np.int32)
+    image = jax.ShapeDtypeStruct((1, *seen.shape), np.uint8)
+    if config.process.split is not None:
+        jax.eval_shape(drawing.restorer(config, seen), params, one, one, image)
+    else:
+        low = [jax.eval_shape(partial(drawing.shrunk, config), image)] if config.condition.size else []
+        jax.eval_shape(drawing.drawer(config, seen), params, one, one, *low)
+    if config.train.init_from is not None:
+        runs.begin_with(Path(config.train.init_from), params)
+    if config.train.eval_every or config.process.split is not None or config.condition.size:
         build.source(config, "test")
 
 
@@ -186,22 +211,23 @@ def fit(
     """Trains from the newest checkpoint, or from `params`, to the end: (averaged parameters, steps, seconds) of it."""
     c = config.train
     seen = build.seen(config, source)
-    optimizer = build.optimizer(config)
     checkpoints = workdir / "checkpoints"
-    state, begin = training.init_state(params, optimizer), 0
+    if c.init_from is not None and checkpoint.latest(checkpoints) is None:
+        params = runs.begin_with(Path(c.init_from), params)
+        print(f"beginning with the averaged weights of {c.init_from}")
+    state, begin = objectives.init_state(config, seen, params), 0
     if checkpoint.latest(checkpoints) is not None:
         state, begin = checkpoint.restore(checkpoints, state, report=print)
     log.rewind(begin)
     seconds = max((row["seconds"] for row in log.rows() if "seconds" in row), default=0.0)
     held_out = HeldOut(config, seen, workdir, log) if c.eval_every else None
     if begin >= c.steps or (held_out and held_out.exhausted()):
-        return state.ema, begin, seconds
+        return state.ema[0], begin, seconds
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
     split = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    step = training.make_step(build.loss_fn(config, seen), optimizer, ema_decay=c.ema)
-    step = jax.jit(step, donate_argnums=1)
+    step = jax.jit(objectives.make_step(config, seen), donate_argnums=1)
     state, key = jax.device_put((state, build.key(config.seed, "train")), everywhere)
     batches = data.prefetch(partial(batch, config, source), begin, c.steps)
     preview = Preview(config, seen, workdir, log)
@@ -214,8 +240,10 @@ def fit(
             bar.update()
             done, taken = i + 1, state.step
             if done % c.log_every == 0 or done in (1, c.steps):
-                values = {name: float(value) for name, value in metrics.items()}
                 check_loss(done, taken, metrics, checkpoints)
+                values = {name: float(value) for name, value in metrics.items()}
+                # A quarter of the times that this batch has nothing of has no loss.
+                values = {name: value for name, value in values.items() if not math.isnan(value)}
                 rate = bar.rate() * c.batch_size * c.repeat
                 bar.note(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
                 log.scalars(done, {**values, "images_per_second": rate, "seconds": bar.seconds()})
@@ -235,8 +263,8 @@ def fit(
                 break
             if done % c.sample_every == 0:
                 with bar.paused():
-                    preview(done, state.ema)
-        return state.ema, done, bar.seconds()
+                    preview(done, state.ema[0])
+        return state.ema[0], done, bar.seconds()
 
 
 def batch(config: Config, source: data.Source, step: int) -> dict[str, np.ndarray]:
@@ -252,9 +280,14 @@ class HeldOut:
         c = config.train
         self._patience, self._log, self._kept = c.patience, log, workdir / "best"
         held = data.batch(build.source(config, "test"), config.seed, 0, -(-c.eval_count // c.repeat))
-        examples = build.example_loss(config, seen)
-        # The key is made inside, anew each time: every measurement is of the same noise.
-        self._loss = jax.jit(lambda params: examples(params, build.key(config.seed, "held out"), held, False).mean())
+        parts = objectives.objective(config, seen, training=False)
+
+        def loss(params: Any) -> jax.Array:
+            # The key is made inside, anew each time: every measurement is of the same noise.
+            key = build.key(config.seed, "held out")
+            return parts.loss(params, key, parts.draw(key, held, None))[0]
+
+        self._loss = jax.jit(loss)
 
     def losses(self) -> dict[int, float]:
         """Step to loss, of every measurement so far."""
@@ -263,7 +296,7 @@ class HeldOut:
     def judge(self, step: int, state: training.State) -> None:
         """Measures, and keeps the weights if they are the best so far."""
         before = self.losses()
-        value = float(self._loss(state.ema))
+        value = float(self._loss(state.ema[0]))
         self._log.scalars(step, {"held_out_loss": value})
         if self._patience is not None and value < min(before.values(), default=math.inf):
             checkpoint.save(self._kept, step, state, keep=1)
@@ -284,17 +317,29 @@ class HeldOut:
 
 
 class Preview:
-    """A grid of what the averaged weights draw, from the same noise every time, as training goes."""
+    """A grid of what the averaged weights draw, from the same noise every time, as training goes.
+
+    An expert restores held-out pictures instead: below each row of them, noised, is what it makes of them. A network
+    that enlarges pictures enlarges held-out ones.
+    """
 
     def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
         self._columns = min(seen.num_classes, 10) or 8
         self._labels = measure.equal_share(4 * self._columns, seen.num_classes)
-        self._draw = build.drawer(config, seen)
+        self._beside = ()
+        self._expert = config.process.split is not None
+        if self._expert or config.condition.size:
+            held = measure.held_out(config, self._labels)
+            self._beside = (held if self._expert else drawing.shrunk(config, held),)
+        self._draw = drawing.restorer(config, seen) if self._expert else drawing.drawer(config, seen)
         self._folder, self._log = workdir / "previews", log
 
     def __call__(self, step: int, params: Any) -> None:
-        index = np.arange(len(self._labels))
-        image = pictures.grid(np.asarray(self._draw(params, index, self._labels)), self._columns)
+        drawn = self._draw(params, np.arange(len(self._labels)), self._labels, *self._beside)
+        if self._expert:
+            rows = [np.split(np.asarray(images), len(self._labels) // self._columns) for images in drawn]
+            drawn = np.concatenate([row for pair in zip(*rows, strict=True) for row in pair])
+        image = pictures.grid(np.asarray(drawn), self._columns)
         self._folder.mkdir(exist_ok=True)
         pictures.save(self._folder / f"{step:07d}.png", image)
         self._log.image(step, "samples", np.asarray(image))
@@ -327,9 +372,8 @@ def dry_run(config: Config) -> None:
     source = build.source(config)
     seen = build.seen(config, source)
     params = jax.eval_shape(partial(build.init_params, config, seen))
-    optimizer = build.optimizer(config)
-    state = jax.eval_shape(lambda p: training.init_state(p, optimizer), params)
-    step = training.make_step(build.loss_fn(config, seen), optimizer, ema_decay=config.train.ema)
+    state = jax.eval_shape(partial(objectives.init_state, config, seen), params)
+    step = objectives.make_step(config, seen)
     b, shape = config.train.batch_size, source.images.shape[1:]
     examples = {"x": jax.ShapeDtypeStruct((b, *shape), np.uint8), "y": jax.ShapeDtypeStruct((b,), np.int32)}
     lowered = jax.jit(step).lower(jax.random.key(0), state, examples)

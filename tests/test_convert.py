@@ -16,7 +16,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from diffusion import checkpoint, interop
-from experiments import build, convert, sample, session, train
+from experiments import build, convert, objective, sample, session, train
 from experiments import config as configs
 from tests.test_interop import value
 
@@ -88,7 +88,7 @@ def test_the_run_describes_itself_and_holds_the_weights(run):
         interop.dit(4),
     )
     assert step == 0
-    jax.tree.map(np.testing.assert_array_equal, ema, wanted)
+    jax.tree.map(np.testing.assert_array_equal, ema["0"], wanted)
 
 
 def test_pictures_are_drawn_from_it(run, tmp_path, monkeypatch):
@@ -106,9 +106,8 @@ def test_pictures_are_drawn_from_it(run, tmp_path, monkeypatch):
 def test_training_goes_on_from_it(run):
     """The state is the one that training would have begun with, had it drawn these parameters."""
     config, seen = build.stored(run)
-    optimizer = build.optimizer(config)
-    params = jax.tree.map(jnp.asarray, checkpoint.restore_ema(run / "checkpoints")[0])
-    wanted = train.training.init_state(params, optimizer)
+    params = jax.tree.map(jnp.asarray, checkpoint.restore_ema(run / "checkpoints")[0]["0"])
+    wanted = objective.init_state(config, seen, params)
     state, step = checkpoint.restore(run / "checkpoints", wanted)
     assert step == 0 and jax.tree.structure(state) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, state, wanted)

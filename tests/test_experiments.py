@@ -22,7 +22,19 @@ from PIL import Image
 
 from diffusion import checkpoint
 from diffusion import train as training
-from experiments import blog_figures, build, evaluate, measure, pictures, sample, session, train
+from experiments import (
+    blog_figures,
+    build,
+    drawing,
+    evaluate,
+    measure,
+    objective,
+    pictures,
+    runs,
+    sample,
+    session,
+    train,
+)
 from experiments import config as configs
 from experiments.configs import blog, smoke
 
@@ -147,7 +159,7 @@ def state(config: configs.Config, workdir: Path, step: int | None = None) -> tra
     """The state in a checkpoint."""
     seen = build.stored(workdir)[1]
     params = jax.eval_shape(lambda: build.init_params(config, seen))
-    like = jax.eval_shape(lambda p: training.init_state(p, build.optimizer(config)), params)
+    like = jax.eval_shape(lambda p: objective.init_state(config, seen, p), params)
     return checkpoint.restore(workdir / "checkpoints", like, step)[0]
 
 
@@ -372,7 +384,7 @@ def test_early_stopping_keeps_the_best_weights(blog_run):
     assert int(kept.step) == best
     assert blog_run.report["train_steps"] == last
     held_out = train.HeldOut(blog_run.config, build.stored(blog_run.workdir)[1], blog_run.workdir, None)
-    assert float(held_out._loss(kept.ema)) == losses[best]
+    assert float(held_out._loss(kept.ema[0])) == losses[best]
 
 
 def test_a_run_that_stopped_early_is_not_taken_up_again(blog_run, tmp_path, unmeasured):
@@ -501,7 +513,7 @@ def test_labels_by_name(folder_run, tmp_path):
 
 def test_every_flag_reaches_the_sampler(run, tmp_path, monkeypatch):
     used = []
-    monkeypatch.setattr(build, "drawer", lambda config, *_: used.append(config))
+    monkeypatch.setattr(drawing, "drawer", lambda config, *_, **__: used.append(config))
     monkeypatch.setattr(measure, "collect", lambda *_: (np.zeros((1, 28, 28, 1), np.uint8), 0.0))
     given = {"seed": 5, "steps": 9, "sampler": "heun", "guidance": 1.5, "batch_size": 2}
     for flagged in (given, {"overstep": 1.25}, {}):
@@ -678,7 +690,9 @@ def test_files_that_cannot_be_measured_are_refused(run, folder_run, tmp_path):
     np.save(tmp_path / "single.npy", np.zeros(3))
     with pytest.raises(ValueError, match=r"single\.npy is not a whole npz file"):
         draw(None, f"--samples={tmp_path / 'single.npy'}", command=evaluate)
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.npz: pass --samples=FILE\.npz"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no file .*none\.npz; experiments.train and experiments.sample write"
+    ):
         draw(None, f"--samples={tmp_path / 'none.npz'}", command=evaluate)
     with pytest.raises(ValueError, match=r"was trained on folder:.*, and there is a feature network for digits only"):
         draw(folder_run.workdir, command=evaluate)
@@ -707,7 +721,7 @@ def test_the_blogs_figures(blog_run):
 
 def test_strips_of_the_blog_begin_and_end_where_they_should(blog_run):
     config, seen = build.stored(blog_run.workdir)
-    params, _ = checkpoint.restore_ema(blog_run.workdir / "checkpoints")
+    params, _ = runs.weights(blog_run.workdir, config)
     strip = blog_figures.noising(config)
     assert strip["names"] == [f"n = {n}" for n in (0, 2, 4, 6, 8, 10)]
     np.testing.assert_array_equal(strip["images"][0], build.source(config, "test").images[0])
@@ -718,7 +732,7 @@ def test_strips_of_the_blog_begin_and_end_where_they_should(blog_run):
     strip = blog_figures.denoising(config, seen, params, labels)
     assert strip["names"] == [f"n = {n}" for n in (10, 8, 6, 4, 2, 0)]
     config.sample.steps, config.sample.overstep = 10, 1.5
-    (sample_drawn,) = build.drawer(config, seen)(params, np.zeros(1, int), labels)
+    (sample_drawn,) = drawing.drawer(config, seen)(params, np.zeros(1, int), labels)
     np.testing.assert_array_equal(strip["images"][-1], sample_drawn)
     assert (strip["images"][0] != strip["images"][-1]).any()
 

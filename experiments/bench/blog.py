@@ -23,7 +23,7 @@ from absl import app, flags
 
 from diffusion import sample as sampling
 from diffusion.geometry import geometry
-from experiments import build, session
+from experiments import build, drawing, session
 from experiments.bench import ours, timing
 from experiments.config import Config
 from experiments.configs import blog
@@ -139,12 +139,12 @@ class Published:
 
         drawn = sampling.sample(
             key,
-            build.denoiser(config, seen, self._params),
+            drawing.denoiser(config, seen, self._params),
             path,
             x1[:1],
             sampling.uniform_grid(steps),
             prediction=config.process.prediction,
-            step=build.sampler_step(config),
+            step=drawing.sampler_step(config),
         )
         picture = self.draw(np.asarray(x1[0, ..., 0]), steps)
         errors = {

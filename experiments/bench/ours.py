@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import train as training
-from experiments import build
+from experiments import build, drawing, objective
 from experiments.config import Config
 
 
@@ -25,11 +24,9 @@ def train(
     config: Config, seen: build.Seen, params: Any, batch: dict[str, np.ndarray], steps: int
 ) -> Callable[[], None]:
     """Runs `steps` training steps on a batch of uint8 pictures [B, H, W, C] and labels."""
-    optimizer = build.optimizer(config)
-    step = training.make_step(build.loss_fn(config, seen), optimizer, ema_decay=config.train.ema)
-    step = jax.jit(step, donate_argnums=1)
+    step = jax.jit(objective.make_step(config, seen), donate_argnums=1)
     key = jax.random.key(config.seed)
-    state = training.init_state(jax.tree.map(jnp.asarray, params), optimizer)
+    state = objective.init_state(config, seen, jax.tree.map(jnp.asarray, params))
 
     def run() -> None:
         nonlocal state
@@ -45,6 +42,6 @@ def draw(
 ) -> Callable[[], np.ndarray]:
     """Draws a picture per label in `sample_steps` steps of DDIM."""
     few = dataclasses.replace(config.sample, steps=sample_steps, sampler="ddim", last=None)
-    drawer = build.drawer(dataclasses.replace(config, sample=few), seen)
+    drawer = drawing.drawer(dataclasses.replace(config, sample=few), seen)
     params, index = jax.tree.map(jnp.asarray, params), np.arange(len(labels))
     return lambda: np.asarray(drawer(params, index, labels))

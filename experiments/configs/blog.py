@@ -24,7 +24,7 @@ def get_config() -> Config:
             b2=0.999,
             adam_eps=1e-7,
             clip=None,
-            ema=0.0,
+            ema=(0.0,),
             label_drop=0.0,
             log_every=5,
             sample_every=150,

@@ -40,7 +40,7 @@ def get_config() -> Config:
             schedule="constant",
             b2=0.95,
             clip=None,
-            ema=0.9999,
+            ema=(0.9999,),
             log_every=100,
             sample_every=10 * EPOCH,
             save_every=EPOCH,

@@ -34,7 +34,7 @@ def get_config() -> Config:
             batch_size=32,
             learning_rate=3e-3,
             warmup=100,
-            ema=0.998,
+            ema=(0.998,),
             sample_every=1000,
             save_every=1000,
         ),

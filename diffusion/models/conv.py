@@ -1,0 +1,48 @@
+"""Convolutions that train fast on a CPU too: where pictures are large they are taken in strips of rows.
+
+    y[p] = sum_d x[p + d] k[d]        dL/dk[d] = sum_s sum_{p in strip s} x[p + d]^T dL/dy[p]        (1)
+
+XLA's CPU backend takes the sum over all positions p as one matrix product and does not block it: beyond some thousand
+positions, batch included, its operands leave the caches, and a product over 16,384 runs at less than half the speed of
+four over 4,096. With y in strips the gradient is (1) by itself, and derivatives of every kind and order exist. Other
+backends are given the convolution whole. Both functions serve flax's `Conv` as its `conv_general_dilated`.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+POSITIONS = 4096  # of a strip
+STRIPS = 16  # at most, since each of them is compiled
+
+
+def conv3x3(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """x [B, H, W, C] and kernel [3, 3, C, D] to [B, H, W, D], with zeros around x."""
+    b, height, width, _ = x.shape
+    rows = max(POSITIONS // (b * width), -(-height // STRIPS))
+    if rows >= height:
+        return _conv(x, kernel, 1)
+    return jax.lax.platform_dependent(x, kernel, cpu=partial(_in_strips, rows=rows), default=partial(_conv, rows=1))
+
+
+def conv1x1(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """x [B, H, W, C] and kernel [1, 1, C, D] to [B, H, W, D], as the matrix product it is.
+
+    As a convolution its gradient to the kernel takes XLA five times as long on a CPU.
+    """
+    return jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0])
+
+
+def _conv(x: jax.Array, kernel: jax.Array, rows: int) -> jax.Array:
+    """With `rows` of zeros above and below."""
+    padding = ((rows, rows), (1, 1))
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _in_strips(x: jax.Array, kernel: jax.Array, rows: int) -> jax.Array:
+    """`_conv` with one row of zeros, `rows` at a time."""
+    starts = range(0, x.shape[1], rows)
+    x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    return jnp.concatenate([_conv(x[:, i : i + rows + 2], kernel, 0) for i in starts], 1)

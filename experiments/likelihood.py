@@ -1,0 +1,147 @@
+"""How well a trained run codes pictures: bits per dimension, an upper bound, and where they come from.
+
+    python -m experiments.likelihood --workdir=runs/patch_unet_mnist
+    python -m experiments.likelihood --workdir=runs/unet_split0,runs/unet_split1 --num_samples=100 --respacing=100
+
+Every step of the chain is evaluated on every picture, in the order of the data set, as it is: nothing is mirrored or
+moved. Writes likelihood.json, likelihood.npz (total, prior [N]; terms, x0_mse, eps_mse [T, N]; labels [N]) and
+likelihood.png, the bits of each step, into --outdir. Picture i's bits depend on the seed and i alone.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from diffusion import checkpoint, likelihood
+from diffusion import sample as sampling
+from experiments import build, drawing, runs, session
+
+
+def define_flags(argv: Sequence[str]) -> None:
+    """Flags of this command; defined when it runs, since other commands have some of the same names."""
+    del argv
+    flags.declare_key_flag("workdir")
+    flags.DEFINE_string("pictures", "test", "Split of the run's data set, such as train or test.")
+    flags.DEFINE_integer("num_samples", None, "How many pictures, from the first one on; default: all.", lower_bound=1)
+    flags.DEFINE_string("respacing", "", "Steps of the chain to take: all by default, or 250, 10,15,20, ddim25.")
+    flags.DEFINE_bool("clip", True, "Keep estimates of the picture in its range, as published programs do.")
+    flags.DEFINE_integer("batch_size", 100, "Pictures at a time.", lower_bound=1)
+    flags.DEFINE_integer("checkpoint", None, "Training step to measure; default: the newest.")
+    flags.DEFINE_float("ema", None, "Which of a run's averages, by its decay; default: the first of its list.")
+    flags.DEFINE_string("outdir", None, "Where to write; default: WORKDIR/likelihood.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    session.start()
+    workdirs, f = session.workdirs(), flags.FLAGS
+    run = runs.trained(workdirs, f.checkpoint, f.ema)
+    folder = Path(f.outdir or workdirs[0] / "likelihood")
+    options = {"clip": f.clip, "count": f.num_samples, "batch_size": f.batch_size}
+    values = measure(run, folder, pictures=f.pictures, respacing=f.respacing, **options)
+    print(
+        f"{values['bits_per_dim']:.4f} bits per dimension (standard error {values['standard_error']:.4f}) over "
+        f"{values['count']} pictures: {values['prior']:.4f} for what is left at the chain's start, "
+        f"{values['between']:.4f} for the steps between, {values['decoder']:.4f} for the last one, to the pixels.\n"
+        f"Written to {folder}: likelihood.json, likelihood.npz, likelihood.png"
+    )
+
+
+def measure(
+    run: runs.Trained,
+    folder: Path,
+    *,
+    pictures: str = "test",
+    count: int | None = None,
+    respacing: str = "",
+    clip: bool = True,
+    batch_size: int = 100,
+) -> dict[str, Any]:
+    """Measures `count` pictures of a split of the run's data set; writes the files that the module names into `folder`.
+
+    Raises:
+      ValueError: the run's path is no chain, its pictures are not in [-1, 1], or the respacing is wrong.
+    """
+    config, seen, c = run.config, run.seen, run.config.data
+    build.chain(config)
+    if (c.low, c.high) != (-1, 1):
+        raise ValueError(f"the run has pictures in [{c.low}, {c.high}], but likelihoods need [-1, 1]")
+    chain = sampling.respaced_grid(respacing, config.process.steps)
+    config.sample.clip, config.sample.threshold, config.sample.guidance = clip, None, 1.0
+    source = build.source(config, pictures)
+    n = min(len(source.labels), count or len(source.labels))
+    checkpoint.check_writable(folder)
+    sample_key = build.key(config.sample.seed, "likelihood")
+
+    @jax.jit
+    def bits(params: Any, index: jax.Array, images: jax.Array, y: jax.Array) -> likelihood.Likelihood:
+        keys = sampling.sample_keys(sample_key, index)
+        planes = drawing.beside(config, seen, keys, drawing.shrunk(config, images))
+        return likelihood.bits_per_dim(
+            keys,
+            drawing.denoiser(config, seen, params, planes, run.team),
+            build.path(config),
+            build.to_float(config, images),
+            chain,
+            y if seen.num_classes else None,
+            prediction=config.process.prediction,
+            variance=config.process.variance,
+        )
+
+    parts, size = [], min(batch_size, n)
+    with session.Bar(n, "measuring", "picture") as progress:
+        for start in range(0, n, size):
+            index = np.arange(start, start + size)
+            at = index % n  # the last batch is filled up
+            found = bits(run.params, index, jnp.asarray(source.images[at]), jnp.asarray(source.labels[at]))
+            parts.append([np.asarray(a)[..., : n - start] for a in found])
+            progress.update(min(size, n - start))
+            progress.note(f"{progress.rate():.1f} pictures/s")
+    found = likelihood.Likelihood(*(np.concatenate(each, -1) for each in zip(*parts, strict=True)))
+    values = {
+        "count": n,
+        "pictures": pictures,
+        "steps": len(chain) - 1,
+        "bits_per_dim": float(found.total.mean()),
+        "standard_error": float(found.total.std() / math.sqrt(max(n - 1, 1))),
+        "prior": float(found.prior.mean()),
+        "between": float(found.terms[:-1].sum(0).mean()),
+        "decoder": float(found.terms[-1].mean()),
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    checkpoint.atomic_write(folder / "likelihood.json", lambda file: file.write(text.encode()))
+    arrays = {**found._asdict(), "labels": source.labels[:n]}
+    checkpoint.atomic_write(folder / "likelihood.npz", lambda file: np.savez(file, **arrays))
+    checkpoint.atomic_write(folder / "likelihood.png", partial(draw, chain[:-1], found))
+    return values
+
+
+def draw(t: np.ndarray, found: likelihood.Likelihood, file: Any) -> None:
+    """The bits that each step costs, and how far off the estimates are, over time."""
+    from matplotlib.figure import Figure  # the object, not pyplot: it needs no screen
+
+    figure = Figure((10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.semilogy(t, np.maximum(found.terms.mean(1), 1e-12))
+    left.set(title=f"{found.total.mean():.3f} bits per dimension, step by step", ylabel="bits per dimension")
+    right.semilogy(t, found.x0_mse.mean(1), label="of the picture")
+    right.semilogy(t, found.eps_mse.mean(1), label="of the noise")
+    right.set(title="Squared error of the estimates")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.set_xlabel("time, from data to noise")
+        axes.grid(alpha=0.3)
+    figure.savefig(file, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    session.run(main, define_flags)
