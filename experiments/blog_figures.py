@@ -48,7 +48,8 @@ def figures(workdir: Path) -> list[Path]:
             f"{workdir} was trained on the {config.process.path} path, but the blog's figures need the geometric one: "
             "train with --config=experiments/configs/blog.py"
         )
-    config.sample.sampler, config.sample.shift = "ddim", 1.0
+    c = config.sample
+    c.sampler, c.eta, c.shift, c.last, c.respacing = "ddim", 0.0, 1.0, None, None
     folder = workdir / "figures"
     checkpoint.check_writable(folder)
     params, step = runs.weights(workdir, config)

@@ -17,6 +17,7 @@ from diffusion.models import Model, recomposed
 from diffusion.models.blog import blog
 from diffusion.models.unet import ADM, unet
 from diffusion.models.vit import vit
+from diffusion.variance import check_variance
 from experiments import config as configs
 
 # The fields of config.model that a network reads.
@@ -84,11 +85,33 @@ def stored(workdir: Path) -> tuple[configs.Config, Seen]:
     return configs.from_dict(values), Seen(tuple(facts["shape"]), tuple(facts["class_names"]))
 
 
+def check_fields(config: configs.Config) -> None:
+    """Raises ValueError for a field that was set and has no effect on this run."""
+    p, sized = config.process, bool(config.condition.size)
+    used = {
+        "process.rate": p.path == "geometric",
+        "process.betas": p.path == "vp",
+        "process.times_mean": p.times == "logit_normal",
+        "process.times_std": p.times == "logit_normal",
+        "process.weighting_gamma": p.weighting == "min_snr",
+        "process.weighting_bias": p.weighting == "sigmoid",
+        "condition.noise": sized,
+        "condition.sample_noise": sized,
+        "model.heads": config.model.num_head_channels is None,
+    }
+    for name, is_used in used.items():
+        section, _, field = name.partition(".")
+        value, default = (getattr(getattr(c, section), field) for c in (config, configs.Config()))
+        if value != default and not is_used:
+            raise ValueError(f"--config.{name}={value} has no effect on this run: leave it at {default}")
+    if config.condition.size is not None and len(config.condition.size) != 2:
+        raise ValueError(f"--config.condition.size={config.condition.size} must be a pair (height, width)")
+    check_variance(p.variance)
+
+
 def path(config: configs.Config) -> process.Path:
     """The noising process."""
     c = config.process
-    if c.betas != "linear" and c.path != "vp":
-        raise ValueError(f"--config.process.betas={c.betas} belongs to --config.process.path=vp, not to {c.path}")
     options = {
         "linear": process.Linear,
         "cosine": process.Cosine,
@@ -221,7 +244,7 @@ def optimizer(config: configs.Config) -> optax.GradientTransformation:
 
 
 def key(seed: int, use: str) -> jax.Array:
-    """The key for one use of a seed ("init", "train", "held out", "sample"): uses share no random numbers."""
+    """The key for one use of a seed, such as "init", "train" or "sample": uses share no random numbers."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode()))
 
 

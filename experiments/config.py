@@ -14,6 +14,7 @@ class Data:
 
     name: str = "mnist5k"  # a TFDS data set, or folder:PATH
     data_dir: str | None = None  # where TFDS keeps its data sets
+    held_out: str = "test"  # the split that training leaves out; of ImageNet and LSUN it is "validation"
     size: tuple[int, ...] | None = None  # (height, width); None keeps the pictures' own
     crop: str = "center"
     channels: int | None = None

@@ -19,7 +19,7 @@ from absl import app, flags
 from diffusion import checkpoint, interop
 from experiments import build, drawing, objective, session
 from experiments.config import Config
-from experiments.train import define_config, given_config
+from experiments.train import default_workdir, define_config, given_config
 
 flags.declare_key_flag("workdir")
 _SOURCE = flags.DEFINE_string("source", None, "The published weights: a .safetensors, .npz, .pt or .pth file.")
@@ -39,11 +39,16 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set as in --config.model.depth=12")
     config = given_config()
     session.start()
-    workdir = session.workdir(Path("runs") / config.name)
+    workdir = session.workdir(default_workdir(config))
+    config.train.init_from = None  # these weights take its place
     names = class_names(_CLASSES.value)
     count = convert(config, workdir, _SOURCE.value, layout(config), class_names=names, entry=_ENTRY.value)
     print(f"{_SOURCE.value}: {count:,} parameters, now step 0 of {workdir}")
-    print(f"draw from it with: python -m experiments.sample --workdir={workdir}")
+    if config.process.split is None:
+        print(f"draw from it with: python -m experiments.sample --workdir={workdir}")
+    else:
+        experts = ",".join(f"EXPERT{i}" for i in range(len(config.process.snr_splits) + 1))
+        print(f"draw, with all experts converted, with: python -m experiments.sample --workdir={experts}")
 
 
 def layout(config: Config) -> interop.Layout:
@@ -105,6 +110,7 @@ def convert(
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     low = [jax.ShapeDtypeStruct((1, *config.condition.size, c.channels), jnp.uint8)] if config.condition.size else []
     jax.eval_shape(drawing.drawer(config, seen), like, one, one, *low)
+    jax.eval_shape(partial(objective.init_state, config, seen), like)
     checkpoint.check_writable(workdir)
     params = jax.tree.map(jnp.asarray, interop.from_torch(interop.read(source, entry), like, layout))
     state = objective.init_state(config, seen, params)

@@ -40,6 +40,8 @@ def denoiser(
         scale = c.guidance if c.guidance in (0, 1) else guide.interval(c.guidance, c.guidance_low, c.guidance_high)
         denoise = guide.classifier_free(denoise, seen.num_classes, scale)
     low, high = config.data.low, config.data.high
+    if c.threshold is not None and c.clip:
+        raise ValueError(f"--config.sample.threshold={c.threshold} keeps estimates in range already: leave out clip")
     if c.threshold is not None:
         denoise = guide.dynamic_threshold(denoise, build.path(config), prediction, c.threshold, low, high)
     elif c.clip:
@@ -121,7 +123,7 @@ def drawer(config: Config, seen: build.Seen, keep: int | None = None, team: Sequ
 
 
 def restorer(config: Config, seen: build.Seen) -> Draw:
-    """Compiled (params, index [B], y [B], images uint8 [B, H, W, C]) -> uint8 (noised, restored) by one expert.
+    """Compiled (params, index [B], y [B], images uint8 [B, H, W, C]) -> uint8 [B, 2, H, W, C]: noised, and restored.
 
     Alone an expert draws nothing: pictures are noised to the top of its range, and it takes them through that range.
     """
@@ -129,7 +131,7 @@ def restorer(config: Config, seen: build.Seen) -> Draw:
     sample_key = build.key(config.sample.seed, "sample")
 
     @jax.jit
-    def restore(params: Any, index: jax.Array, y: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def restore(params: Any, index: jax.Array, y: jax.Array, images: jax.Array) -> jax.Array:
         keys = sampling.sample_keys(sample_key, index)
         x0 = build.to_float(config, images)
         x1 = noise(noising, x0, jnp.full(len(x0), grid[0]), sampling.initial_noise(keys, seen.shape))
@@ -143,7 +145,7 @@ def restorer(config: Config, seen: build.Seen) -> Draw:
             prediction=config.process.prediction,
             step=step,
         )
-        return build.to_uint8(config, x1), build.to_uint8(config, x0_hat)
+        return build.to_uint8(config, jnp.stack([x1, x0_hat], 1))
 
     return restore
 
@@ -158,7 +160,8 @@ def beside(config: Config, seen: build.Seen, keys: jax.Array, low: jax.Array | N
     x = build.to_float(config, low)
     if not c.noise:
         return condition.planes(x, seen.shape[:-1])
-    z = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2**31 - 1), x.shape[1:]))(keys)
+    # Steps fold in their numbers, and the start of sampling the number above this one.
+    z = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2**31 - 2), x.shape[1:]))(keys)
     return condition.planes(x + c.sample_noise * z, seen.shape[:-1], jnp.full(len(x), c.sample_noise))
 
 
@@ -170,11 +173,14 @@ def shrunk(config: Config, images: jax.Array) -> jax.Array | None:
 
 
 def in_batches(
-    draw: Draw, params: Any, labels: np.ndarray, batch_size: int, low: np.ndarray | None = None
+    draw: Draw, params: Any, labels: np.ndarray, batch_size: int, pictures: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """Draws pictures 0..len(labels) - 1 batch by batch; the last one is filled up, so that one program serves all."""
+    """Draws pictures 0..len(labels) - 1 batch by batch; the last one is filled up, so that one program serves all.
+
+    `pictures` [N, ...] are those that `draw` starts from, if it does.
+    """
     n, batch_size = len(labels), min(batch_size, len(labels))
     for start in range(0, n, batch_size):
         index = np.arange(start, start + batch_size)
-        beside = () if low is None else (low[index % n],)
+        beside = () if pictures is None else (pictures[index % n],)
         yield np.asarray(draw(params, index, labels[index % n], *beside))[: n - start]

@@ -36,7 +36,8 @@ def define_flags(argv: Sequence[str]) -> None:
     flags.DEFINE_integer("batch_size", 100, "Pictures at a time.", lower_bound=1)
     flags.DEFINE_integer("checkpoint", None, "Training step to measure; default: the newest.")
     flags.DEFINE_float("ema", None, "Which of a run's averages, by its decay; default: the first of its list.")
-    flags.DEFINE_string("outdir", None, "Where to write; default: WORKDIR/likelihood.")
+    flags.DEFINE_string("outdir", None, "Where to write; default: a new folder WORKDIR/likelihood/NUMBER.")
+    flags.DEFINE_bool("overwrite", False, "Allow writing over earlier results in --outdir.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     session.start()
     workdirs, f = session.workdirs(), flags.FLAGS
     run = runs.trained(workdirs, f.checkpoint, f.ema)
-    folder = Path(f.outdir or workdirs[0] / "likelihood")
+    folder = session.claim(workdirs[0] / "likelihood", "likelihood.json", f.outdir, f.overwrite)
     options = {"clip": f.clip, "count": f.num_samples, "batch_size": f.batch_size}
     values = measure(run, folder, pictures=f.pictures, respacing=f.respacing, **options)
     print(

@@ -52,11 +52,18 @@ def equal_share(count: int, classes: int) -> np.ndarray:
 
 
 def held_out(config: Config, labels: np.ndarray) -> np.ndarray:
-    """Held-out pictures uint8 [N, H, W, C] of these labels, in turn where there are too few."""
-    source = build.source(config, "test")
-    places = {label: np.flatnonzero(source.labels == label) for label in np.unique(labels)}
-    if not config.model.conditional or not all(map(len, places.values())):
+    """Held-out pictures uint8 [N, H, W, C] of these labels, in turn where there are too few.
+
+    Raises:
+      ValueError: there is none of a class.
+    """
+    source = build.source(config, config.data.held_out)
+    if not config.model.conditional or not source.num_classes:
         return source.images[np.arange(len(labels)) % len(source.labels)]
+    places = {label: np.flatnonzero(source.labels == label) for label in np.unique(labels)}
+    missing = [label for label, found in places.items() if not len(found)]
+    if missing:
+        raise ValueError(f"{source.name} has no held-out pictures of the classes {missing}; see --config.data.held_out")
     turns = [np.count_nonzero(labels[:i] == label) for i, label in enumerate(labels)]
     return source.images[[places[label][turn % len(places[label])] for label, turn in zip(labels, turns, strict=True)]]
 
@@ -80,7 +87,7 @@ def collect(
 
 def save(folder: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
     """Writes samples.npz with all pictures and samples.png with the first rows of them."""
-    pictures.save_npz(folder / "samples.npz", images, labels)
+    pictures.save_npz(folder / "samples.npz", images, labels if classes else None)
     columns = min(len(images), classes if 1 < classes <= 20 else 10)
     pictures.save(folder / "samples.png", pictures.grid(images[: 10 * columns], columns))
 

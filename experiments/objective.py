@@ -32,6 +32,7 @@ def objective(config: Config, seen: build.Seen, *, training: bool = True) -> Obj
       ValueError: fields of the process do not fit each other.
     """
     c, classes = config.process, seen.num_classes
+    build.check_fields(config)
     noising, model, times, bound = build.path(config), build.network(config, seen), time_sampler(config), _bound(config)
     space = partial(patchify, patch_size=config.model.patch_size, stride=config.model.stride) if c.patches else None
     weight = _weight(config)
@@ -117,8 +118,6 @@ def planes(config: Config, key: jax.Array, x0: jax.Array) -> jax.Array:
 def check_condition(config: Config, seen: build.Seen) -> None:
     """Raises ValueError if pictures cannot be conditioned as asked."""
     c = config.condition
-    if len(c.size) != 2:
-        raise ValueError(f"--config.condition.size={c.size} must be a pair (height, width)")
     for name in ("noise", "sample_noise"):
         if not getattr(c, name) >= 0:
             raise ValueError(f"--config.condition.{name}={getattr(c, name)} must not be negative")

@@ -49,9 +49,9 @@ def save_animation(path: Path, frames: Sequence[Image.Image], *, milliseconds: i
     atomic_write(path, lambda file: frames[0].save(file, format=path.suffix[1:].upper(), **options))
 
 
-def save_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Writes arr_0 uint8 [N, H, W, C] and arr_1 int labels [N], the layout that guided-diffusion's evaluator reads."""
-    atomic_write(path, lambda file: np.savez(file, images, labels))
+def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
+    """Writes arr_0 uint8 [N, H, W, C] and, if any, labels arr_1 [N]: the layout of guided-diffusion's evaluator."""
+    atomic_write(path, lambda file: np.savez(file, *(a for a in (images, labels) if a is not None)))
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -102,10 +102,9 @@ def begin_with(workdir: Path, params: Any) -> Any:
 
 
 def _common(config: Config) -> dict[str, Any]:
-    """What experts must have in common: all that is not the network's own, its training's or the sampler's."""
-    values = to_dict(config)
-    process = {name: values["process"][name] for name in _CHAIN}
-    return {"process": process, "data": values["data"], "condition": values["condition"]}
+    """What experts must have in common: the chain, and what their pictures are like."""
+    values, fields = to_dict(config), {"process": _CHAIN, "data": ("low", "high"), "condition": ("size", "noise")}
+    return {section: {name: values[section][name] for name in names} for section, names in fields.items()}
 
 
 _CHAIN = ("path", "betas", "rate", "steps", "prediction", "variance", "snr_splits")

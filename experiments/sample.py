@@ -13,10 +13,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import app, flags
 
-from diffusion import checkpoint, guide
+from diffusion import guide
 from experiments import build, drawing, measure, objective, pictures, runs, session
 from experiments.config import Config
 
@@ -58,9 +59,11 @@ def main(argv: Sequence[str]) -> None:
     config, seen = run.config, run.seen
     override(config, seen)
     low, labels = base_samples(config, seen)
-    outdir = claim(workdirs[0], _OUTDIR.value, _OVERWRITE.value)
-    print(f"drawing {len(labels)} pictures from step {run.step} of {' and '.join(map(str, workdirs))}")
     draw = drawing.drawer(config, seen, team=run.team)
+    few = [a[:1] for a in (labels, labels, low) if a is not None]
+    jax.eval_shape(draw, run.params, *few)
+    outdir = session.claim(workdirs[0] / "samples", "samples.npz", _OUTDIR.value, _OVERWRITE.value)
+    print(f"drawing {len(labels)} pictures from step {run.step} of {' and '.join(map(str, workdirs))}")
     images, seconds = measure.collect(draw, run.params, labels, config.sample.batch_size, low)
     measure.save(outdir, images, labels, seen.num_classes)
     if _TRAJECTORY.value:
@@ -95,8 +98,10 @@ def override(config: Config, seen: build.Seen) -> None:
         c.respacing = None
     if _RESPACING.value is not None:
         c.shift, c.last = 1.0, None
-    if _CLIP.value is False and _THRESHOLD.value is None:
+    if _CLIP.value is not None and _THRESHOLD.value is None:
         c.threshold = None
+    if _THRESHOLD.value is not None and _CLIP.value is None:
+        c.clip = False
     for name, value in given.items():
         if value is not None:
             setattr(c, name, value)
@@ -124,7 +129,7 @@ def base_samples(config: Config, seen: build.Seen) -> tuple[np.ndarray | None, n
       ValueError: smaller pictures are missing, not wanted, or of another size; labels are wrong.
     """
     size = config.condition.size
-    if size is None:
+    if not size:
         if _BASE_SAMPLES.value:
             raise ValueError(f"--base_samples={_BASE_SAMPLES.value}: this run was not trained to enlarge pictures")
         return None, parse_labels(_LABELS.value, _NUM_SAMPLES.value or 64, seen.class_names)
@@ -133,6 +138,9 @@ def base_samples(config: Config, seen: build.Seen) -> tuple[np.ndarray | None, n
             f"this run enlarges pictures of {size[0]}x{size[1]}: pass some, --base_samples=runs/NAME/samples.npz"
         )
     low, labels = pictures.read_npz(Path(_BASE_SAMPLES.value))
+    if not len(low) or (labels is not None and len(labels) != len(low)):
+        count = "no" if labels is None else len(labels)
+        raise ValueError(f"--base_samples={_BASE_SAMPLES.value} holds {len(low)} pictures and {count} labels")
     if low.dtype != np.uint8 or low.shape[1:] != (*size, seen.shape[-1]):
         raise ValueError(
             f"--base_samples={_BASE_SAMPLES.value} holds {low.dtype} {low.shape}, but this run enlarges uint8 "
@@ -165,23 +173,6 @@ def parse_labels(given: Sequence[str] | None, count: int, class_names: Sequence[
     if wrong or not given:
         raise ValueError(f"--labels: {wrong} are not among the classes 0..{len(class_names) - 1} of this run")
     return np.resize([numbers[label.strip()] for label in given], count)
-
-
-def claim(workdir: Path, outdir: str | None, overwrite: bool) -> Path:
-    """The folder to write to, made and proven writable before any drawing.
-
-    Raises:
-      ValueError: it holds samples already, and `overwrite` is off.
-    """
-    if outdir is None:
-        taken = [int(p.name) for p in (workdir / "samples").glob("*") if p.name.isdigit()]
-        folder = workdir / "samples" / f"{max(taken, default=0) + 1:03d}"
-    else:
-        folder = Path(outdir)
-        if (folder / "samples.npz").exists() and not overwrite:
-            raise ValueError(f"{folder} holds samples already; pass --overwrite or another --outdir")
-    checkpoint.check_writable(folder)
-    return folder
 
 
 def trajectory(run: runs.Trained, labels: np.ndarray, low: np.ndarray | None, outdir: Path) -> None:

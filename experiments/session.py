@@ -17,6 +17,8 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from diffusion import checkpoint
+
 # Defined once for all commands, so that a notebook or a test can import several of them.
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -78,10 +80,27 @@ def workdirs() -> list[Path]:
     Raises:
       ValueError: it is not given, or empty somewhere.
     """
-    folders = str(workdir()).split(",")
+    folders = [str(workdir())] if workdir().exists() else str(workdir()).split(",")
     if not all(folders):
         raise ValueError(f"--workdir={_WORKDIR.value} names an empty directory between its commas")
     return [Path(folder) for folder in folders]
+
+
+def claim(parent: Path, result: str, outdir: str | None, overwrite: bool) -> Path:
+    """The folder to write results to, `outdir` or a new numbered one in `parent`, proven writable before any work.
+
+    Raises:
+      ValueError: it holds a file `result` already, and `overwrite` is off.
+    """
+    if outdir is None:
+        taken = [int(p.name) for p in parent.glob("*") if p.name.isdigit()]
+        folder = parent / f"{max(taken, default=0) + 1:03d}"
+    else:
+        folder = Path(outdir)
+        if (folder / result).exists() and not overwrite:
+            raise ValueError(f"{folder} holds {result} already; pass --overwrite or another --outdir")
+    checkpoint.check_writable(folder)
+    return folder
 
 
 def run(main: Callable[[list[str]], Any], define: Callable[[list[str]], Any] | None = None) -> None:

@@ -88,6 +88,8 @@ def given_config() -> Config:
         section, _, name = field.rpartition(".")
         setattr(getattr(config, section) if section else config, name, None)
     if _SPLIT.value is not None:
+        if config.process.split not in (None, _SPLIT.value):
+            raise ValueError(f"--split={_SPLIT.value}, but the config is that of expert {config.process.split}")
         config.process.split = _SPLIT.value
     return config
 
@@ -120,7 +122,7 @@ def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[s
     check(config)
     source = build.source(config)
     seen = build.seen(config, source)
-    rehearse(config, seen)
+    rehearse(config, seen, fresh=checkpoint.latest(workdir / "checkpoints") is None)
     params = build.init_params(config, seen)
     claim(workdir, build.to_stored(config, seen))
     finished = workdir / "report.json"
@@ -156,12 +158,15 @@ def check(config: Config) -> None:
     examples = c.batch_size * c.repeat
     if c.microbatch is not None and (c.microbatch < 1 or examples % c.microbatch):
         raise ValueError(f"--config.train.microbatch={c.microbatch} must divide the {examples} examples of a batch")
+    if c.microbatch is not None and c.microbatch % jax.device_count():
+        raise ValueError(f"--config.train.microbatch={c.microbatch} must be a multiple of {jax.device_count()} devices")
+    build.check_fields(config)
     build.path(config), objectives.time_sampler(config), build.optimizer(config)
     drawing.sampler_step(config), drawing.time_grid(config)
     guide.interval(config.sample.guidance, config.sample.guidance_low, config.sample.guidance_high)
 
 
-def rehearse(config: Config, seen: build.Seen) -> None:
+def rehearse(config: Config, seen: build.Seen, *, fresh: bool = True) -> None:
     """Traces the loss and the drawing without computing, so that what cannot work fails before anything is written.
 
     Raises:
@@ -179,10 +184,10 @@ def rehearse(config: Config, seen: build.Seen) -> None:
     else:
         low = [jax.eval_shape(partial(drawing.shrunk, config), image)] if config.condition.size else []
         jax.eval_shape(drawing.drawer(config, seen), params, one, one, *low)
-    if config.train.init_from is not None:
+    if config.train.init_from is not None and fresh:
         runs.begin_with(Path(config.train.init_from), params)
     if config.train.eval_every or config.process.split is not None or config.condition.size:
-        build.source(config, "test")
+        build.source(config, config.data.held_out)
 
 
 def claim(workdir: Path, resolved: dict[str, Any]) -> None:
@@ -279,7 +284,7 @@ class HeldOut:
     def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
         c = config.train
         self._patience, self._log, self._kept = c.patience, log, workdir / "best"
-        held = data.batch(build.source(config, "test"), config.seed, 0, -(-c.eval_count // c.repeat))
+        held = data.batch(build.source(config, config.data.held_out), config.seed, 0, -(-c.eval_count // c.repeat))
         parts = objectives.objective(config, seen, training=False)
 
         def loss(params: Any) -> jax.Array:
@@ -326,20 +331,20 @@ class Preview:
     def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
         self._columns = min(seen.num_classes, 10) or 8
         self._labels = measure.equal_share(4 * self._columns, seen.num_classes)
-        self._beside = ()
+        self._beside, self._batch_size = None, config.sample.batch_size
         self._expert = config.process.split is not None
         if self._expert or config.condition.size:
             held = measure.held_out(config, self._labels)
-            self._beside = (held if self._expert else drawing.shrunk(config, held),)
+            self._beside = held if self._expert else np.asarray(drawing.shrunk(config, held))
         self._draw = drawing.restorer(config, seen) if self._expert else drawing.drawer(config, seen)
         self._folder, self._log = workdir / "previews", log
 
     def __call__(self, step: int, params: Any) -> None:
-        drawn = self._draw(params, np.arange(len(self._labels)), self._labels, *self._beside)
-        if self._expert:
-            rows = [np.split(np.asarray(images), len(self._labels) // self._columns) for images in drawn]
-            drawn = np.concatenate([row for pair in zip(*rows, strict=True) for row in pair])
-        image = pictures.grid(np.asarray(drawn), self._columns)
+        batches = drawing.in_batches(self._draw, params, self._labels, self._batch_size, self._beside)
+        drawn = np.concatenate(list(batches))
+        if self._expert:  # [N, 2, H, W, C] to a row of noised pictures, one of restored ones, and so on
+            drawn = drawn.reshape(-1, self._columns, *drawn.shape[1:]).swapaxes(1, 2).reshape(-1, *drawn.shape[2:])
+        image = pictures.grid(drawn, self._columns)
         self._folder.mkdir(exist_ok=True)
         pictures.save(self._folder / f"{step:07d}.png", image)
         self._log.image(step, "samples", np.asarray(image))

@@ -528,7 +528,7 @@ def test_each_call_has_a_new_folder_and_an_old_one_is_not_overwritten(copy):
     for number in ("001", "002"):
         assert f"written to {copy / 'samples' / number}" in draw(copy, "--num_samples=1")
     first = files(copy / "samples" / "001")
-    with pytest.raises(ValueError, match=r"001 holds samples already; pass --overwrite or another --outdir"):
+    with pytest.raises(ValueError, match=r"001 holds samples.npz already; pass --overwrite or another --outdir"):
         draw(copy, "--num_samples=1", "--seed=1", f"--outdir={copy / 'samples' / '001'}")
     assert files(copy / "samples" / "001") == first
     draw(copy, "--num_samples=1", "--seed=1", f"--outdir={copy / 'samples' / '001'}", "--overwrite")

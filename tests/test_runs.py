@@ -91,6 +91,17 @@ def test_an_expert_begins_with_the_other_ones_average(team):
         runs.begin_with(workdirs[0], other)
 
 
+def test_training_begins_with_those_weights_and_needs_them_only_once(team, tmp_path, monkeypatch):
+    config, workdirs = tiny(), team[0]
+    config.process.snr_splits, config.process.split = (0.25,), 1
+    config.train.init_from, config.train.learning_rate = str(workdirs[0]), 0.0
+    trained(config, tmp_path / "run")
+    begun, _ = runs.weights(tmp_path / "run", config)
+    jax.tree.map(np.testing.assert_array_equal, begun, runs.weights(workdirs[0], config)[0])
+    monkeypatch.setattr(runs, "begin_with", None)
+    assert "is finished" in trained(config, tmp_path / "run")[1]
+
+
 def test_experts_draw_together_in_any_order(team, tmp_path):
     workdirs, _ = team
     one, labels = sampled(tmp_path / "a", f"--workdir={workdirs[0]},{workdirs[1]}", "--num_samples=6", "--batch_size=3")
@@ -119,9 +130,9 @@ def test_teams_that_are_none_are_refused(team, whole, tmp_path):
         runs.trained([workdirs[0], workdirs[0]])
     stranger = tmp_path / "stranger"
     config = checkpoint.read_config(workdirs[1])
-    config["process"]["betas"] = "linear"
+    config["process"]["betas"], config["data"]["data_dir"] = "linear", "elsewhere"
     checkpoint.write_config(stranger, config)
-    with pytest.raises(ValueError, match="does not belong to the experts of(.|\n)*betas"):
+    with pytest.raises(ValueError, match=r"does not belong to the experts of[^\n]*in:\n  process.betas[^\n]*$"):
         runs.trained([workdirs[0], stranger])
 
 
@@ -197,6 +208,8 @@ def test_a_cascade_enlarges_the_samples_of_another_run(tmp_path):
     assert drawn.shape == (5, 8, 8, 1) and labels.tolist() == [0, 1, 2, 3, 4]
     noisy, _ = sampled(tmp_path / "b", *arguments, "--condition_noise=0.2")
     assert not np.array_equal(drawn, noisy)
+    few, _ = sampled(tmp_path / "few", *arguments, "--condition_noise=0.2", "--batch_size=2")
+    np.testing.assert_array_equal(few, noisy)
     for wrong, message in (
         (["--condition_noise=0.3"], "sample_noise=0.3 must not exceed"),
         (["--num_samples=9"], "holds only 5 pictures"),
@@ -210,6 +223,17 @@ def test_a_cascade_enlarges_the_samples_of_another_run(tmp_path):
     with pytest.raises(ValueError, match="pass some, --base_samples="):
         sampled(tmp_path / "c", arguments[0])
     assert not (tmp_path / "c").exists()
+
+
+def test_noise_on_the_condition_is_not_the_noise_that_sampling_starts_from():
+    config = with_unet(tiny())
+    config.condition.size, config.condition.noise, config.condition.sample_noise = (8, 8), 1.0, 1.0
+    seen, low = measure.build.Seen((8, 8, 1), ()), np.zeros((50, 8, 8, 1), np.uint8)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(50))
+    noise = drawing.beside(config, seen, keys, low)[..., :1] + 1
+    start = drawing.sampling.initial_noise(keys, (8, 8, 1))
+    assert abs(np.corrcoef(noise.ravel(), start.ravel())[0, 1]) < 0.1
+    assert 0.9 < noise.std() < 1.1
 
 
 def test_held_out_pictures_have_the_labels_asked_for():

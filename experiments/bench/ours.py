@@ -41,7 +41,7 @@ def draw(
     config: Config, seen: build.Seen, params: Any, labels: np.ndarray, sample_steps: int
 ) -> Callable[[], np.ndarray]:
     """Draws a picture per label in `sample_steps` steps of DDIM."""
-    few = dataclasses.replace(config.sample, steps=sample_steps, sampler="ddim", last=None)
+    few = dataclasses.replace(config.sample, steps=sample_steps, sampler="ddim", last=None, respacing=None)
     drawer = drawing.drawer(dataclasses.replace(config, sample=few), seen)
     params, index = jax.tree.map(jnp.asarray, params), np.arange(len(labels))
     return lambda: np.asarray(drawer(params, index, labels))

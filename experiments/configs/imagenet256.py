@@ -17,7 +17,7 @@ def get_config(variant: str = "0") -> Config:
     second = variant == "1"
     return Config(
         name="imagenet256",
-        data=Data(name="imagenet2012", size=(256, 256), flip=True, channels=3),
+        data=Data(name="imagenet2012", size=(256, 256), flip=True, channels=3, held_out="validation"),
         model=Model(
             name="unet",
             patch_size=4,
@@ -50,7 +50,5 @@ def get_config(variant: str = "0") -> Config:
             sample_every=10_000,
             save_every=5000,
         ),
-        sample=Sample(
-            count=10_000, respacing="250", sampler="ancestral", guidance=1.5, threshold=0.995, clip=True, batch_size=64
-        ),
+        sample=Sample(count=10_000, respacing="250", sampler="ancestral", guidance=1.5, threshold=0.995, batch_size=64),
     )

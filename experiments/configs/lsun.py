@@ -21,7 +21,7 @@ def get_config(variant: str = "4") -> Config:
     num_channels, channel_mult, num_res_blocks, batch_size, steps = SIZES[variant]
     return Config(
         name=f"lsun{variant}",
-        data=Data(name="lsun/bedroom", size=(256, 256), channels=3),
+        data=Data(name="lsun/bedroom", size=(256, 256), channels=3, held_out="validation"),
         model=Model(
             name="unet",
             patch_size=int(variant),
