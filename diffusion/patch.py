@@ -5,22 +5,27 @@
     x = P^T tokens * (1 / P^T 1)     unpatchify: windows averaged where they overlap               (3)
 
 P is linear and made of slices, reshapes and transposes, so its adjoint, which JAX derives, is pads and adds rather than
-scatters; sums run over windows in ascending order, last axis first. (3) is the left inverse of (1): exact where one or
-two windows meet along an axis, to rounding elsewhere. It multiplies by the reciprocal because XLA would make that of a
-division anyway, and so the result is the same in and out of jit. For the 2-D overlapping case (3) is the `recompose` of
-Piantedosi, "Diffusion model" (piantedosi.github.io/diffusion_model). Windows are in row-major order; inside a token
-values are ordered (*patch, C), channels fastest (DiT, JiT, space-to-depth), or (C, *patch) with layout="chw"
-(PixelUnshuffle). `diffusion.patch_numpy` and `diffusion.patch_numba` do the same on the host, bit for bit.
+scatters; sums run over windows in ascending order, last axis first. (On a CPU the values of P x are looked up instead,
+see `_cut`.) (3) is the left inverse of (1): exact where one or two windows meet along an axis, to rounding elsewhere.
+It multiplies by the reciprocal because XLA would make that of a division anyway, and so the result is the same in and
+out of jit. For the 2-D overlapping case (3) is the `recompose` of Piantedosi, "Diffusion model"
+(piantedosi.github.io/diffusion_model). Windows are in row-major order; inside a token values are ordered (*patch, C),
+channels fastest (DiT, JiT, space-to-depth), or (C, *patch) with layout="chw" (PixelUnshuffle). `diffusion.patch_numpy`
+and `diffusion.patch_numba` do the same on the host, bit for bit.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.geometry import array_geometry, check_summable, coverage, token_geometry
+from diffusion.geometry import Geometry, array_geometry, check_summable, coverage, token_geometry
+
+_TABLE = 1 << 20  # entries of a lookup table: 4 MiB in the program, and in cache
+_BLOCKS = 64  # terms of one fused sum or concatenation; more are split axis by axis, since programs grow with them
 
 
 def patchify(
@@ -36,15 +41,8 @@ def patchify(
     Raises:
       ValueError: x has no spatial axis, or the windows do not tile it.
     """
-    b, shape, c = array_geometry(x.shape, x.dtype, patch_size, stride, layout)
-    rank = len(shape.size)
-    for axis, (p, s, g) in enumerate(zip(shape.patch, shape.stride, shape.grid, strict=True)):
-        # After earlier axes were split the array is [B, g1, p1, ..., n, ...]: this axis stands at 1 + 2 * axis.
-        x = _split(x, 1 + 2 * axis, p, s, g)
-    windows = range(1, 2 * rank + 1, 2)
-    within = range(2, 2 * rank + 1, 2)
-    inner = (2 * rank + 1, *within) if layout == "chw" else (*within, 2 * rank + 1)
-    return x.transpose(0, *windows, *inner).reshape(b, prod(shape.grid), prod(shape.patch) * c)
+    _, cut, _ = array_geometry(x.shape, x.dtype, patch_size, stride, layout)
+    return _cut(x, cut, layout)
 
 
 def fold(
@@ -64,10 +62,10 @@ def fold(
       ValueError: N or D does not belong to this geometry.
       TypeError: tokens are integers (sums of overlapping integers would not survive the dtype; convert first).
     """
-    b, shape, c = token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
+    b, cut, c = token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
     check_summable(tokens.dtype)
-    x = jax.ShapeDtypeStruct((b, *shape.size, c), tokens.dtype)
-    (y,) = jax.linear_transpose(lambda x: patchify(x, patch_size, stride, layout=layout), x)(tokens)
+    x = jax.ShapeDtypeStruct((b, *cut.size, c), tokens.dtype)
+    (y,) = jax.linear_transpose(lambda x: _slices(x, cut, layout), x)(tokens)
     return y
 
 
@@ -89,28 +87,73 @@ def unpatchify(
       ValueError: N or D does not belong to this geometry.
       TypeError: tokens of overlapping windows are integers (their average is not an integer).
     """
-    b, shape, c = token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
-    if shape.patch == shape.stride:
-        rank = len(shape.size)
-        inner = (c, *shape.patch) if layout == "chw" else (*shape.patch, c)
+    b, cut, c = token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
+    if cut.patch == cut.stride:
+        rank = len(cut.size)
+        inner = (c, *cut.patch) if layout == "chw" else (*cut.patch, c)
         first = 1 + rank + (layout == "chw")
         order = [a for axis in range(rank) for a in (1 + axis, first + axis)]
         last = 1 + rank if layout == "chw" else 1 + 2 * rank
-        return tokens.reshape(b, *shape.grid, *inner).transpose(0, *order, last).reshape(b, *shape.size, c)
+        return tokens.reshape(b, *cut.grid, *inner).transpose(0, *order, last).reshape(b, *cut.size, c)
     total = fold(tokens, size, patch_size, stride, layout=layout)
     return total * (1 / coverage(size, patch_size, stride)).astype(tokens.dtype)[None, ..., None]
 
 
-def _split(x: jax.Array, axis: int, patch: int, stride: int, grid: int) -> jax.Array:
-    """Splits `axis` into (grid, patch): blocks of `stride` elements, the j-th shifted by j * stride, side by side."""
-    blocks = []
-    for start in range(0, patch, stride):
-        width = min(stride, patch - start)
-        stop = start + (grid - 1) * stride + width
-        block = jax.lax.slice_in_dim(x, start, stop, axis=axis)
-        pad = grid * stride - block.shape[axis]
-        if pad:
-            block = jax.lax.pad(block, np.zeros((), x.dtype), [(0, pad * (a == axis), 0) for a in range(x.ndim)])
-        block = block.reshape(*x.shape[:axis], grid, stride, *x.shape[axis + 1 :])
-        blocks.append(jax.lax.slice_in_dim(block, 0, width, axis=axis + 1))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis + 1)
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@partial(jax.jit, static_argnums=(1, 2))
+def _cut(x: jax.Array, cut: Geometry, layout: str) -> jax.Array:
+    """Eq. (1) for windows that tile x.
+
+    On a CPU one flat loop that looks values up in a table runs at 0.8 to 1.1 times the speed of a copy, where the short
+    nested loops of `_slices` reach 0.6 for overlapping and 0.7 for large windows. The adjoint of a lookup is a scatter,
+    so derivatives are those of `_slices`, which is also what accelerators run.
+    """
+    b, c = x.shape[0], x.shape[-1]
+    n, d = prod(cut.grid), prod(cut.patch) * c
+
+    def look_up(x: jax.Array) -> jax.Array:
+        rank = len(cut.size)
+        *at, channel = np.ogrid[tuple(slice(length) for length in (*cut.grid, *cut.patch, c))]
+        places = [window * s + within for window, within, s in zip(at[:rank], at[rank:], cut.stride, strict=True)]
+        table = np.ravel_multi_index((*places, channel), (*cut.size, c)).astype(np.int32)  # [*grid, *patch, C]
+        table = np.moveaxis(table, -1, rank) if layout == "chw" else table
+        return x.reshape(b, prod(cut.size) * c).at[:, table.reshape(-1)].get(mode="promise_in_bounds").reshape(b, n, d)
+
+    slices = partial(_slices, cut=cut, layout=layout)
+    return jax.lax.platform_dependent(x, cpu=look_up, default=slices) if 0 < n * d <= _TABLE else slices(x)
+
+
+@_cut.defjvp
+def _cut_jvp(cut: Geometry, layout: str, primals, tangents):
+    return _cut(*primals, cut, layout), _slices(*tangents, cut, layout)
+
+
+def _slices(x: jax.Array, cut: Geometry, layout: str) -> jax.Array:
+    """Eq. (1) in slices of x padded and split into blocks of `stride`: a window is the blocks from its own on."""
+    b, c, rank = x.shape[0], x.shape[-1], len(cut.size)
+    blocks = [-(-p // s) for p, s in zip(cut.patch, cut.stride, strict=True)]
+    shape = [(g + k - 1, s) for g, k, s in zip(cut.grid, blocks, cut.stride, strict=True)]
+    if max(blocks) > 1:
+        ends = [(0, g * s - n, 0) for (g, s), n in zip(shape, cut.size, strict=True)]
+        x = jax.lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), *ends, (0, 0, 0)])
+    x = x.reshape(b, *(length for pair in shape for length in pair), c)
+    x = x.transpose(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    # Nested, so that each slice has one use: XLA then fuses all of them, and their adjoint, into one pass over memory.
+    x = _join_blocks(x, cut, blocks, 0, nested=prod(blocks) <= _BLOCKS)
+    x = jnp.moveaxis(x, -1, 1 + rank) if layout == "chw" else x
+    return x.reshape(b, prod(cut.grid), prod(cut.patch) * c)
+
+
+def _join_blocks(x: jax.Array, cut: Geometry, blocks: Sequence[int], axis: int, nested: bool) -> jax.Array:
+    """Blocks x [B, *grid + blocks - 1, *stride, C] as windows [B, *grid, *patch, C], for `axis` and those after it."""
+    rank = len(blocks)
+    if axis == rank:
+        return x
+    p, s, g = cut.patch[axis], cut.stride[axis], cut.grid[axis]
+    parts = []
+    for k in range(blocks[axis]):
+        part = jax.lax.slice_in_dim(x, k, k + g, axis=1 + axis)
+        part = jax.lax.slice_in_dim(part, 0, min(s, p - k * s), axis=1 + rank + axis)
+        parts.append(_join_blocks(part, cut, blocks, axis + 1, nested) if nested else part)
+    x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1 + rank + axis)
+    return x if nested else _join_blocks(x, cut, blocks, axis + 1, nested)

@@ -141,7 +141,7 @@ def unpatchify(
 
 def noised_patches(
     x0: np.ndarray,
-    eps: np.ndarray,
+    eps: np.ndarray | int,
     alpha: np.ndarray,
     sigma: np.ndarray,
     patch_size: int | Sequence[int],
@@ -163,6 +163,9 @@ def noised_patches(
     in float32. This is the data generator of Piantedosi, "Diffusion model" (piantedosi.github.io/diffusion_model),
     whose steps tile x0 R / B times, mix, cast, cut twice and append the noise level as a token, each through memory.
 
+    If eps is a number it is the seed of normal noise, drawn in the same pass by vector code, for as many examples as
+    alpha has: eps[r] is then a function of (seed, r), on any machine and with any number of threads.
+
     >>> tokens, targets = noised_patches(np.full((1, 4, 1), 255, np.uint8), np.ones((2, 4, 1), np.float32),
     ...                                  np.array([1.0, 0.5]), np.array([0.0, 0.5]), 2, scale=1 / 255)
     >>> tokens[1].tolist(), targets.shape
@@ -170,10 +173,16 @@ def noised_patches(
 
     Raises:
       ValueError: the geometry is wrong, there are more than three spatial axes, shapes disagree, a coefficient is not
-        finite, or an array of `out` has the wrong shape or layout or overlaps an input or the other.
+        finite, a seed is not in [0, 2^64), or an array of `out` has the wrong shape or layout or overlaps an input or
+        the other.
       TypeError: x0 is not an array of booleans, integers or floats, eps is not of floats, or `out` is not float32.
     """
-    x0, eps = np.asarray(x0), np.asarray(eps)
+    x0, seed = np.asarray(x0), eps if isinstance(eps, int | np.integer) else None
+    if seed is not None:
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"eps={seed} is not a seed, which is at least 0 and below 2^64")
+        eps = np.broadcast_to(np.float32(0), (np.size(alpha), *x0.shape[1:]))  # the shape of what will be drawn
+    eps = np.asarray(eps)
     b, cut, c = array_geometry(x0.shape, x0.dtype, patch_size, stride, layout)
     _, grid, patch, step = _three_axes(cut)
     if x0.dtype.name not in kernels.CONVERTIBLE or not x0.dtype.isnative:
@@ -198,12 +207,17 @@ def noised_patches(
         return noised, target
     kernel = kernels.compiled(kernels.noise_kernel, *grid, *patch, *step, c, layout == "chw", x0.dtype.name)
     images = np.ascontiguousarray(x0).reshape(-1)
-    noise = np.ascontiguousarray(eps, np.float32).reshape(-1)
     a, s = np.float32(scale), np.float32(shift)
-    _in_chunks(
-        lambda start, stop: kernel(images, noise, alpha, sigma, level, a, s, b, noised, target, start, stop),
-        r, 2 * noised[0].nbytes, _BLOCK, threads,
-    )  # fmt: skip
+    rows = np.ascontiguousarray(eps, np.float32).reshape(r, -1) if seed is None else None
+
+    def work(start: int, stop: int) -> None:
+        noise, first = rows, 0
+        if seed is not None:
+            noise, first = np.empty((stop - start, x0[0].size + x0[0].size % 2), np.float32), start
+            kernels.compiled(kernels.gauss_kernel)(np.uint64(seed), first, noise)
+        kernel(images, noise, first, alpha, sigma, level, a, s, b, noised, target, start, stop)
+
+    _in_chunks(work, r, 2 * noised[0].nbytes, _BLOCK, threads)
     return noised, target
 
 

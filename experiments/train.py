@@ -2,8 +2,7 @@
 
     python -m experiments.train                                              digits, in minutes on a CPU
     python -m experiments.train --config=experiments/configs/blog.py         the blog's model
-    python -m experiments.train --config=experiments/configs/patch_unet_mnist.py --config.process.snr_splits="(0.25,)" \
-        --split=0                                                            one of two experts
+    python -m experiments.train --config=experiments/configs/patch_unet_mnist.py    a U-Net on patches
     python -m experiments.train --config.data.name=folder:PATH --config.data.size="(64, 64)" --workdir=runs/mine
 
 The same command continues a run that was stopped, bit for bit. `--dry_run` prints what would be trained.

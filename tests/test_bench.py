@@ -4,17 +4,23 @@ import dataclasses
 import importlib.util
 import json
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from diffusion import models
+from diffusion.patch import patchify, unpatchify
 from experiments import build
-from experiments.bench import blog, patch, startup, timing, vit
+from experiments.bench import blog, patch, patch_size, startup, timing, vit
 from experiments.config import Config, Data, Model, Process, Sample, Train
 from experiments.configs import blog as blog_config
 
 NAMES = ("slow", "fast")
+ROOT = Path(__file__).parent.parent
 
 
 def tiny() -> Config:
@@ -146,6 +152,12 @@ def test_patch(tmp_path):
     assert (tmp_path / "race.png").stat().st_size and (tmp_path / "race_roof.png").stat().st_size
 
 
+def test_patch_as_a_command_knows_its_flags():
+    command = [sys.executable, "-m", "experiments.bench.patch", "--rounds=1", "--json=", "--cases=none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "--cases=['none'] are not among" in done.stdout + done.stderr
+
+
 def test_startup(monkeypatch):
     started = []
     monkeypatch.setattr(startup, "first_step", lambda arguments, cache: started.append((arguments, cache)))
@@ -167,3 +179,90 @@ def test_the_first_step_of_the_main_job_ends_it(tmp_path):
 def test_a_main_job_that_cannot_start_is_told(tmp_path):
     with pytest.raises(ValueError, match="made no first step(.|\n)*--config.model.depht"):
         startup.first_step(["--config.model.depht=1"], str(tmp_path))
+
+
+def linear_unet(*, patch_size, dtype, **fields):
+    """In the U-Net's place, since that compiles for long: a matrix on the channels of a patch."""
+
+    def init(key, xt, t, y=None):
+        width = xt.shape[-1] * patch_size**2
+        return {"kernel": jax.random.normal(key, (width, width), dtype)}
+
+    def apply(params, xt, t, y=None, *, key=None):
+        return unpatchify(patchify(xt, patch_size) @ params["kernel"], xt.shape[1:-1], patch_size)
+
+    return models.Model(init, apply)
+
+
+def test_patch_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(patch_size, "unet", linear_unet)
+    fields = {"num_channels": 8, "channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": [4]}
+    result = patch_size.run(size=8, patch_sizes=[1, 2], grid=4, fields=fields, batch_size=2, rounds=1)
+    names = ["8 px, P = 1", "8 px, P = 2", "4 px, P = 1"]
+    assert result["same_picture"] == names[:2] and result["same_grid"] == names[:0:-1]
+    for kind in ("train", "sample"):
+        consistent(result[kind], set(names))
+    cases = [result["cases"][name] for name in names]
+    assert [case["positions"] for case in cases] == [64, 16, 16]
+    assert [case["parameters"] for case in cases] == [3**2, 12**2, 3**2]
+    assert all(case["bytes"]["train"] > 16 * case["parameters"] + 4 * 2 * case["size"] ** 2 * 3 for case in cases)
+    assert json.loads(json.dumps(result)) == result
+    text = patch_size.report(result)
+    assert all(name in text for name in names) and "PyTorch is left out" in text
+    claims = {what: (got, side) for what, got, side, _ in patch_size.claims(result)}
+    (patched,), (pixels,) = (result["train"][name]["timings"] for name in names[1:])
+    assert claims["training time, 8 px, P = 2 over 4 px, P = 1"] == (pytest.approx(patched / pixels), "at most")
+    got, side = claims["sampling speed, 8 px, P = 2 over P = 1"]
+    assert side == "at least" and got == result["sample"][names[1]]["speed_over"][names[0]]
+    patch_size.draw(result, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size
+
+
+@pytest.mark.parametrize(("size", "patch"), [(64, 1), (256, 4)])
+def test_operations_of_a_patch_size_are_counted_alike_twice(size, patch):
+    """By hand and by XLA, of a network as wide as the command's; nothing is compiled."""
+    fields = {"num_channels": 64, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [32]}
+    case, shape = patch_size.Case(size, patch), (2, size, size, 3)
+    training = patch_size.lowered_train(*patch_size.network(case, fields, "float32"), shape)
+    found = patch_size.operations(case, fields, "float32", training, 2)
+    for kind, flops in found["flops"].items():
+        assert 0.95 < found["xla_flops"][kind] / flops < 1.05
+
+
+def test_patch_sizes_and_peers_that_cannot_be_are_refused_before_any_work(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.delattr(patch_size, "measured")
+    asked = {"size": 8, "grid": 4, "fields": {}}
+    with pytest.raises(ValueError, match=r"--patch_sizes=\[0, 3\] do not divide --size=8"):
+        patch_size.run(patch_sizes=[1, 0, 3], **asked)
+    with pytest.raises(ValueError, match="is no checkout of PatchDiffusion-Pytorch"):
+        patch_size.run(patch_sizes=[1], peer=str(tmp_path), **asked)
+
+
+def test_another_published_network_is_not_timed(tmp_path):
+    """A program with a network of the same name and arguments, and of other parameters."""
+    pytest.importorskip("torch")
+    from experiments.bench import torch_unet
+
+    (tmp_path / "patch_diffusion").mkdir()
+    (tmp_path / "patch_diffusion" / "unet.py").write_text(
+        "import torch\n"
+        "class UNetModel(torch.nn.Conv2d):\n"
+        "    def __init__(self, in_channels, out_channels, **fields):\n"
+        "        super().__init__(in_channels, out_channels, 3, padding=1)\n"
+        "    def forward(self, x, clock):\n"
+        "        return super().forward(x) + clock[:, None, None, None] / 1000\n"
+    )
+    fields = {"num_channels": 8, "channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": [4]}
+    case = patch_size.Case(8, 2)
+    amounts = {"batch_size": 2, "steps": 1, "sample_steps": 2}
+    with pytest.raises(ValueError, match="does not fit this network"):
+        patch_size.versus(torch_unet, str(tmp_path), case, fields, "float32", ("eager",), **amounts)
+    module = torch_unet.network(str(tmp_path), size=8, patch_size=2, channels=3, fields=fields)
+    before = [p.detach().clone() for p in module.parameters()]
+    settings = {"mode": "eager", "bfloat16": False}
+    drawn = torch_unet.drawer(module, (2, 8, 8, 3), 2, **settings)()
+    assert drawn.shape == (2, 3, 8, 8) and drawn.dtype == np.uint8
+    torch_unet.trainer(module, np.ones((2, 8, 8, 3), np.float32), 3, rate=0.1, ema=0.9, **settings)()
+    moved = [abs(p.detach() - b).max() for p, b in zip(module.parameters(), before, strict=True)]
+    assert min(moved) > 0.05

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,11 +16,14 @@ from experiments import build, train
 from experiments import config as configs
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in (ROOT / "experiments" / "configs").glob("[a-z]*.py"))
+VARIANTS = {"lsun": ("2", "4", "8"), "imagenet256": ("0", "1"), "patch_unet_mnist": ("", "0", "1")}
+FILES = sorted(path.stem for path in (ROOT / "experiments" / "configs").glob("[a-z]*.py"))
+NAMES = [f"{name}:{variant}".rstrip(":") for name in FILES for variant in VARIANTS.get(name, ("",))]
 
 
 def shipped(name):
-    return importlib.import_module(f"experiments.configs.{name}").get_config()
+    file, _, variant = name.partition(":")
+    return importlib.import_module(f"experiments.configs.{file}").get_config(*([variant] if variant else []))
 
 
 @pytest.fixture
@@ -35,13 +39,13 @@ def blank_pictures(monkeypatch):
 
 
 def test_the_promised_configs_are_there():
-    assert set(NAMES) >= {"mnist", "blog", "smoke", "jit_b16"}
+    assert set(FILES) >= {"mnist", "blog", "smoke", "jit_b16", "patch_unet_mnist", "imagenet256", "ffhq1024", "lsun"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_survives_json(name):
     config = shipped(name)
-    assert config.name == name
+    assert config.name.startswith(name.partition(":")[0])
     text = json.dumps(configs.to_dict(config))
     assert configs.from_dict(json.loads(text)) == config
 
@@ -61,7 +65,7 @@ def test_a_stored_config_of_another_version_names_the_fields():
         configs.from_dict(values)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["mnist", "blog", "smoke", "jit_b16", "patch_unet_mnist", "patch_unet_mnist:0"])
 def test_dry_run_says_what_would_be_trained(name, blank_pictures, capsys):
     config = shipped(name)
     train.dry_run(config)
@@ -75,6 +79,27 @@ def test_dry_run_says_what_would_be_trained(name, blank_pictures, capsys):
         assert (parameters, tokens) == (f"{3 * attention + 5 * 324:,}", "4")
     if name == "jit_b16":
         assert (parameters[:3], tokens) == ("131", "256")
+
+
+# Counted by building the published PyTorch program's networks with its README's flags.
+PUBLISHED = {"lsun:2": 122916120, "lsun:4": 121416544, "lsun:8": 121011584, "ffhq1024": 162645344}
+PUBLISHED |= {"imagenet256:0": 202148704, "imagenet256:1": 202148704}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_the_published_networks(name):
+    config = shipped(name)
+    classes = tuple(map(str, range(1000))) if config.model.conditional else ()
+    seen = build.Seen((*config.data.size, 3), classes)
+    params = jax.eval_shape(lambda: build.init_params(config, seen))
+    assert sum(p.size for p in jax.tree.leaves(params)) == PUBLISHED[name]
+    train.check(config)
+
+
+def test_a_variant_that_is_not_there_names_those_that_are():
+    for name in ("lsun:3", "imagenet256:2", "patch_unet_mnist:2"):
+        with pytest.raises(ValueError, match=f"{name.partition(':')[0]}:.*as in {name.partition(':')[0]}.py:"):
+            shipped(name)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +119,9 @@ def test_a_field_that_does_not_exist_names_the_nearest(argument, nearest):
 
 
 def test_a_config_file_that_does_not_exist_names_those_that_do():
-    with pytest.raises(FileNotFoundError, match="mnst.py.*blog, jit_b16, mnist, smoke"):
+    with pytest.raises(
+        FileNotFoundError, match="mnst.py.*blog, ffhq1024, imagenet256, jit_b16, lsun, mnist, patch_unet_mnist, smoke"
+    ):
         train.define_config(["train", "--config=mnst.py"])
 
 

@@ -73,6 +73,28 @@ def test_the_gradient_of_patchify_is_fold(rng):
     np.testing.assert_array_equal(gradient, fold(weight, (7,), 3, 2))
 
 
+def test_derivatives_are_sums_of_slices_in_both_directions(rng):
+    x, direction = rng.standard_normal((2, 2, 28, 28, 1), np.float32)
+    value, tangent = jax.jit(lambda x, v: jax.jvp(lambda x: patchify(x, 18, 10), (x,), (v,)))(x, direction)
+    np.testing.assert_array_equal(value, patchify(x, 18, 10))
+    np.testing.assert_array_equal(tangent, patchify(direction, 18, 10))
+    gradient = jax.jit(jax.grad(lambda x: (patchify(x, 18, 10) ** 2).sum()))
+    assert "scatter" not in gradient.lower(x).as_text()
+    np.testing.assert_array_equal(gradient(x), fold(2 * patchify(x, 18, 10), (28, 28), 18, 10))
+
+
+@pytest.mark.parametrize("most", [0, 64], ids=["axis by axis", "nested"])
+@pytest.mark.parametrize("layout", ["hwc", "chw"])
+@pytest.mark.parametrize("size,p,s", CUTS)
+def test_slices_are_the_lookup(rng, monkeypatch, size, p, s, layout, most):
+    """What accelerators run and what derivatives come from, against what a CPU runs."""
+    monkeypatch.setattr(patch, "_BLOCKS", most)
+    x = rng.standard_normal((2, *size, 3), np.float32)
+    slices = jax.jit(lambda x: patch._slices(x, geometry.geometry(size, p, s), layout))
+    assert "gather" not in slices.lower(x).as_text()
+    np.testing.assert_array_equal(slices(x), patchify(x, p, s, layout=layout))
+
+
 def test_layouts_hold_the_same_values_in_another_order(rng):
     x = rng.standard_normal((2, 6, 4, 3), np.float32)
     hwc, chw = np.asarray(patchify(x, 2)), np.asarray(patchify(x, 2, layout="chw"))

@@ -6,11 +6,15 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.random import threefry_2x32
+from scipy.special import ndtr
 
 from diffusion import patch_kernels, patch_numba, patch_numpy
 from diffusion.patch_numba import fold, noised_patches, patchify, unpatchify
@@ -228,6 +232,64 @@ def test_noised_patches_are_the_separate_steps(rng, size, p, s, c, layout):
     np.testing.assert_array_equal(noised[:, -1, 0], alpha.astype(np.float32))  # the default level
 
 
+@pytest.mark.parametrize("size", [(28, 28, 1), (3, 5, 1)])
+def test_noise_is_the_published_generator_and_transform(size):
+    """Threefry of JAX, and the radius and the angle in double precision."""
+    seed, n, half = (7 << 32) + 5, 6, -(-prod(size) // 2)
+    words = np.stack(
+        [
+            threefry_2x32(
+                jnp.array([5, 7], jnp.uint32),
+                jnp.concatenate([jnp.full(half, r, jnp.uint32), jnp.arange(half, dtype=jnp.uint32)]),
+            ).reshape(2, half)
+            for r in range(n)
+        ],
+        1,
+    )
+    radius = np.sqrt(-2 * np.log((words[0] // 2 + 0.5) / 2**31)) * (1 - 2.0 * (words[0] % 2))
+    angle = np.pi * words[1].view(np.int32) / 2**32
+    expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], 1)[:, : prod(size)]
+    eps = drawn(seed, n, size)
+    np.testing.assert_allclose(eps, expected, rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(drawn(seed, 2 * n, size, threads=2)[:n], eps)
+
+
+def test_drawn_noise_is_what_the_mixture_and_the_targets_hold(rng):
+    x0 = rng.integers(0, 256, (4, 28, 28, 1), np.uint8)
+    alpha, sigma = rng.random((2, 3000))  # enough to be cut into chunks for several threads
+    eps = drawn(3, 3000, (28, 28, 1)).reshape(-1, 28, 28, 1)
+    for threads in (1, 2):
+        got = noised_patches(x0, 3, alpha, sigma, 18, 10, threads=threads)
+        for one, other in zip(got, noised_patches(x0, eps, alpha, sigma, 18, 10), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_noise_is_normal_and_independent():
+    """Moments, distribution and correlations within five standard errors of their values for independent normals."""
+    x = np.concatenate([drawn(seed, 1000, (28, 28, 1)) for seed in (0, 1)]).astype(np.float64)
+    n = x.size
+    moments = [x.mean(), (x**2).mean() - 1, (x**3).mean(), (x**4).mean() - 3]
+    assert np.abs(moments / np.sqrt(np.array([1, 2, 15, 96]) / n)).max() < 5
+    ordered = np.sort(x.reshape(-1))
+    normal = ndtr(ordered)
+    assert np.abs(normal - (np.arange(n) + 0.5) / n).max() < 2.5 / np.sqrt(n)  # Kolmogorov: p = 7e-6
+    pairs = {
+        "within a row": (x[:, 1:], x[:, :-1]),
+        "cosine and sine": (x[:, :392], x[:, 392:]),
+        "rows": (x[1:], x[:-1]),
+        "seeds": (x[:1000], x[1000:]),
+    }
+    for name, (a, b) in pairs.items():
+        for u, v in ((a, b), ((a**2 - 1) / 2**0.5, (b**2 - 1) / 2**0.5)):
+            assert abs((u * v).mean()) < 5 / np.sqrt(u.size), name
+
+
+def drawn(seed, n, size, threads=1):
+    """The noise [n, prod(size)] of a seed: one window is the whole image."""
+    zero = np.zeros((1, *size), np.uint8)
+    return noised_patches(zero, seed, np.zeros(n), np.ones(n), size[:-1], threads=threads)[1].reshape(n, -1)
+
+
 def test_noised_patches_of_nothing():
     noised, target = noised_patches(np.zeros((0, 4, 1)), np.zeros((0, 4, 1)), np.zeros(0), np.zeros(0), 2)
     assert (noised.shape, target.shape) == ((0, 3, 2), (0, 2, 2))
@@ -239,6 +301,7 @@ def test_noised_patches_of_nothing():
         (ValueError, "multiple of the 2 images", {"eps": np.zeros((3, 4, 4, 1))}),
         (ValueError, "multiple of the 2 images", {"eps": np.zeros((4, 4, 5, 1))}),
         (TypeError, "eps has dtype int64", {"eps": np.zeros((4, 4, 4, 1), np.int64)}),
+        (ValueError, "eps=-1 is not a seed", {"eps": -1}),
         (TypeError, "x0 has dtype complex128", {"x0": np.zeros((2, 4, 4, 1), complex)}),
         (ValueError, r"alpha has shape \(3,\)", {"alpha": np.zeros(3)}),
         (ValueError, r"sigma\[1\] is not finite", {"sigma": np.array([0, np.nan, 0, 0])}),

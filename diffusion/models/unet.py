@@ -17,6 +17,7 @@ fewer for odd widths, down to one. An odd side of a grid is rounded up on the wa
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -26,6 +27,7 @@ import numpy as np
 
 from diffusion.geometry import geometry
 from diffusion.models.base import Model, from_module
+from diffusion.models.conv import conv1x1, conv3x3
 from diffusion.patch import patchify, unpatchify
 from diffusion.predict import Learned
 
@@ -48,6 +50,7 @@ ADM = {
 }
 
 _ZERO = nn.initializers.zeros_init()
+_Conv = partial(nn.Conv, kernel_size=(3, 3), conv_general_dilated=conv3x3)
 
 
 def unet(
@@ -195,13 +198,13 @@ class _UNet(nn.Module):
             if self.resblock_updown:
                 return res(width, grids[to], **self.block, name=name)(x, time, label, train)
             if to < level:
-                return nn.Conv(width, (3, 3), dtype=dtype, name=name)(_resized(x, grids[to]))
+                return _Conv(width, dtype=dtype, name=name)(_resized(x, grids[to]))
             padding = "SAME" if self.downsample == "same" else 1
             return nn.Conv(width, (3, 3), 2, padding, dtype=dtype, name=name)(x)
 
         # Blocks are numbered as in the published programs, where one that changes the size counts on the way down.
         x = patchify(xt, self.patch_size).reshape(b, *grids[0], -1).astype(dtype)
-        x = nn.Conv(self.widths[0], (3, 3), dtype=dtype, name="input_0")(x)
+        x = _Conv(self.widths[0], dtype=dtype, name="input_0")(x)
         if self.position_encoding:
             x = x + jnp.asarray(sine_positions(grids[0], self.widths[0]), dtype)[None]
         first, skips = x, [x]
@@ -252,7 +255,7 @@ class _UNet(nn.Module):
 
         halves = 2 if self.learned_variance == "channels" else 1
         h = nn.silu(_GroupNorm(jnp.float32, name="head_norm")(x))
-        pred = picture(nn.Conv(pixels * channels * halves, (3, 3), kernel_init=_ZERO, name="head")(h))
+        pred = picture(_Conv(pixels * channels * halves, kernel_init=_ZERO, name="head")(h))
         if self.learned_variance == "none":
             return pred
         if self.learned_variance == "channels":
@@ -260,8 +263,8 @@ class _UNet(nn.Module):
         features = jax.lax.stop_gradient(jnp.concatenate([first, x], -1))
         # Activated a second time, as published.
         shift = nn.Dense(features.shape[-1], name="variance_time")(nn.silu(time))
-        v = nn.silu(nn.Conv(self.num_channels, (3, 3), name="variance_in")(features + shift[:, None, None]))
-        v = nn.Conv(pixels * channels, (3, 3), name="variance_out")(v)
+        v = nn.silu(_Conv(self.num_channels, name="variance_in")(features + shift[:, None, None]))
+        v = _Conv(pixels * channels, name="variance_out")(v)
         return Learned(pred, picture(nn.sigmoid(v)))
 
 
@@ -280,7 +283,7 @@ class _ResBlock(nn.Module):
         width, dtype = self.width, self.dtype
         h = _resized(nn.silu(_GroupNorm(dtype, name="norm_in")(x)), self.size)
         x = _resized(x, self.size)
-        h = nn.Conv(width, (3, 3), dtype=dtype, name="conv_in")(h)
+        h = _Conv(width, dtype=dtype, name="conv_in")(h)
         plain = {"affine": False, "epsilon": 1e-3} if self.film_norm == "plain" else {}
         norm = _GroupNorm(dtype, **plain, name="norm_out")
         film = nn.Dense(width * (1 + self.use_scale_shift_norm), dtype=dtype, kernel_init=_ZERO, name="film")(time)
@@ -291,12 +294,12 @@ class _ResBlock(nn.Module):
         else:
             h = norm(h + film)
         h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
-        h = nn.Conv(width, (3, 3), dtype=dtype, kernel_init=_ZERO, name="conv_out")(h)
+        h = _Conv(width, dtype=dtype, kernel_init=_ZERO, name="conv_out")(h)
         if label is not None:
             # Two more than the layer says, so that the gates start nearly open.
             h = h * nn.sigmoid(nn.Dense(width, dtype=dtype, name="gate")(label)[:, None, None] + 2)
         if x.shape[-1] != width:
-            x = nn.Conv(width, (1, 1), dtype=dtype, name="skip")(x)
+            x = nn.Conv(width, (1, 1), dtype=dtype, conv_general_dilated=conv1x1, name="skip")(x)
         return x + h
 
 
@@ -346,7 +349,9 @@ class _GroupNorm(nn.Module):
         if self.affine:
             gain = gain * self.param("scale", nn.initializers.ones_init(), (channels,))[None, None, None]
             bias = self.param("bias", _ZERO, (channels,))[None, None, None]
-        return (x * gain + (bias - mean * gain)).astype(self.dtype)
+        # Once a channel: fused with what follows, a CPU would find its group and compute this for every value.
+        gain, bias = jax.lax.optimization_barrier((gain, bias - mean * gain))
+        return (x * gain + bias).astype(self.dtype)
 
 
 def sinusoids(kind: Sinusoids, clock: jax.Array, width: int) -> jax.Array:

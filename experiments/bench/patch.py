@@ -14,7 +14,7 @@ in one ending in _roof, all cases as bars against the copy.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from itertools import starmap
+from itertools import count, starmap
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from diffusion import patch, patch_numba, patch_numpy
 from diffusion.geometry import geometry
+from experiments import session
 from experiments.bench import timing
 
 
@@ -304,9 +305,7 @@ def device_rivals(case: Case) -> tuple[dict[str, Callable[[], Any]], int]:
 def generators() -> dict[str, Callable[[], Any]]:
     """The blog's data generator, step by step, and ours in one pass, with noise drawn inside or given to both."""
     p, s, g, n = 18, 10, 2, 28
-    # Ours draws with NumPy's fastest generators, one a thread; the blog with np.random.randn.
-    rngs = [np.random.Generator(np.random.SFC64(seed)) for seed in range(THREADS)]
-    rng, pool = rngs[0], ThreadPoolExecutor(THREADS)
+    rng, seeds = np.random.default_rng(0), count()
     old = np.random.RandomState(0)
     pixels = rng.integers(0, 256, (BATCH, n, n), np.uint8)
     images = pixels / 255
@@ -326,15 +325,9 @@ def generators() -> dict[str, Callable[[], Any]]:
         level = np.einsum("i,ikj->ikj", alpha, np.ones((len(tiled), 1, p * p)))
         return np.concatenate([patches, level], axis=1), cut(eps.astype("float32"), target_shape)
 
-    def draw() -> np.ndarray:
-        eps = np.empty(noise32.shape, np.float32)
-        parts = np.array_split(eps, THREADS)
-        list(pool.map(lambda rng, part: rng.standard_normal(dtype=np.float32, out=part), rngs, parts))
-        return eps
-
     def single(eps: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        eps = draw() if eps is None else eps
-        alpha = ALPHA ** rng.integers(0, STEPS + 1, len(eps))
+        eps = next(seeds) if eps is None else eps
+        alpha = ALPHA ** rng.integers(0, STEPS + 1, BATCH * REPEAT)
         return patch_numba.noised_patches(pixels[..., None], eps, alpha, 1 - alpha, p, s, scale=1 / 255, out=out)
 
     return {
@@ -463,4 +456,4 @@ def bars(figure, result: dict[str, Any]):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    session.run(main, timing.define_flags)

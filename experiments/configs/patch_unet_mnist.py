@@ -2,10 +2,10 @@
 
     python -m experiments.train --config=experiments/configs/patch_unet_mnist.py
 
-With two experts, one for the noisier half of the process and one for the cleaner:
+With two experts, 0 for the cleaner and 1 for the noisier pictures:
 
-    python -m experiments.train --config=experiments/configs/patch_unet_mnist.py:experts --split=1
-    python -m experiments.train --config=experiments/configs/patch_unet_mnist.py:experts --split=0
+    python -m experiments.train --config=experiments/configs/patch_unet_mnist.py:0
+    python -m experiments.train --config=experiments/configs/patch_unet_mnist.py:1
     python -m experiments.sample --workdir=runs/patch_unet_mnist_split0,runs/patch_unet_mnist_split1
 """
 
@@ -13,8 +13,8 @@ from experiments.config import Config, Data, Model, Process, Sample, Train
 
 
 def get_config(variant: str = "") -> Config:
-    if variant not in ("", "experts"):
-        raise ValueError(f"patch_unet_mnist:{variant} is neither patch_unet_mnist nor patch_unet_mnist:experts")
+    if variant not in ("", "0", "1"):
+        raise ValueError(f"patch_unet_mnist:{variant}: the experts are 0 and 1, as in patch_unet_mnist.py:0")
     config = Config(
         name="patch_unet_mnist",
         data=Data(name="mnist5k"),
@@ -48,6 +48,6 @@ def get_config(variant: str = "") -> Config:
         ),
         sample=Sample(respacing="50", sampler="ancestral", guidance=1.5, clip=True),
     )
-    if variant == "experts":
-        config.process.snr_splits = (0.25,)
+    if variant:
+        config.process.snr_splits, config.process.split = (0.25,), int(variant)
     return config
