@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -74,7 +74,7 @@ def define_config(argv: list[str]) -> None:
         if argument.startswith("-") and name == "config" and value and not Path(value.partition(":")[0]).is_file():
             shipped = ", ".join(sorted(p.stem for p in _CONFIGS.glob("[a-z]*.py")))
             raise FileNotFoundError(f"--config={value}: there is no such file; in {_CONFIGS} there are {shipped}")
-        if value == "None" and known.get(field):
+        if value == "None" and type(None) in get_args(known.get(field)):
             _NONE.append(field)
             argv.remove(argument)
     explanation = "Config file; its fields are flags: --config.model.depth=8."
@@ -91,17 +91,31 @@ def given_config() -> Config:
         if config.process.split not in (None, _SPLIT.value):
             raise ValueError(f"--split={_SPLIT.value}, but the config is that of expert {config.process.split}")
         config.process.split = _SPLIT.value
+    check_lists(config)
     return config
 
 
-def fields(cls: type) -> dict[str, bool]:
-    """Dotted names of all fields of a dataclass and of those inside it, "seed", "model.depth": may they be None?"""
+def check_lists(config: Config) -> None:
+    """Raises ValueError for a list on the command line with something else in it than its field holds."""
+    for name, hint in fields(Config).items():
+        section, _, field = name.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, field)
+        lists = [part for part in (hint, *get_args(hint)) if get_origin(part) is tuple]
+        element = get_args(lists[0])[0] if lists else None
+        kinds = {float: (int, float), int: int, str: str}.get(element)
+        if kinds and value is not None and not all(isinstance(v, kinds) for v in value):
+            example = {float: "(1, 1.5)", int: "(16, 8)", str: "('sincos', 'rotary')"}[element]
+            raise ValueError(f"--config.{name}={value} must list values of type {element.__name__}, as in {example}")
+
+
+def fields(cls: type) -> dict[str, Any]:
+    """Dotted names of all fields of a dataclass and of those inside it, "seed", "model.depth", and their types."""
     names = {}
     for name, hint in get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
-            names |= {f"{name}.{inner}": optional for inner, optional in fields(hint).items()}
+            names |= {f"{name}.{inner}": inner_hint for inner, inner_hint in fields(hint).items()}
         else:
-            names[name] = type(None) in get_args(hint)
+            names[name] = hint
     return names
 
 

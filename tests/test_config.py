@@ -129,6 +129,10 @@ def test_a_config_file_that_does_not_exist_names_those_that_do():
     ("argument", "message"),
     [
         ("--config.model.dept=8", "there is no field --config.model.dept; the nearest is --config.model.depth"),
+        (
+            "--config.model.channel_mult='1,2'",
+            "--config.model.channel_mult=('1,2',) must list values of type float, as in (1, 1.5)",
+        ),
         ("--config.train.steps=many", "flag --config.train.steps=many: invalid literal for int() .*'many'"),
         ("--wrkdir=runs/mine", "Unknown command line flag 'wrkdir'. Did you mean: workdir .?"),
     ],

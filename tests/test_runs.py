@@ -13,8 +13,9 @@ from PIL import Image
 
 from diffusion import checkpoint
 from experiments import config as configs
-from experiments import drawing, likelihood, measure, runs, sample, train
+from experiments import drawing, likelihood, measure, objective, runs, sample, session, train
 from experiments.configs import patch_unet_mnist
+from tests.test_experiments import assert_same_state, killed_at
 
 
 def tiny(name: str = "whole") -> configs.Config:
@@ -134,6 +135,22 @@ def test_teams_that_are_none_are_refused(team, whole, tmp_path):
     checkpoint.write_config(stranger, config)
     with pytest.raises(ValueError, match=r"does not belong to the experts of[^\n]*in:\n  process.betas[^\n]*$"):
         runs.trained([workdirs[0], stranger])
+
+
+def test_a_stopped_run_goes_on_with_all_that_it_remembers(tmp_path, monkeypatch):
+    config = tiny()
+    config.process.times, config.train.steps, config.train.log_every = "loss_second_moment", 4, 2
+    trained(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        killed_at(patch, 2)
+        with pytest.raises(session.Stopped):
+            trained(config, tmp_path / "stopped")
+    trained(config, tmp_path / "stopped")
+    seen = runs.build.stored(tmp_path / "whole")[1]
+    like = jax.eval_shape(lambda: objective.init_state(config, seen, runs.build.init_params(config, seen)))
+    one, other = (checkpoint.restore(tmp_path / name / "checkpoints", like)[0] for name in ("whole", "stopped"))
+    assert_same_state(one, other)
+    assert one.carry.counts.sum() == 16 and len(one.ema) == 2
 
 
 def test_averages_are_chosen_by_their_decay(whole, tmp_path):
