@@ -118,22 +118,24 @@ def make_step(
             return found, jax.tree.map(lambda g: g / factor, grads) if scaled else grads
 
         (value, aux), grads = accumulated(differentiate, key, batch, microbatch)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
         averages = (state.ema,) if _is_one(ema_decay) else state.ema
-        if [jax.tree.structure(ema) for ema in averages] != [jax.tree.structure(params)] * len(decays):
+        if [jax.tree.structure(ema) for ema in averages] != [jax.tree.structure(state.params)] * len(decays):
             raise ValueError(f"the averages of the state are not those of ema_decay={ema_decay}; see `init_state`")
-        averages = tuple(
-            optax.incremental_update(params, ema, 1 - warm_decay(decay, state.step))
-            for ema, decay in zip(averages, decays, strict=True)
-        )
         metrics, carry = (aux, state.carry) if report is None else report(aux, state.carry)
+
+        def take() -> tuple[Any, ...]:
+            updates, opt = optimizer.update(grads, state.opt, state.params)
+            params = optax.apply_updates(state.params, updates)
+            after = tuple(
+                optax.incremental_update(params, ema, 1 - warm_decay(decay, state.step))
+                for ema, decay in zip(averages, decays, strict=True)
+            )
+            return params, after[0] if _is_one(ema_decay) else after, opt, carry
 
         norm = optax.tree.norm(grads)
         usable = jnp.isfinite(value) & jnp.isfinite(norm)
-        after = (params, averages[0] if _is_one(ema_decay) else averages, opt, carry)
-        before = (state.params, state.ema, state.opt, state.carry)
-        after = jax.tree.map(lambda new, old: jnp.where(usable, new, old), after, before)
+        # A branch, not a choice between values: that would read and write every parameter once more.
+        params, ema, opt, carry = jax.lax.cond(usable, take, lambda: (state.params, state.ema, state.opt, state.carry))
         metrics = {"loss": value, "grad_norm": norm, **metrics}
         taken, scale = usable, None
         if scaled:
@@ -142,7 +144,6 @@ def make_step(
             scale = state.log2_scale + jnp.where(usable, scale_growth, jnp.where(overflow, -1.0, 0.0))
             metrics["log2_scale"] = scale
             taken |= overflow
-        params, ema, opt, carry = after
         return State(state.step + taken.astype(state.step.dtype), params, ema, opt, scale, carry), metrics
 
     return step
