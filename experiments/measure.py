@@ -33,6 +33,8 @@ def finish(
     save(workdir, images, labels, seen.num_classes)
     log.image(steps, "samples", images[0])
     report |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
+    if config.condition.size:
+        report["condition"] = list(config.condition.size)
     report |= {"sample_steps": len(drawing.time_grid(config)) - 1, "guidance": config.sample.guidance}
     if config.data.name in DIGITS and images.shape[1:] == (28, 28, 1) and len(images) >= 4:
         report |= quality(config, images, labels if seen.num_classes else None)
@@ -133,16 +135,14 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
             f"times the {report['floor']:.2f} of as many real digits (1 would be as good as real; lower is better)."
         )
     else:
-        words.append("There is no feature network for this data set: look at the pictures.")
+        words.append("There is no feature network for pictures like these: look at them.")
     if report.get("agreement") is not None:
         words.append(
             f"An independent classifier reads the digit that was asked for in {report['agreement']:.1%} of them."
         )
     words.append(f"Pictures: {workdir / 'samples.png'}; arrays: {workdir / 'samples.npz'}.")
-    return (
-        " ".join(words)
-        + f"\nNext: python -m experiments.sample --workdir={workdir} --num_samples=64 --steps=50 --trajectory"
-    )
+    enlarges = " --base_samples=runs/NAME/samples.npz" if report.get("condition") else " --num_samples=64 --trajectory"
+    return " ".join(words) + f"\nNext: python -m experiments.sample --workdir={workdir}{enlarges}"
 
 
 def minutes(seconds: float) -> str:

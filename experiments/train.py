@@ -11,6 +11,8 @@ The same command continues a run that was stopped, bit for bit. `--dry_run` prin
 import contextlib
 import dataclasses
 import difflib
+import importlib
+import inspect
 import json
 import math
 from collections.abc import Iterable
@@ -77,8 +79,22 @@ def define_config(argv: list[str]) -> None:
         if value == "None" and type(None) in get_args(known.get(field)):
             _NONE.append(field)
             argv.remove(argument)
-    explanation = "Config file; its fields are flags: --config.model.depth=8."
+    check_variant(argv)
+    explanation = "Config file; its fields, explained in experiments/config.py, are flags: --config.model.depth=8."
     config_flags.DEFINE_config_file("config", str(_CONFIGS / "mnist.py"), explanation, sys_argv=argv)
+
+
+def check_variant(argv: list[str]) -> None:
+    """Raises ValueError if --config=FILE:VARIANT names a variant that one of the shipped files does not have."""
+    for argument in argv[1:]:
+        name, _, value = argument.lstrip("-").partition("=")
+        path, colon, variant = value.partition(":")
+        if name != "config" or not colon or Path(path).resolve().parent != _CONFIGS.resolve():
+            continue
+        get_config = importlib.import_module(f"experiments.configs.{Path(path).stem}").get_config
+        if not inspect.signature(get_config).parameters:
+            raise ValueError(f"--config={value}: {Path(path).name} has no variants")
+        get_config(variant)
 
 
 def given_config() -> Config:
@@ -169,6 +185,10 @@ def check(config: Config) -> None:
         raise ValueError(f"--config.train.patience={c.patience} needs --config.train.eval_every")
     if not c.ema:
         raise ValueError("--config.train.ema=() must list one or more decays, such as (0.999,)")
+    if not 0 <= c.warmup < c.steps:
+        raise ValueError(
+            f"--config.train.warmup={c.warmup} must be below --config.train.steps={c.steps}, and not negative"
+        )
     examples = c.batch_size * c.repeat
     if c.microbatch is not None and (c.microbatch < 1 or examples % c.microbatch):
         raise ValueError(f"--config.train.microbatch={c.microbatch} must divide the {examples} examples of a batch")

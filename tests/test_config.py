@@ -133,6 +133,14 @@ def test_a_config_file_that_does_not_exist_names_those_that_do():
             "--config.model.channel_mult='1,2'",
             "--config.model.channel_mult=('1,2',) must list values of type float, as in (1, 1.5)",
         ),
+        (
+            "--config=experiments/configs/mnist.py:3",
+            "--config=experiments/configs/mnist.py:3: mnist.py has no variants",
+        ),
+        (
+            "--config=experiments/configs/lsun.py:3",
+            "lsun:3: patches are of size 2, 4, 8, as in lsun.py:4",
+        ),
         ("--config.train.steps=many", "flag --config.train.steps=many: invalid literal for int() .*'many'"),
         ("--wrkdir=runs/mine", "Unknown command line flag 'wrkdir'. Did you mean: workdir .?"),
     ],
@@ -172,7 +180,7 @@ def test_flags_reach_the_config():
         ("train", "log_every", -1, r"--config\.train\.log_every=-1 must be"),
         ("train", "clip", 0.0, r"--config\.train\.clip=0\.0 must be positive"),
         ("train", "patience", 3, r"--config\.train\.patience=3 needs --config\.train\.eval_every"),
-        ("train", "warmup", 2000, r"warmup=2000 must lie in"),
+        ("train", "warmup", 2000, r"train.warmup=2000 must be below --config.train.steps=2000"),
         ("train", "schedule", "cosin", r"schedule='cosin' is not one of"),
         ("sample", "steps", 0, r"--config\.sample\.steps=0 must be"),
         ("sample", "count", 0, r"--config\.sample\.count=0 must be"),

@@ -181,8 +181,8 @@ def rows(workdir: Path, timings: bool = False) -> list[dict[str, float]]:
 
 def samples(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     with np.load(folder / "samples.npz") as file:
-        assert file.files == ["arr_0", "arr_1"]
-        return file["arr_0"], file["arr_1"]
+        assert file.files == ["arr_0", "arr_1"][: len(file.files)]
+        return file["arr_0"], file.get("arr_1")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -513,7 +513,7 @@ def test_labels_by_name(folder_run, tmp_path):
 
 def test_every_flag_reaches_the_sampler(run, tmp_path, monkeypatch):
     used = []
-    monkeypatch.setattr(drawing, "drawer", lambda config, *_, **__: used.append(config))
+    monkeypatch.setattr(drawing, "drawer", lambda config, *_, **__: used.append(config) or (lambda *_: None))
     monkeypatch.setattr(measure, "collect", lambda *_: (np.zeros((1, 28, 28, 1), np.uint8), 0.0))
     given = {"seed": 5, "steps": 9, "sampler": "heun", "guidance": 1.5, "batch_size": 2}
     for flagged in (given, {"overstep": 1.25}, {}):

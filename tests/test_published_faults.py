@@ -88,7 +88,7 @@ from PIL import Image
 from diffusion import checkpoint, data, experts, likelihood, train, variance
 from diffusion.predict import Estimate, decode
 from diffusion.process import Cosine, coefficients
-from experiments import build, drawing, objective, runs, sample
+from experiments import build, drawing, objective, runs, session
 from experiments import config as configs
 from experiments import likelihood as likelihoods
 
@@ -263,8 +263,8 @@ def test_attention_goes_by_the_grid_of_patches(condition):
 
 
 def test_a_place_to_write_is_made_first(tmp_path):
-    assert sample.claim(tmp_path, None, False).is_dir()
-    assert sample.claim(tmp_path, str(tmp_path / "several" / "levels" / "down"), False).is_dir()
+    assert session.claim(tmp_path / "samples", "samples.npz", None, False).is_dir()
+    assert session.claim(tmp_path, "samples.npz", str(tmp_path / "several" / "levels" / "down"), False).is_dir()
 
 
 def test_likelihood_finds_its_folder_before_it_measures(tmp_path, monkeypatch):
