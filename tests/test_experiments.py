@@ -417,7 +417,7 @@ def test_a_folder_of_colour_pictures(folder_run):
     assert labels.tolist() == [0, 1, 0]
     assert build.stored(folder_run.workdir)[1] == build.Seen((8, 12, 3), ("cat", "dog"))
     assert "distance" not in folder_run.report
-    assert "There is no feature network for this data set" in folder_run.printed
+    assert "There is no feature network for pictures like these" in folder_run.printed
     with Image.open(folder_run.workdir / "samples.png") as picture:
         assert picture.mode == "RGB"
 
