@@ -33,6 +33,7 @@ import numpy as np
 from diffusion import patch_kernels as kernels
 from diffusion import patch_numpy
 from diffusion.geometry import array_geometry, check_summable, coverage, token_geometry
+from diffusion.patch_noise import gauss_kernel
 
 _LEAD = 8192  # bytes to prefetch beyond the rows that a line of windows spans
 _STREAM = 1 << 24  # bytes read and written from which the caches are no help
@@ -214,7 +215,7 @@ def noised_patches(
         noise, first = rows, 0
         if seed is not None:
             noise, first = np.empty((stop - start, x0[0].size + x0[0].size % 2), np.float32), start
-            kernels.compiled(kernels.gauss_kernel)(np.uint64(seed), first, noise)
+            kernels.compiled(gauss_kernel)(np.uint64(seed), first, noise)
         kernel(images, noise, first, alpha, sigma, level, a, s, b, noised, target, start, stop)
 
     _in_chunks(work, r, 2 * noised[0].nbytes, _BLOCK, threads)

@@ -18,8 +18,8 @@ from absl import app, flags
 
 from diffusion import checkpoint, interop
 from experiments import build, drawing, objective, session
+from experiments.command import default_workdir, define_config, given_config
 from experiments.config import Config
-from experiments.train import default_workdir, define_config, given_config
 
 flags.declare_key_flag("workdir")
 _SOURCE = flags.DEFINE_string("source", None, "The published weights: a .safetensors, .npz, .pt or .pth file.")

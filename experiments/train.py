@@ -9,36 +9,26 @@ The same command continues a run that was stopped, bit for bit. `--dry_run` prin
 """
 
 import contextlib
-import dataclasses
-import difflib
-import importlib
-import inspect
 import json
 import math
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
 from diffusion import checkpoint, data, guide
-from diffusion import train as training
 from diffusion.geometry import geometry
-from experiments import build, drawing, measure, pictures, runs, session
+from experiments import build, drawing, measure, runs, session, watch
 from experiments import objective as objectives
+from experiments.command import default_workdir, define_config, given_config
 from experiments.config import Config, to_dict
 
-_CONFIGS = Path(__file__).parent / "configs"
-# Fields that the command line sets to None, for which ml_collections has no word.
-_NONE: list[str] = []
-
 flags.declare_key_flag("workdir")
+flags.declare_key_flag("split")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, size and cost of the network, and stop.")
-_SPLIT = flags.DEFINE_integer("split", None, "Which SNR expert to train; short for --config.process.split.")
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events (needs the tensorboard extra).")
 
 
@@ -51,95 +41,6 @@ def main(argv: list[str]) -> None:
         dry_run(config)
     else:
         train(config, session.workdir(default_workdir(config)), tensorboard=_TENSORBOARD.value)
-
-
-def default_workdir(config: Config) -> Path:
-    """Where a run goes if nothing else is said: experts side by side."""
-    split = config.process.split
-    return Path("runs") / (config.name if split is None else f"{config.name}_split{split}")
-
-
-def define_config(argv: list[str]) -> None:
-    """Defines --config, and a flag for every field of it that `argv` sets.
-
-    Raises:
-      ValueError: there is no such field; the nearest one is named.
-      FileNotFoundError: there is no such config file.
-    """
-    known = fields(Config)
-    _NONE.clear()
-    for argument in argv[1:]:
-        name, _, value = argument.lstrip("-").partition("=")
-        field = name.removeprefix("no").removeprefix("config.")
-        if argument.startswith("-") and name.removeprefix("no").startswith("config.") and field not in known:
-            raise ValueError(f"there is no field --config.{field}; the nearest is --config.{nearest(field, known)}")
-        if argument.startswith("-") and name == "config" and value and not Path(value.partition(":")[0]).is_file():
-            shipped = ", ".join(sorted(p.stem for p in _CONFIGS.glob("[a-z]*.py")))
-            raise FileNotFoundError(f"--config={value}: there is no such file; in {_CONFIGS} there are {shipped}")
-        if value == "None" and type(None) in get_args(known.get(field)):
-            _NONE.append(field)
-            argv.remove(argument)
-    check_variant(argv)
-    explanation = "Config file; its fields, explained in experiments/config.py, are flags: --config.model.depth=8."
-    config_flags.DEFINE_config_file("config", str(_CONFIGS / "mnist.py"), explanation, sys_argv=argv)
-
-
-def check_variant(argv: list[str]) -> None:
-    """Raises ValueError if --config=FILE:VARIANT names a variant that one of the shipped files does not have."""
-    for argument in argv[1:]:
-        name, _, value = argument.lstrip("-").partition("=")
-        path, colon, variant = value.partition(":")
-        if name != "config" or not colon or Path(path).resolve().parent != _CONFIGS.resolve():
-            continue
-        get_config = importlib.import_module(f"experiments.configs.{Path(path).stem}").get_config
-        if not inspect.signature(get_config).parameters:
-            raise ValueError(f"--config={value}: {Path(path).name} has no variants")
-        get_config(variant)
-
-
-def given_config() -> Config:
-    """The config that the command line gives."""
-    config: Config = flags.FLAGS.config
-    for field in _NONE:
-        section, _, name = field.rpartition(".")
-        setattr(getattr(config, section) if section else config, name, None)
-    if _SPLIT.value is not None:
-        if config.process.split not in (None, _SPLIT.value):
-            raise ValueError(f"--split={_SPLIT.value}, but the config is that of expert {config.process.split}")
-        config.process.split = _SPLIT.value
-    check_lists(config)
-    return config
-
-
-def check_lists(config: Config) -> None:
-    """Raises ValueError for a list on the command line with something else in it than its field holds."""
-    for name, hint in fields(Config).items():
-        section, _, field = name.rpartition(".")
-        value = getattr(getattr(config, section) if section else config, field)
-        lists = [part for part in (hint, *get_args(hint)) if get_origin(part) is tuple]
-        element = get_args(lists[0])[0] if lists else None
-        kinds = {float: (int, float), int: int, str: str}.get(element)
-        if kinds and value is not None and not all(isinstance(v, kinds) for v in value):
-            example = {float: "(1, 1.5)", int: "(16, 8)", str: "('sincos', 'rotary')"}[element]
-            raise ValueError(f"--config.{name}={value} must list values of type {element.__name__}, as in {example}")
-
-
-def fields(cls: type) -> dict[str, Any]:
-    """Dotted names of all fields of a dataclass and of those inside it, "seed", "model.depth", and their types."""
-    names = {}
-    for name, hint in get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            names |= {f"{name}.{inner}": inner_hint for inner, inner_hint in fields(hint).items()}
-        else:
-            names[name] = hint
-    return names
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The name in `known` that was meant by `name`: the same field of another section, else the most similar."""
-    own = name.rpartition(".")[2]
-    elsewhere = [k for k in known if k.rpartition(".")[2] == own]
-    return difflib.get_close_matches(name, elsewhere or list(known), 1, 0.0)[0]
 
 
 def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any]:
@@ -259,7 +160,7 @@ def fit(
         state, begin = checkpoint.restore(checkpoints, state, report=print)
     log.rewind(begin)
     seconds = max((row["seconds"] for row in log.rows() if "seconds" in row), default=0.0)
-    held_out = HeldOut(config, seen, workdir, log) if c.eval_every else None
+    held_out = watch.HeldOut(config, seen, workdir, log) if c.eval_every else None
     if begin >= c.steps or (held_out and held_out.exhausted()):
         return state.ema[0], begin, seconds
 
@@ -269,7 +170,7 @@ def fit(
     step = jax.jit(objectives.make_step(config, seen), donate_argnums=1)
     state, key = jax.device_put((state, build.key(config.seed, "train")), everywhere)
     batches = data.prefetch(partial(batch, config, source), begin, c.steps)
-    preview = Preview(config, seen, workdir, log)
+    preview = watch.Preview(config, seen, workdir, log)
 
     print(describe(config, source, params))
     print(f"{'continuing after' if begin else 'training from'} step {begin} of {c.steps}, writing to {workdir}")
@@ -310,78 +211,6 @@ def batch(config: Config, source: data.Source, step: int) -> dict[str, np.ndarra
     """The training batch of a step, uint8 [B, H, W, C] and labels [B]."""
     c = config.data
     return data.batch(source, config.seed, step, config.train.batch_size, flip=c.flip, shift=c.shift)
-
-
-class HeldOut:
-    """Loss on a fixed set of noised held-out pictures; remembers the best weights and when to give up."""
-
-    def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
-        c = config.train
-        self._patience, self._log, self._kept = c.patience, log, workdir / "best"
-        held = data.batch(build.source(config, config.data.held_out), config.seed, 0, -(-c.eval_count // c.repeat))
-        parts = objectives.objective(config, seen, training=False)
-
-        def loss(params: Any) -> jax.Array:
-            # The key is made inside, anew each time: every measurement is of the same noise.
-            key = build.key(config.seed, "held out")
-            return parts.loss(params, key, parts.draw(key, held, None))[0]
-
-        self._loss = jax.jit(loss)
-
-    def losses(self) -> dict[int, float]:
-        """Step to loss, of every measurement so far."""
-        return {row["step"]: row["held_out_loss"] for row in self._log.rows() if "held_out_loss" in row}
-
-    def judge(self, step: int, state: training.State) -> None:
-        """Measures, and keeps the weights if they are the best so far."""
-        before = self.losses()
-        value = float(self._loss(state.ema[0]))
-        self._log.scalars(step, {"held_out_loss": value})
-        if self._patience is not None and value < min(before.values(), default=math.inf):
-            checkpoint.save(self._kept, step, state, keep=1)
-
-    def exhausted(self) -> bool:
-        """Whether the last `patience` measurements brought nothing better."""
-        losses = self.losses()
-        if self._patience is None or not losses:
-            return False
-        best = min(losses, key=losses.get)
-        return sum(step > best for step in losses) >= self._patience
-
-    def best(self, state: training.State) -> training.State:
-        """The best weights, in the form of `state`."""
-        state, step = checkpoint.restore(self._kept, state, report=print)
-        print(f"\nheld-out loss was lowest after step {step}: those weights are kept")
-        return state
-
-
-class Preview:
-    """A grid of what the averaged weights draw, from the same noise every time, as training goes.
-
-    An expert restores held-out pictures instead: below each row of them, noised, is what it makes of them. A network
-    that enlarges pictures enlarges held-out ones.
-    """
-
-    def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
-        self._columns = min(seen.num_classes, 10) or 8
-        self._labels = measure.equal_share(4 * self._columns, seen.num_classes)
-        self._beside, self._batch_size = None, config.sample.batch_size
-        self._expert = config.process.split is not None
-        if self._expert or config.condition.size:
-            held = measure.held_out(config, self._labels)
-            self._beside = held if self._expert else np.asarray(drawing.shrunk(config, held))
-        self._draw = drawing.restorer(config, seen) if self._expert else drawing.drawer(config, seen)
-        self._folder, self._log = workdir / "previews", log
-
-    def __call__(self, step: int, params: Any) -> None:
-        batches = drawing.in_batches(self._draw, params, self._labels, self._batch_size, self._beside)
-        drawn = np.concatenate(list(batches))
-        if self._expert:  # [N, 2, H, W, C] to a row of noised pictures, one of restored ones, and so on
-            drawn = drawn.reshape(-1, self._columns, *drawn.shape[1:]).swapaxes(1, 2).reshape(-1, *drawn.shape[2:])
-        image = pictures.grid(drawn, self._columns)
-        self._folder.mkdir(exist_ok=True)
-        pictures.save(self._folder / f"{step:07d}.png", image)
-        self._log.image(step, "samples", np.asarray(image))
 
 
 def describe(config: Config, source: data.Source, params: Any) -> str:

@@ -34,6 +34,7 @@ from experiments import (
     sample,
     session,
     train,
+    watch,
 )
 from experiments import config as configs
 from experiments.configs import blog, smoke
@@ -383,7 +384,7 @@ def test_early_stopping_keeps_the_best_weights(blog_run):
     kept = state(blog_run.config, blog_run.workdir)
     assert int(kept.step) == best
     assert blog_run.report["train_steps"] == last
-    held_out = train.HeldOut(blog_run.config, build.stored(blog_run.workdir)[1], blog_run.workdir, None)
+    held_out = watch.HeldOut(blog_run.config, build.stored(blog_run.workdir)[1], blog_run.workdir, None)
     assert float(held_out._loss(kept.ema[0])) == losses[best]
 
 

@@ -30,8 +30,8 @@ from diffusion.geometry import geometry
 from diffusion.sample import shifted_grid
 from experiments import build, session
 from experiments.bench import ours, timing
+from experiments.command import define_config, given_config
 from experiments.config import Config
-from experiments.train import define_config, given_config
 
 PEERS = {"both": ("eager", "compile"), "eager": ("eager",), "compile": ("compile",), "none": ()}
 _PEER = flags.DEFINE_enum("peer", "both", list(PEERS), "PyTorch as it is, under torch.compile, or not at all.")
