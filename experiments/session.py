@@ -50,17 +50,19 @@ def start() -> None:
 
 
 def keep_memory() -> None:
-    """Lets the process keep the memory that it frees, where the C library is glibc.
+    """Lets the process keep the memory that it frees, where the C library is glibc; before the first array is made.
 
     On a CPU XLA allocates the temporary arrays of a step anew each time. glibc returns blocks of that size to the
     system and gets them back as pages to be zeroed, one fault for every 4 KiB: a third of a training step on two cores.
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    mallopt, trim_threshold, mmap_max, arena_max = ctypes.CDLL(None).mallopt, -1, -4, -8
-    # Only the main arena can grow past 64 MiB without mmap, so threads must share it.
-    for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
+    mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1)):
         mallopt(option, value)
+    # Only the main thread's arena grows past 64 MiB, so that thread must be the one that allocates them. All threads
+    # in that arena would do as well, but wait for each other once compiling has left it full of holes.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def workdir(default: str | Path | None = None) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from diffusion import models
 from diffusion.patch import patchify, unpatchify
 from experiments import build
-from experiments.bench import blog, patch, patch_size, startup, timing, vit
+from experiments.bench import blog, patch, patch_size, patch_size_report, startup, timing, vit
 from experiments.config import Config, Data, Model, Process, Sample, Train
 from experiments.configs import blog as blog_config
 
@@ -213,14 +213,14 @@ def test_patch_size(tmp_path, monkeypatch):
     assert [case["parameters"] for case in cases] == [3**2, 12**2, 3**2]
     assert all(case["bytes"]["train"] > 16 * case["parameters"] + 4 * 2 * case["size"] ** 2 * 3 for case in cases)
     assert json.loads(json.dumps(result)) == result
-    text = patch_size.report(result)
+    text = patch_size_report.report(result)
     assert all(name in text for name in names) and "PyTorch is left out" in text
-    claims = {what: (got, side) for what, got, side, _ in patch_size.claims(result)}
+    claims = {what: (got, side) for what, got, side, _ in patch_size_report.claims(result)}
     (patched,), (pixels,) = (result["train"][name]["timings"] for name in names[1:])
     assert claims["training time, 8 px, P = 2 over 4 px, P = 1"] == (pytest.approx(patched / pixels), "at most")
     got, side = claims["sampling speed, 8 px, P = 2 over P = 1"]
     assert side == "at least" and got == result["sample"][names[1]]["speed_over"][names[0]]
-    patch_size.draw(result, tmp_path / "chart.png")
+    patch_size_report.draw(result, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size
 
 
