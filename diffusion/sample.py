@@ -101,7 +101,8 @@ def _walk(
     keys = key if key.ndim else sample_keys(key, jnp.arange(b))
     if keys.shape != (b,) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raise ValueError(f"key must be one typed key (jax.random.key) or {b} of them, not {keys.dtype} {keys.shape}")
-    times = jnp.asarray(times, x1.dtype)
+    # In bfloat16 neighbouring times would be one.
+    times = jnp.asarray(times, jnp.promote_types(x1.dtype, jnp.float32))
 
     def predict(xt: jax.Array, t: jax.Array) -> Estimate:
         t = jnp.broadcast_to(t, (b,))
@@ -117,7 +118,7 @@ def _walk(
     def advance(carry, now):
         xt, frames = carry
         t, s, i, slot = now
-        xs = step(jax.vmap(jax.random.fold_in, (0, None))(keys, i), predict, path, xt, t, s)
+        xs = step(jax.vmap(jax.random.fold_in, (0, None))(keys, i), predict, path, xt, t, s).astype(x1.dtype)
         if frames is not None:
             frames = frames.at[slot].set(xs, mode="drop")
         return (xs, frames), None

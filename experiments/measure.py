@@ -12,6 +12,8 @@ from experiments.config import Config
 
 # Data sets whose pictures the digit classifier was made for.
 DIGITS = ("mnist5k", "mnist")
+# Distances of fewer pictures say little: there are 64 features.
+FEW = 100
 
 
 def finish(
@@ -134,6 +136,8 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
             f"Feature distance to real digits: {report['distance']:.2f}, {report['distance'] / report['floor']:.2f} "
             f"times the {report['floor']:.2f} of as many real digits (1 would be as good as real; lower is better)."
         )
+        if report["measured"] < FEW:
+            words.append(few(report["measured"]))
     else:
         words.append("There is no feature network for pictures like these: look at them.")
     if report.get("agreement") is not None:
@@ -143,6 +147,11 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
     words.append(f"Pictures: {workdir / 'samples.png'}; arrays: {workdir / 'samples.npz'}.")
     enlarges = " --base_samples=runs/NAME/samples.npz" if report.get("condition") else " --num_samples=64 --trajectory"
     return " ".join(words) + f"\nNext: python -m experiments.sample --workdir={workdir}{enlarges}"
+
+
+def few(count: int) -> str:
+    """What to think of numbers from so few pictures."""
+    return f"Of {count} pictures these numbers are mostly chance: measure {FEW} or more, better 1,000."
 
 
 def minutes(seconds: float) -> str:

@@ -20,13 +20,21 @@ class HeldOut:
     def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
         c = config.train
         self._patience, self._log, self._kept = c.patience, log, workdir / "best"
-        held = data.batch(build.source(config, config.data.held_out), config.seed, 0, -(-c.eval_count // c.repeat))
+        count = -(-c.eval_count // c.repeat)
+        held = data.batch(build.source(config, config.data.held_out), config.seed, 0, count)
+        # Equal batches, none larger than those of training, whose size is known to fit into memory.
+        size = max(n for n in range(1, min(count, c.batch_size) + 1) if count % n == 0)
+        held = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), held)
         parts = objectives.objective(config, seen, training=False)
 
         def loss(params: Any) -> jax.Array:
-            # The key is made inside, anew each time: every measurement is of the same noise.
-            key = build.key(config.seed, "held out")
-            return parts.loss(params, key, parts.draw(key, held, None))[0]
+            def of(now: tuple[jax.Array, Any]) -> jax.Array:
+                i, examples = now
+                # The key is made inside, anew each time: every measurement is of the same noise.
+                key = jax.random.fold_in(build.key(config.seed, "held out"), i)
+                return parts.loss(params, key, parts.draw(key, examples, None))[0]
+
+            return jax.lax.map(of, (np.arange(count // size), held)).mean()
 
         self._loss = jax.jit(loss)
 

@@ -253,6 +253,8 @@ def test_the_report_says_what_was_reached_and_what_to_type_next(run):
     assert f"{report['distance']:.2f}" in end
     assert f"{report['agreement']:.1%}" in end
     assert end.strip().splitlines()[-1].startswith(f"Next: python -m experiments.sample --workdir={run.workdir} ")
+    assert "Of 15 pictures these numbers are mostly chance" in end
+    assert "chance" not in measure.paragraph(run.workdir, {**report, "measured": 100})
 
 
 def test_the_network_is_rebuilt_from_the_stored_config(run):
@@ -386,6 +388,26 @@ def test_early_stopping_keeps_the_best_weights(blog_run):
     assert blog_run.report["train_steps"] == last
     held_out = watch.HeldOut(blog_run.config, build.stored(blog_run.workdir)[1], blog_run.workdir, None)
     assert float(held_out._loss(kept.ema[0])) == losses[best]
+
+
+def test_held_out_pictures_are_taken_in_batches_no_larger_than_those_of_training(blog_run, monkeypatch, tmp_path):
+    sizes, objective = [], watch.objectives.objective
+
+    def spied(*args, **kwargs):
+        parts = objective(*args, **kwargs)
+
+        def draw(key, batch, carry):
+            sizes.append(len(batch["x"]))
+            return parts.draw(key, batch, carry)
+
+        return parts._replace(draw=draw)
+
+    monkeypatch.setattr(watch.objectives, "objective", spied)
+    config, seen = build.stored(blog_run.workdir)
+    config.train.batch_size, config.train.repeat, config.train.eval_count = 5, 2, 24
+    held_out = watch.HeldOut(config, seen, tmp_path, None)
+    jax.eval_shape(held_out._loss, build.init_params(config, seen))
+    assert sizes == [4]  # 12 pictures, twice each
 
 
 def test_a_run_that_stopped_early_is_not_taken_up_again(blog_run, tmp_path, unmeasured):
@@ -620,7 +642,8 @@ def test_evaluation_repeats_the_numbers_of_the_report(run):
 
 def test_evaluation_of_a_file_prints_a_table_with_the_floor(run):
     printed = draw(None, f"--samples={run.workdir / 'samples.npz'}", command=evaluate)
-    title, _, *lines = printed.splitlines()
+    title, _, *lines, _, caution = printed.splitlines()
+    assert caution.startswith("Of 15 pictures these numbers are mostly chance")
     assert title.startswith(f"15 pictures of {run.workdir / 'samples.npz'}")
     table = {line[:18].strip(): line[18:28].strip() for line in lines}
     assert table["feature distance"] == f"{run.report['distance']:.2f}"

@@ -262,6 +262,23 @@ def test_start_and_steps_draw_different_noise(key):
     assert np.abs(np.corrcoef(np.concatenate(noises)) - np.eye(6)).max() < 0.5
 
 
+@pytest.mark.parametrize("step", SAMPLERS.values(), ids=SAMPLERS)
+def test_pictures_in_bfloat16_are_drawn_at_times_in_float32(key, step):
+    """At 400 steps neighbouring times are one bfloat16: no step would be left between them."""
+    path, seen = PATHS["linear"], []
+
+    def denoise(xt, t, y=None):
+        seen.append((xt.dtype, t.dtype))
+        return gaussian_denoiser(path, "x0")(xt, t).astype(xt.dtype)
+
+    x1 = jax.random.normal(key, (2000, 1), jnp.bfloat16)
+    x0 = sample(key, denoise, path, x1, uniform_grid(400), prediction="x0", step=step)
+    assert x0.dtype == jnp.bfloat16
+    assert set(seen) == {(jnp.bfloat16, jnp.float32)}
+    assert float(x0.mean(dtype=jnp.float32)) == pytest.approx(MEAN, abs=0.03)
+    assert float(x0.std(dtype=jnp.float32)) == pytest.approx(SCALE, rel=0.1)
+
+
 def test_legacy_keys_are_refused():
     with pytest.raises(ValueError, match="typed key"):
         sample(jax.random.PRNGKey(0), None, Linear(), jnp.zeros((2, 2)), uniform_grid(2), prediction="x0")
