@@ -55,14 +55,15 @@ def bits_per_dim(
     least = least_variance(path, chain)
     b = x0.shape[0]
     keys = key if key.ndim else sample_keys(key, jnp.arange(b))
-    times = jnp.asarray(chain, x0.dtype)
+    # In bfloat16 neighbouring times would be one.
+    times = jnp.asarray(chain, jnp.promote_types(x0.dtype, jnp.float32))
 
     def term(_, now):
         t, s, i = now
         t, s = jnp.broadcast_to(t, (b,)), jnp.broadcast_to(s, (b,))
         eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), x0.shape[1:], x0.dtype))(keys)
         xt, coef = noise(path, x0, t, eps), coefficients(path, t)
-        model = estimate(prediction, coef, xt, denoise(xt, t, y))
+        model = estimate(prediction, coef, xt, denoise(xt.astype(x0.dtype), t, y))
         bits = bound_term(variance, path, x0, xt, t, s, model, least)
         axes = range(1, x0.ndim)
         return None, (bits, jnp.square(model.x0 - x0).mean(axes), jnp.square(model.eps - eps).mean(axes))

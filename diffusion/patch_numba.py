@@ -33,7 +33,7 @@ import numpy as np
 from diffusion import patch_kernels as kernels
 from diffusion import patch_numpy
 from diffusion.geometry import array_geometry, check_summable, coverage, token_geometry
-from diffusion.patch_noise import gauss_kernel
+from diffusion.patch_random import gauss_kernel
 
 _LEAD = 8192  # bytes to prefetch beyond the rows that a line of windows spans
 _STREAM = 1 << 24  # bytes read and written from which the caches are no help

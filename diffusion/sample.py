@@ -43,12 +43,13 @@ def sample(
 
     Args:
       key: one key, or one per sample [B] (`sample_keys`), so that a sample does not depend on its neighbours.
-      x1: where to start, at time times[0]; usually `initial_noise`.
+      x1: where to start, at time times[0]; usually `initial_noise`. The network sees its dtype, and x0 has it; what
+        lies between is at least float32, as times are.
       step: default `ddim()`.
       keep: also return this many frames [keep, B, *S, C] of xt, evenly spaced, the first x1 and the last x0.
 
     Raises:
-      ValueError: times do not fall, or keep is not in 2..T + 1.
+      ValueError: times do not fall, keep is not in 2..T + 1, or x1 is not of a floating type.
     """
     if not isinstance(times, jax.core.Tracer):
         times = np.asarray(times, np.float64)
@@ -74,7 +75,7 @@ def invert(
     predictions say nothing about eps. `step` is `ddim()`, the default, or `heun()`.
 
     Raises:
-      ValueError: times do not rise, or keep is not in 2..T + 1.
+      ValueError: times do not rise, keep is not in 2..T + 1, or x0 is not of a floating type.
     """
     if not isinstance(times, jax.core.Tracer):
         times = np.asarray(times, np.float64)
@@ -95,18 +96,21 @@ def _walk(
     keep: int | None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     steps = len(times) - 1
+    if not jnp.issubdtype(x1.dtype, jnp.floating):
+        raise ValueError(f"pictures of {x1.dtype} cannot carry noise: pass floating-point ones, x / 127.5 - 1")
     if keep is not None and not 2 <= keep <= steps + 1:
         raise ValueError(f"keep={keep} frames must lie in 2..{steps + 1} for {steps} steps")
     b = x1.shape[0]
     keys = key if key.ndim else sample_keys(key, jnp.arange(b))
     if keys.shape != (b,) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raise ValueError(f"key must be one typed key (jax.random.key) or {b} of them, not {keys.dtype} {keys.shape}")
-    # In bfloat16 neighbouring times would be one.
-    times = jnp.asarray(times, jnp.promote_types(x1.dtype, jnp.float32))
+    # In bfloat16 neighbouring times would be one, and rounding would add up over the steps.
+    wide = jnp.promote_types(x1.dtype, jnp.float32)
+    times = jnp.asarray(times, wide)
 
     def predict(xt: jax.Array, t: jax.Array) -> Estimate:
         t = jnp.broadcast_to(t, (b,))
-        return estimate(prediction, coefficients(path, t), xt, denoise(xt, t, y))
+        return estimate(prediction, coefficients(path, t), xt, denoise(xt.astype(x1.dtype), t, y))
 
     # Frame k is kept after step_of[k] steps; slot `keep` lies outside the buffer, and writes to it are dropped.
     slots = np.full(steps + 1, keep or 0)
@@ -118,13 +122,14 @@ def _walk(
     def advance(carry, now):
         xt, frames = carry
         t, s, i, slot = now
-        xs = step(jax.vmap(jax.random.fold_in, (0, None))(keys, i), predict, path, xt, t, s).astype(x1.dtype)
+        xs = step(jax.vmap(jax.random.fold_in, (0, None))(keys, i), predict, path, xt, t, s)
         if frames is not None:
-            frames = frames.at[slot].set(xs, mode="drop")
+            frames = frames.at[slot].set(xs.astype(x1.dtype), mode="drop")
         return (xs, frames), None
 
     grid = (times[:-1], times[1:], jnp.arange(steps), jnp.asarray(slots[1:]))
-    (x0, frames), _ = jax.lax.scan(advance, (x1, frames), grid)
+    (x0, frames), _ = jax.lax.scan(advance, (x1.astype(wide), frames), grid)
+    x0 = x0.astype(x1.dtype)
     return x0 if keep is None else (x0, frames)
 
 

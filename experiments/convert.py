@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from diffusion import checkpoint, interop
-from experiments import build, drawing, objective, session
-from experiments.command import default_workdir, define_config, given_config
+from experiments import build, drawing, objective, runs, session
+from experiments.command_line import define_config, given_config
 from experiments.config import Config
 
 flags.declare_key_flag("workdir")
+flags.declare_key_flag("split")
 _SOURCE = flags.DEFINE_string("source", None, "The published weights: a .safetensors, .npz, .pt or .pth file.")
 _LAYOUT = flags.DEFINE_enum("layout", None, ["patch_unet", "adm_unet", "dit"], "Whose names and shapes they have.")
 _ENTRY = flags.DEFINE_string("entry", None, "Which of the entries of a training checkpoint to take, such as ema.")
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set as in --config.model.depth=12")
     config = given_config()
     session.start()
-    workdir = session.workdir(default_workdir(config))
+    workdir = session.workdir(runs.default_workdir(config))
     config.train.init_from = None  # these weights take its place
     names = class_names(_CLASSES.value)
     count = convert(config, workdir, _SOURCE.value, layout(config), class_names=names, entry=_ENTRY.value)

@@ -59,8 +59,8 @@ def table(path: Path, values: dict[str, float]) -> str:
         if name.startswith("agreement_"):
             rows.append((f"  of {name.removeprefix('agreement_')}", f"{value:.1%}", ""))
     lines = [f"{name:<18}{value:>10}   {meaning}".rstrip() for name, value, meaning in rows]
-    if values["measured"] < measure.FEW:
-        lines += ["", measure.few(values["measured"])]
+    if values["measured"] < measure.ENOUGH:
+        lines += ["", measure.caution(values["measured"], "experiments.sample --num_samples")]
     return "\n".join([f"{values['measured']:,} pictures of {path}, against real digits", "", *lines])
 
 

@@ -12,8 +12,8 @@ from experiments.config import Config
 
 # Data sets whose pictures the digit classifier was made for.
 DIGITS = ("mnist5k", "mnist")
-# Distances of fewer pictures say little: there are 64 features.
-FEW = 100
+# Numbers from fewer pictures say little: there are 64 features.
+ENOUGH = 100
 
 
 def finish(
@@ -84,7 +84,8 @@ def collect(
         for batch in drawing.in_batches(draw, params, labels, batch_size, low):
             batches.append(batch)
             progress.update(len(batch))
-            progress.note(f"{progress.rate():.0f} pictures/s")
+            if rate := progress.rate():  # unknown after the first batch, which compiles
+                progress.note(f"{rate:.0f} pictures/s")
         seconds = progress.seconds()
     return np.concatenate(batches), seconds
 
@@ -136,22 +137,22 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
             f"Feature distance to real digits: {report['distance']:.2f}, {report['distance'] / report['floor']:.2f} "
             f"times the {report['floor']:.2f} of as many real digits (1 would be as good as real; lower is better)."
         )
-        if report["measured"] < FEW:
-            words.append(few(report["measured"]))
     else:
         words.append("There is no feature network for pictures like these: look at them.")
     if report.get("agreement") is not None:
         words.append(
             f"An independent classifier reads the digit that was asked for in {report['agreement']:.1%} of them."
         )
+    if report.get("measured", ENOUGH) < ENOUGH:
+        words.append(caution(report["measured"], "--config.sample.count"))
     words.append(f"Pictures: {workdir / 'samples.png'}; arrays: {workdir / 'samples.npz'}.")
     enlarges = " --base_samples=runs/NAME/samples.npz" if report.get("condition") else " --num_samples=64 --trajectory"
     return " ".join(words) + f"\nNext: python -m experiments.sample --workdir={workdir}{enlarges}"
 
 
-def few(count: int) -> str:
-    """What to think of numbers from so few pictures."""
-    return f"Of {count} pictures these numbers are mostly chance: measure {FEW} or more, better 1,000."
+def caution(count: int, flag: str) -> str:
+    """What to think of numbers from so few pictures, and the flag that draws more."""
+    return f"Of {count} pictures these numbers are mostly chance: draw {ENOUGH} or more, better 1,000 ({flag})."
 
 
 def minutes(seconds: float) -> str:

@@ -24,6 +24,12 @@ class Trained(NamedTuple):
     team: tuple[Config, ...] = ()
 
 
+def default_workdir(config: Config) -> Path:
+    """Where a run goes if nothing else is said: experts side by side."""
+    split = config.process.split
+    return Path("runs") / (config.name if split is None else f"{config.name}_split{split}")
+
+
 def trained(workdirs: Sequence[Path], step: int | None = None, decay: float | None = None) -> Trained:
     """The run in a work directory, or the experts in several, in any order, one for every range.
 

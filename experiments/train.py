@@ -23,7 +23,7 @@ from diffusion import checkpoint, data, guide
 from diffusion.geometry import geometry
 from experiments import build, drawing, measure, runs, session, watch
 from experiments import objective as objectives
-from experiments.command import default_workdir, define_config, given_config
+from experiments.command_line import define_config, given_config
 from experiments.config import Config, to_dict
 
 flags.declare_key_flag("workdir")
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     if _DRY_RUN.value:
         dry_run(config)
     else:
-        train(config, session.workdir(default_workdir(config)), tensorboard=_TENSORBOARD.value)
+        train(config, session.workdir(runs.default_workdir(config)), tensorboard=_TENSORBOARD.value)
 
 
 def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any]:

@@ -20,11 +20,13 @@ class HeldOut:
     def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
         c = config.train
         self._patience, self._log, self._kept = c.patience, log, workdir / "best"
+        # In equal batches, none larger than what one device gets in training, which is known to fit into memory.
+        most = max((c.microbatch or c.batch_size * c.repeat) // (c.repeat * jax.device_count()), 1)
         count = -(-c.eval_count // c.repeat)
-        held = data.batch(build.source(config, config.data.held_out), config.seed, 0, count)
-        # Equal batches, none larger than those of training, whose size is known to fit into memory.
-        size = max(n for n in range(1, min(count, c.batch_size) + 1) if count % n == 0)
-        held = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), held)
+        batches = -(-count // most)
+        size = -(-count // batches)
+        held = data.batch(build.source(config, config.data.held_out), config.seed, 0, batches * size)
+        held = jax.tree.map(lambda x: x.reshape(batches, size, *x.shape[1:]), held)
         parts = objectives.objective(config, seen, training=False)
 
         def loss(params: Any) -> jax.Array:
@@ -34,7 +36,7 @@ class HeldOut:
                 key = jax.random.fold_in(build.key(config.seed, "held out"), i)
                 return parts.loss(params, key, parts.draw(key, examples, None))[0]
 
-            return jax.lax.map(of, (np.arange(count // size), held)).mean()
+            return jax.lax.map(of, (np.arange(batches), held)).mean()
 
         self._loss = jax.jit(loss)
 

@@ -13,7 +13,7 @@ CORE = {"jax", "numpy", "diffusion"}
 OWNERS = {
     "train.py": {"optax"},
     "patch_kernels.py": {"numba", "llvmlite"},
-    "patch_noise.py": {"numba"},
+    "patch_random.py": {"numba"},
     "checkpoint.py": {"orbax", "ml_dtypes"},
     "mnist5k.py": {"tensorflow_datasets", "PIL"},
     "pictures.py": {"PIL"},
@@ -25,8 +25,8 @@ DOORS = {
     "patch": {"geometry"},
     "patch_numpy": {"geometry"},
     "patch_kernels": set(),
-    "patch_noise": set(),
-    "patch_numba": {"geometry", "patch_kernels", "patch_noise", "patch_numpy"},
+    "patch_random": set(),
+    "patch_numba": {"geometry", "patch_kernels", "patch_random", "patch_numpy"},
     "process": set(),
     "predict": {"process"},
     "variance": {"predict", "process"},
@@ -47,7 +47,7 @@ DOORS = {
     "models/unet": {"geometry", "models", "patch", "predict"},
     "models/unet_flops": {"geometry", "models"},
 }
-WITHOUT_JAX = ("geometry.py", "patch_numpy.py", "patch_numba.py", "patch_kernels.py", "patch_noise.py", "data/")
+WITHOUT_JAX = ("geometry.py", "patch_numpy.py", "patch_numba.py", "patch_kernels.py", "patch_random.py", "data/")
 FILES = sorted((ROOT / "diffusion").rglob("*.py"))
 
 

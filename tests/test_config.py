@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion import data
-from experiments import build, command, train
+from experiments import build, command_line, train
 from experiments import config as configs
 
 ROOT = Path(__file__).parent.parent
@@ -115,14 +115,14 @@ def test_a_variant_that_is_not_there_names_those_that_are():
 )
 def test_a_field_that_does_not_exist_names_the_nearest(argument, nearest):
     with pytest.raises(ValueError, match=rf"there is no field --config\..*; the nearest is --config\.{nearest}$"):
-        command.define_config(["train", "--tensorboard", argument])
+        command_line.define_config(["train", "--tensorboard", argument])
 
 
 def test_a_config_file_that_does_not_exist_names_those_that_do():
     with pytest.raises(
         FileNotFoundError, match="mnst.py.*blog, ffhq1024, imagenet256, jit_b16, lsun, mnist, patch_unet_mnist, smoke"
     ):
-        command.define_config(["train", "--config=mnst.py"])
+        command_line.define_config(["train", "--config=mnst.py"])
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_a_wrong_flag_is_one_line(argument, message):
 def test_flags_reach_the_config():
     """Nested, tuple and optional fields, and a boolean switched off, through a real command line."""
     program = (
-        "import json, sys; from absl import flags; from experiments import command, config, train\n"
-        "command.define_config(sys.argv); flags.FLAGS(sys.argv)\n"
-        "print(json.dumps(config.to_dict(command.given_config())))"
+        "import json, sys; from absl import flags; from experiments import command_line, config, train\n"
+        "command_line.define_config(sys.argv); flags.FLAGS(sys.argv)\n"
+        "print(json.dumps(config.to_dict(command_line.given_config())))"
     )
     given = ["--config=experiments/configs/smoke.py", "--config.model.depth=3", "--config.data.size=(8, 12)"]
     given += ["--config.train.patience=4", "--noconfig.data.flip", "--config.model.positions=('rotary',)"]

@@ -20,7 +20,7 @@ from absl.testing import flagsaver
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from diffusion import checkpoint
+from diffusion import checkpoint, data
 from diffusion import train as training
 from experiments import (
     blog_figures,
@@ -253,7 +253,9 @@ def test_the_report_says_what_was_reached_and_what_to_type_next(run):
     assert f"{report['distance']:.2f}" in end
     assert f"{report['agreement']:.1%}" in end
     assert end.strip().splitlines()[-1].startswith(f"Next: python -m experiments.sample --workdir={run.workdir} ")
-    assert "Of 15 pictures these numbers are mostly chance" in end
+    assert (
+        "Of 15 pictures these numbers are mostly chance: draw 100 or more, better 1,000 (--config.sample.count)" in end
+    )
     assert "chance" not in measure.paragraph(run.workdir, {**report, "measured": 100})
 
 
@@ -405,9 +407,19 @@ def test_held_out_pictures_are_taken_in_batches_no_larger_than_those_of_training
     monkeypatch.setattr(watch.objectives, "objective", spied)
     config, seen = build.stored(blog_run.workdir)
     config.train.batch_size, config.train.repeat, config.train.eval_count = 5, 2, 24
-    held_out = watch.HeldOut(config, seen, tmp_path, None)
-    jax.eval_shape(held_out._loss, build.init_params(config, seen))
-    assert sizes == [4]  # 12 pictures, twice each
+    params = build.init_params(config, seen)
+    value = watch.HeldOut(config, seen, tmp_path, None)._loss(params)
+    assert sizes == [4]  # 12 pictures, twice each, in three batches
+    parts, key = objective(config, seen, training=False), build.key(config.seed, "held out")
+    held = data.batch(build.source(config, "test"), config.seed, 0, 12)
+    batches = [{name: x[i : i + 4] for name, x in held.items()} for i in (0, 4, 8)]
+    keys = [jax.random.fold_in(key, i) for i in range(3)]
+    losses = [parts.loss(params, k, parts.draw(k, b, None))[0] for k, b in zip(keys, batches, strict=True)]
+    assert float(value) == pytest.approx(np.mean(losses), rel=1e-5)
+    config.train.microbatch = 6
+    sizes.clear()
+    jax.eval_shape(watch.HeldOut(config, seen, tmp_path, None)._loss, params)
+    assert sizes == [3]
 
 
 def test_a_run_that_stopped_early_is_not_taken_up_again(blog_run, tmp_path, unmeasured):

@@ -131,6 +131,19 @@ def test_experts_guidance_clipping_and_learned_variance_are_denoisers_here_too(p
     assert ((np.abs(other.terms - ours.terms) > 1e-4).all(1) == noisy).all()
 
 
+def test_pictures_in_bfloat16_are_coded_at_times_in_float32(pictures, exact):
+    """Neighbouring times of 200 are one bfloat16 near 1: the step between them would have no length."""
+    seen = []
+
+    def denoise(xt, t, y=None):
+        seen.append((xt.dtype.name, t.dtype.name))
+        return gaussian_denoiser("eps")(xt, t).astype(xt.dtype)
+
+    rough = bits_per_dim(jax.random.key(0), denoise, PATH, pictures.astype(jnp.bfloat16), CHAIN, **KIND)
+    assert set(seen) == {("bfloat16", "float32")}
+    np.testing.assert_allclose(rough.terms[:-1].mean(1).sum(), exact.terms[:-1].mean(1).sum(), rtol=0.05)
+
+
 def test_memory_does_not_grow_with_the_number_of_steps():
     def temporary(steps):
         path, chain = VP(linear_betas(steps)), respaced_grid("", steps)

@@ -405,12 +405,12 @@ def test_documented_commands_give_fields_of_the_right_type():
     commands = sorted(set(documented()))
     assert len(commands) >= 8 and any("(" in argument for given in commands for argument in given)
     program = (
-        "import json, sys; from absl import flags; from experiments import command, config, train\n"
+        "import json, sys; from absl import flags; from experiments import command_line, config, train\n"
         "for given in json.loads(sys.argv[1]):\n"
         "    for name in [n for n in flags.FLAGS if n.startswith('config')]: delattr(flags.FLAGS, name)\n"
         "    flags.FLAGS['split'].unparse()\n"
-        "    command.define_config(argv := ['train', *given]); flags.FLAGS(argv)\n"
-        "    print(json.dumps(config.to_dict(command.given_config())))"
+        "    command_line.define_config(argv := ['train', *given]); flags.FLAGS(argv)\n"
+        "    print(json.dumps(config.to_dict(command_line.given_config())))"
     )
     command = [sys.executable, "-c", program, json.dumps(commands)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

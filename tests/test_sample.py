@@ -274,9 +274,17 @@ def test_pictures_in_bfloat16_are_drawn_at_times_in_float32(key, step):
     x1 = jax.random.normal(key, (2000, 1), jnp.bfloat16)
     x0 = sample(key, denoise, path, x1, uniform_grid(400), prediction="x0", step=step)
     assert x0.dtype == jnp.bfloat16
-    assert set(seen) == {(jnp.bfloat16, jnp.float32)}
+    assert {(x.name, t.name) for x, t in seen} == {("bfloat16", "float32")}
     assert float(x0.mean(dtype=jnp.float32)) == pytest.approx(MEAN, abs=0.03)
     assert float(x0.std(dtype=jnp.float32)) == pytest.approx(SCALE, rel=0.1)
+
+
+def test_pictures_of_whole_numbers_are_refused(key):
+    x, path = jnp.zeros((2, 1), jnp.uint8), PATHS["linear"]
+    with pytest.raises(ValueError, match="pictures of uint8 cannot carry noise"):
+        sample(key, gaussian_denoiser(path, "x0"), path, x, uniform_grid(2), prediction="x0")
+    with pytest.raises(ValueError, match="pictures of uint8 cannot carry noise"):
+        invert(gaussian_denoiser(path, "x0"), path, x, uniform_grid(2)[::-1], prediction="x0")
 
 
 def test_legacy_keys_are_refused():

@@ -27,7 +27,7 @@ def faults():
     step(1.0).block_until_ready()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print([faults() for _ in range(3)][-1])
+print(sorted(faults() for _ in range(8))[4])
 """
 
 
@@ -44,4 +44,5 @@ def test_memory_that_was_freed_is_there_again_without_page_faults():
 def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(session.ctypes, "CDLL", lambda name: pytest.fail("there may be no mallopt"))
+    monkeypatch.setattr(session.jax.config, "update", lambda *_: pytest.fail("nothing is gained by waiting"))
     session.keep_memory()

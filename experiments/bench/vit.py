@@ -30,10 +30,11 @@ from diffusion.geometry import geometry
 from diffusion.sample import shifted_grid
 from experiments import build, session
 from experiments.bench import ours, timing
-from experiments.command import define_config, given_config
+from experiments.command_line import define_config, given_config
 from experiments.config import Config
 
 PEERS = {"both": ("eager", "compile"), "eager": ("eager",), "compile": ("compile",), "none": ()}
+flags.declare_key_flag("split")
 _PEER = flags.DEFINE_enum("peer", "both", list(PEERS), "PyTorch as it is, under torch.compile, or not at all.")
 _ATTENTION = flags.DEFINE_list("attention", [], "Our attention implementations, e.g. xla,cudnn; default: the config's.")
 _NUM_CLASSES = flags.DEFINE_integer(

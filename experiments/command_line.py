@@ -104,9 +104,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     own = name.rpartition(".")[2]
     elsewhere = [k for k in known if k.rpartition(".")[2] == own]
     return difflib.get_close_matches(name, elsewhere or list(known), 1, 0.0)[0]
-
-
-def default_workdir(config: Config) -> Path:
-    """Where a run goes if nothing else is said: experts side by side."""
-    split = config.process.split
-    return Path("runs") / (config.name if split is None else f"{config.name}_split{split}")
