@@ -38,5 +38,5 @@ def get_config() -> Config:
             sample_every=1000,
             save_every=1000,
         ),
-        sample=Sample(steps=60, last=0.2, sampler="ancestral", guidance=1.35, guidance_high=0.8),
+        sample=Sample(steps=100, last=0.2, sampler="ancestral", guidance=1.35, guidance_high=0.8),
     )
