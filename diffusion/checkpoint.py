@@ -1,4 +1,4 @@
-"""Checkpoints that resume bit for bit, and the config stored beside them.
+"""Checkpoints that resume bit for bit.
 
 A training state is a NamedTuple of pytrees, `State(step, params, ema, opt)`. One checkpoint is one directory:
 
@@ -26,17 +26,18 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import index
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-CONFIG = "config.json"
+from diffusion.files import atomic_write
+
 DIGESTS = "digests.json"
 LISTED = 20  # leaves of each kind in the message about a state that does not fit
 
@@ -154,93 +155,6 @@ def steps(directory: str | os.PathLike) -> list[int]:
 def latest(directory: str | os.PathLike) -> int | None:
     """The newest step that has a checkpoint in `directory`, damaged or not; None without one."""
     return max(steps(directory), default=None)
-
-
-def write_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
-    """Writes `config`, a nested dict of plain values, as config.json in `workdir`, which is created if need be.
-
-    Raises:
-      TypeError: a value is not one of JSON's; the message names the field.
-      ValueError: a number is not finite (JSON has no such number: use None); the message names the field.
-      OSError: `workdir` cannot be written.
-    """
-    text = json.dumps(_plain(config), indent=2) + "\n"
-    check_writable(workdir)
-    atomic_write(Path(workdir) / CONFIG, lambda file: file.write(text.encode()))
-
-
-def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The config of the run in `workdir`.
-
-    Raises:
-      FileNotFoundError: `workdir` does not exist or is not the directory of a run; the message says what to pass.
-      ValueError: the stored config is damaged.
-    """
-    workdir = Path(workdir)
-    path = workdir / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        problem = f"holds no {CONFIG}" if workdir.exists() else "does not exist"
-        around = [*sorted(workdir.glob("*")), *workdir.parents[:2]]
-        runs = [str(p) for p in around if (p / CONFIG).is_file()][:3]
-        hint = f", such as {', '.join(runs)}" if runs else ""
-        raise FileNotFoundError(
-            f"work directory {workdir} {problem}; pass the directory that a training run wrote{hint}"
-        ) from None
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}); put back a copy or pass the directory of another run") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {config!r:.40}, not the config of a run; pass the directory of another run")
-    return config
-
-
-def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The fields in which configs `a` and `b` differ, sorted by path; a config equals what was written and read of it.
-
-    >>> config_differences({"model": {"depth": 6}, "seed": 0}, {"model": {"depth": 8, "width": 4}, "seed": 0})
-    ['model.depth: 6 -> 8', 'model.width: (absent) -> 4']
-    """
-    old, new = (_fields(_plain(config)) for config in (a, b))
-    lines = []
-    for path in sorted(old.keys() | new.keys()):
-        before, after = (json.dumps(side[path]) if path in side else "(absent)" for side in (old, new))
-        equal_numbers = {type(side.get(path)) for side in (old, new)} == {int, float} and old[path] == new[path]
-        if before != after and not equal_numbers:
-            lines.append(f"{_dotted(path)}: {before} -> {after}")
-    return lines
-
-
-def check_writable(directory: str | os.PathLike) -> None:
-    """Creates `directory` and proves, by writing a file and removing it, that results can be kept there.
-
-    Raises:
-      OSError: they cannot (read-only or full disk, no permission, a file in the way).
-    """
-    directory = Path(directory)
-    probe = directory / f".writable.{os.getpid()}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        atomic_write(probe, lambda file: file.write(b"\0" * 4096))
-        probe.unlink()
-    except OSError as e:
-        raise OSError(
-            e.errno, f"cannot write in {directory} ({_brief(e)}); pass a directory that can be written"
-        ) from e
-
-
-def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write(file)` on a temporary neighbour of `path` and renames it: `path` is whole, new or as it was."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _paths(tree: Any) -> Leaves:
@@ -401,26 +315,6 @@ def _key_impl(leaf: Any) -> str | None:
 
 def _dotted(path: Iterable[str]) -> str:
     return ".".join(path)
-
-
-def _fields(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Path -> value of every field that is not a section; an empty section counts as a value."""
-    fields: dict[tuple[str, ...], Any] = {}
-    for name, value in config.items():
-        here = (*path, str(name))
-        fields |= _fields(value, here) if isinstance(value, Mapping) and value else {here: value}
-    return fields
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` as JSON gives it back (tuples are lists), or an error that names the field JSON cannot hold."""
-    fields = {}
-    for path, value in _fields(config).items():
-        try:
-            fields[path] = json.loads(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError) as e:
-            raise type(e)(f"config field {_dotted(path)}={value!r:.80} cannot be stored as JSON: {e}") from None
-    return _nest(fields)
 
 
 def _remove(paths: Iterable[Path]) -> None:

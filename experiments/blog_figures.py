@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from diffusion import checkpoint, process
+from diffusion import files, process
 from experiments import build, drawing, measure, pictures, runs, session
 from experiments.config import Config
 
@@ -51,7 +51,7 @@ def figures(workdir: Path) -> list[Path]:
     c = config.sample
     c.sampler, c.eta, c.shift, c.last, c.respacing = "ddim", 0.0, 1.0, None, None
     folder = workdir / "figures"
-    checkpoint.check_writable(folder)
+    files.check_writable(folder)
     params, step = runs.weights(workdir, config)
     print(f"drawing from step {step} of {workdir}")
 
@@ -131,7 +131,7 @@ def write(folder: Path, strips: dict[str, Any], grids: dict[str, Any]) -> list[P
 
 def save(path: Path, figure: Any) -> Path:
     """Writes a matplotlib figure."""
-    checkpoint.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    files.atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return path
 
 

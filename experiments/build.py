@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import checkpoint, data, process, train
+from diffusion import data, process, stored_config, train
 from diffusion import experts as expert
 from diffusion import sample as sampling
 from diffusion.models import Model, recomposed
@@ -78,7 +78,7 @@ def stored(workdir: Path) -> tuple[configs.Config, Seen]:
       FileNotFoundError: no run was made there.
       ValueError: it was made by a version with other fields.
     """
-    values = checkpoint.read_config(workdir)
+    values = stored_config.read_config(workdir)
     facts = values.pop("seen", None)
     if facts is None:
         raise ValueError(f"{workdir}/config.json was not written by experiments.train; pass another --workdir")

@@ -23,7 +23,7 @@ import optax
 from absl import app, flags
 from tqdm import tqdm
 
-from diffusion import checkpoint, data, evaluate
+from diffusion import data, evaluate, files
 from diffusion import train as training
 from diffusion.models import classifier
 from experiments import session
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         raise IsADirectoryError(f"--out={out} is a directory; pass the name of a file")
     if out.exists() and not given.overwrite:
         raise FileExistsError(f"{out} exists; pass --overwrite to replace it, or another --out")
-    checkpoint.check_writable(out.parent)
+    files.check_writable(out.parent)
     source = data.load("mnist5k", "train", data_dir=given.data_dir)
     held_out = data.load("mnist5k", "test", data_dir=given.data_dir)
     session.start()
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     params = train(source, seed=given.seed, steps=given.steps)
     seconds = time.perf_counter() - began
     file = classifier.to_bytes(params)
-    checkpoint.atomic_write(out, lambda f: f.write(file))
+    files.atomic_write(out, lambda f: f.write(file))
     for name, part in (("training", source), ("held-out", held_out)):
         logits, _ = evaluate.digit_features(part.images, params)
         print(f"accuracy on {len(part.labels):,} {name} digits: {evaluate.agreement(logits, part.labels):.2%}")

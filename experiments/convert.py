@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from diffusion import checkpoint, interop
+from diffusion import checkpoint, files, interop, stored_config
 from experiments import build, drawing, objective, runs, session
 from experiments.command_line import define_config, given_config
 from experiments.config import Config
@@ -96,7 +96,7 @@ def convert(
         raise ValueError("--source is missing: pass the file of published weights, --source=model.pt")
     if not Path(source).is_file():
         raise FileNotFoundError(f"--source={source}: there is no such file")
-    if (workdir / checkpoint.CONFIG).exists():
+    if (workdir / stored_config.CONFIG).exists():
         raise ValueError(f"{workdir} holds a run already; pass another --workdir")
     c = config.data
     if c.size is None or c.channels is None:
@@ -112,11 +112,11 @@ def convert(
     low = [jax.ShapeDtypeStruct((1, *config.condition.size, c.channels), jnp.uint8)] if config.condition.size else []
     jax.eval_shape(drawing.drawer(config, seen), like, one, one, *low)
     jax.eval_shape(partial(objective.init_state, config, seen), like)
-    checkpoint.check_writable(workdir)
+    files.check_writable(workdir)
     params = jax.tree.map(jnp.asarray, interop.from_torch(interop.read(source, entry), like, layout))
     state = objective.init_state(config, seen, params)
     checkpoint.save(workdir / "checkpoints", 0, state)
-    checkpoint.write_config(workdir, build.to_stored(config, seen))  # last: it makes the directory that of a run
+    stored_config.write_config(workdir, build.to_stored(config, seen))  # last: it makes the directory that of a run
     return sum(p.size for p in jax.tree.leaves(params))
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from diffusion import checkpoint, likelihood
+from diffusion import files, likelihood
 from diffusion import sample as sampling
 from experiments import build, drawing, runs, session
 
@@ -80,7 +80,7 @@ def measure(
     config.sample.clip, config.sample.threshold, config.sample.guidance = clip, None, 1.0
     source = build.source(config, pictures)
     n = min(len(source.labels), count or len(source.labels))
-    checkpoint.check_writable(folder)
+    files.check_writable(folder)
     sample_key = build.key(config.sample.seed, "likelihood")
 
     @jax.jit
@@ -119,10 +119,10 @@ def measure(
         "decoder": float(found.terms[-1].mean()),
     }
     text = json.dumps(values, indent=2) + "\n"
-    checkpoint.atomic_write(folder / "likelihood.json", lambda file: file.write(text.encode()))
+    files.atomic_write(folder / "likelihood.json", lambda file: file.write(text.encode()))
     arrays = {**found._asdict(), "labels": source.labels[:n]}
-    checkpoint.atomic_write(folder / "likelihood.npz", lambda file: np.savez(file, **arrays))
-    checkpoint.atomic_write(folder / "likelihood.png", partial(draw, chain[:-1], found))
+    files.atomic_write(folder / "likelihood.npz", lambda file: np.savez(file, **arrays))
+    files.atomic_write(folder / "likelihood.png", partial(draw, chain[:-1], found))
     return values
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion import checkpoint, evaluate
+from diffusion import evaluate, files
 from experiments import build, drawing, pictures, session
 from experiments.config import Config
 
@@ -46,7 +46,7 @@ def finish(
 def write_report(workdir: Path, report: dict[str, Any]) -> dict[str, Any]:
     """Writes report.json, which makes the run a finished one."""
     text = json.dumps(report, indent=2) + "\n"
-    checkpoint.atomic_write(workdir / "report.json", lambda file: file.write(text.encode()))
+    files.atomic_write(workdir / "report.json", lambda file: file.write(text.encode()))
     return report
 
 

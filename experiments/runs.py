@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from diffusion import checkpoint
+from diffusion import checkpoint, stored_config
 from experiments import build
 from experiments.config import Config, to_dict
 
@@ -60,7 +60,7 @@ def trained(workdirs: Sequence[Path], step: int | None = None, decay: float | No
             f"{first.process.snr_splits} need each of 0..{len(first.process.snr_splits)} once"
         )
     for config, known, workdir in runs[1:]:
-        differing = checkpoint.config_differences(_common(first), _common(config))
+        differing = stored_config.config_differences(_common(first), _common(config))
         if differing or known != seen:
             raise ValueError(
                 f"{workdir} does not belong to the experts of {runs[0][2]}; they differ in:\n  "

@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from diffusion import checkpoint
+from diffusion import files
 
 # Defined once for all commands, so that a notebook or a test can import several of them.
 _WORKDIR = flags.DEFINE_string(
@@ -110,7 +110,7 @@ def claim(parent: Path, result: str, outdir: str | None, overwrite: bool) -> Pat
         folder = Path(outdir)
         if (folder / result).exists() and not overwrite:
             raise ValueError(f"{folder} holds {result} already; pass --overwrite or another --outdir")
-    checkpoint.check_writable(folder)
+    files.check_writable(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from diffusion import checkpoint, data, guide
+from diffusion import checkpoint, data, files, guide, stored_config
 from diffusion.geometry import geometry
 from experiments import build, drawing, measure, runs, session, watch
 from experiments import objective as objectives
@@ -132,11 +132,11 @@ def claim(workdir: Path, resolved: dict[str, Any]) -> None:
       ValueError: it holds a run with another config; the fields that differ are listed.
       OSError: nothing can be written there.
     """
-    checkpoint.check_writable(workdir)
-    if not (workdir / checkpoint.CONFIG).exists():
-        checkpoint.write_config(workdir, resolved)
+    files.check_writable(workdir)
+    if not (workdir / stored_config.CONFIG).exists():
+        stored_config.write_config(workdir, resolved)
         return
-    differing = checkpoint.config_differences(checkpoint.read_config(workdir), resolved)
+    differing = stored_config.config_differences(stored_config.read_config(workdir), resolved)
     if differing:
         raise ValueError(
             f"{workdir} holds a run with another config (stored -> asked for):\n  "

@@ -37,7 +37,9 @@ DOORS = {
     "sample": {"predict", "process", "variance"},
     "likelihood": {"predict", "process", "sample", "variance"},
     "train": set(),
-    "checkpoint": set(),
+    "checkpoint": {"files"},
+    "files": set(),
+    "stored_config": {"files"},
     "torch_file": set(),
     "interop": {"models", "torch_file"},
     "evaluate": {"data", "models"},
@@ -47,7 +49,16 @@ DOORS = {
     "models/unet": {"geometry", "models", "patch", "predict"},
     "models/unet_flops": {"geometry", "models"},
 }
-WITHOUT_JAX = ("geometry.py", "patch_numpy.py", "patch_numba.py", "patch_kernels.py", "patch_random.py", "data/")
+WITHOUT_JAX = (
+    "geometry.py",
+    "patch_numpy.py",
+    "patch_numba.py",
+    "patch_kernels.py",
+    "patch_random.py",
+    "files.py",
+    "stored_config.py",
+    "data/",
+)
 FILES = sorted((ROOT / "diffusion").rglob("*.py"))
 
 

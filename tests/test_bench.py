@@ -14,7 +14,17 @@ import pytest
 from diffusion import models
 from diffusion.patch import patchify, unpatchify
 from experiments import build
-from experiments.bench import blog, patch, patch_size, patch_size_report, startup, timing, vit
+from experiments.bench import (
+    blog,
+    patch,
+    patch_report,
+    patch_rivals,
+    patch_size,
+    patch_size_report,
+    startup,
+    timing,
+    vit,
+)
 from experiments.config import Config, Data, Model, Process, Sample, Train
 from experiments.configs import blog as blog_config
 
@@ -150,11 +160,18 @@ def test_patch(tmp_path):
     result = patch.run(["28x28/7"], fraction=0.001, rounds=2)
     case = result["cases"]["28x28/7"]
     assert case["bytes"] == 60 * 28 * 28 * 4
-    assert {patch.COPY, patch.COPIES, patch.NUMBA, patch.NUMBAS, patch.FUSEDS, *patch.BLOG} <= set(case["host"])
+    assert {
+        patch_rivals.COPY,
+        patch_rivals.COPIES,
+        patch_rivals.NUMBA,
+        patch_rivals.NUMBAS,
+        patch_rivals.FUSEDS,
+        *patch_rivals.BLOG,
+    } <= set(case["host"])
     consistent(case["host"], set(case["host"]))
     assert json.loads(json.dumps(result))["generator"] == result["generator"]
-    assert "28x28/7" in patch.report(result)
-    patch.draw(result, tmp_path / "race.png")
+    assert "28x28/7" in patch_report.report(result)
+    patch_report.draw(result, tmp_path / "race.png")
     assert (tmp_path / "race.png").stat().st_size and (tmp_path / "race_roof.png").stat().st_size
 
 

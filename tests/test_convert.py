@@ -15,7 +15,7 @@ import torch
 from absl import flags
 from absl.testing import flagsaver
 
-from diffusion import checkpoint, interop
+from diffusion import checkpoint, interop, stored_config
 from experiments import build, convert, objective, sample, session, train
 from experiments import config as configs
 from tests.test_interop import value
@@ -124,7 +124,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path
         change(config)
         with pytest.raises((ValueError, OSError), match=message):
             convert.convert(config, workdir, source, layout or interop.dit(4), class_names=class_names)
-        assert not (workdir / checkpoint.CONFIG).exists() and not (workdir / "checkpoints").exists()
+        assert not (workdir / stored_config.CONFIG).exists() and not (workdir / "checkpoints").exists()
 
     refused("--source is missing", source=None)
     refused("none.pt: there is no such file", source=tmp_path / "none.pt")
@@ -138,7 +138,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path
     refused("no entry for the parameter block_0", layout=interop.patch_unet())
     refused("sample.sampler='euler'", change=lambda c: setattr(c.sample, "sampler", "euler"))
     workdir.mkdir(exist_ok=True)
-    (workdir / checkpoint.CONFIG).write_text(json.dumps({}))
+    (workdir / stored_config.CONFIG).write_text(json.dumps({}))
     with pytest.raises(ValueError, match="holds a run already; pass another --workdir"):
         convert.convert(tiny(), workdir, source, interop.dit(4), class_names=names)
 

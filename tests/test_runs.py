@@ -11,7 +11,7 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from diffusion import checkpoint
+from diffusion import checkpoint, stored_config
 from experiments import config as configs
 from experiments import drawing, likelihood, measure, objective, runs, sample, session, train
 from experiments.configs import patch_unet_mnist
@@ -130,9 +130,9 @@ def test_teams_that_are_none_are_refused(team, whole, tmp_path):
     with pytest.raises(ValueError, match=r"holds the experts \[0, 0\], .* each of 0..1 once"):
         runs.trained([workdirs[0], workdirs[0]])
     stranger = tmp_path / "stranger"
-    config = checkpoint.read_config(workdirs[1])
+    config = stored_config.read_config(workdirs[1])
     config["process"]["betas"], config["data"]["data_dir"] = "linear", "elsewhere"
-    checkpoint.write_config(stranger, config)
+    stored_config.write_config(stranger, config)
     with pytest.raises(ValueError, match=r"does not belong to the experts of[^\n]*in:\n  process.betas[^\n]*$"):
         runs.trained([workdirs[0], stranger])
 
