@@ -25,6 +25,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -330,13 +332,22 @@ def _brief(e: Exception) -> str:
 
 @contextmanager
 def _orbax() -> Iterator[Any]:
-    """Orbax without its log: what goes wrong comes as an exception, and the log repeats it in pages of traceback."""
+    """Orbax without its log: what goes wrong comes as an exception, and the log repeats it in pages of traceback.
+
+    After an error Orbax leaves its other threads behind. They are waited for, so that none writes into a directory
+    that is about to be removed, or to the log.
+    """
     import orbax.checkpoint as ocp
 
     log = logging.getLogger("absl")
-    level = log.level
+    level, threads = log.level, set(threading.enumerate())
     log.setLevel(logging.CRITICAL)
     try:
         yield ocp
+    except BaseException:
+        patience = time.monotonic() + 10  # seconds
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(max(0, patience - time.monotonic()))
+        raise
     finally:
         log.setLevel(level)

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from functools import cache
 from itertools import cycle
@@ -279,6 +280,7 @@ def test_a_step_that_is_asked_for_is_restored_or_refused(two):
 @pytest.mark.parametrize("dtype", ["float32", "uint4"])  # the array format knows no uint4
 def test_orbax_fails_by_exception_and_not_by_pages_of_log(two, caplog, dtype):
     state = State(np.uint32(3), {}, np.ones(2, jnp.dtype(dtype)), ())
+    threads = set(threading.enumerate())
     with caplog.at_level(logging.INFO, "absl"):
         if dtype == "uint4":
             with pytest.raises(OSError, match=r"could not write checkpoint .*3: .*uint4"):
@@ -287,6 +289,7 @@ def test_orbax_fails_by_exception_and_not_by_pages_of_log(two, caplog, dtype):
             checkpoint.save(two, 3, state)
         assert logging.getLogger("absl").level == logging.INFO
     assert caplog.records == []
+    assert set(threading.enumerate()) <= threads  # none is left to log, or to write into a directory removed by then
     assert checkpoint.latest(two) == (2 if dtype == "uint4" else 3)
 
 

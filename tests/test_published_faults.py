@@ -5,7 +5,8 @@
 - The default network cannot be built for 64 x 64 pictures in patches of 4:
     test_networks_of_64x64_pictures_in_patches_of_4
 - Class labels cannot be read from names that are no numbers:
-    test_classes_named_by_words_are_numbered, test_data.py::test_classes_are_sorted_first_sub_folders
+    test_classes_named_by_words_are_numbered,
+    test_data_folder.py::test_classes_are_sorted_first_sub_folders
 - In float16 one group of gradients keeps the scale of the loss:
     test_every_gradient_of_a_float16_network_is_unscaled,
     test_train.py::test_scaled_gradients_are_unscaled_in_every_group_of_parameters
