@@ -2,6 +2,7 @@
 
 import dataclasses
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import data, process, stored_config, train
+from diffusion import data, optimize, process, stored_config
 from diffusion import experts as expert
 from diffusion import sample as sampling
 from diffusion.models import Model, recomposed
 from diffusion.models.blog import blog
 from diffusion.models.unet import ADM, unet
-from diffusion.models.vit import vit
+from diffusion.models.vit import hidden_matrices, vit
 from diffusion.variance import check_variance
 from experiments import config as configs
 
@@ -97,6 +98,7 @@ def check_fields(config: configs.Config) -> None:
         "process.weighting_bias": p.weighting == "sigmoid",
         "condition.noise": sized,
         "condition.sample_noise": sized,
+        "train.matrix_rate": config.train.optimizer == "muon",
         "model.heads": config.model.num_head_channels is None,
     }
     for name, is_used in used.items():
@@ -229,9 +231,22 @@ def _computed(config: configs.Config) -> dict[str, Any]:
 
 
 def optimizer(config: configs.Config) -> optax.GradientTransformation:
-    """AdamW as configured."""
+    """The optimiser as configured.
+
+    Raises:
+      ValueError: there is none of that name, or it is not for this network.
+    """
     c = config.train
-    return train.adamw(
+    if c.optimizer == "muon" and config.model.name != "vit":
+        raise ValueError(
+            f"--config.train.optimizer=muon knows the matrices of --config.model.name=vit, not those of "
+            f"{config.model.name}: set it to adamw"
+        )
+    kinds = {
+        "adamw": optimize.adamw,
+        "muon": partial(optimize.muon, hidden=hidden_matrices, matrix_rate=c.matrix_rate),
+    }
+    return choose("train.optimizer", c.optimizer, kinds)(
         c.learning_rate,
         c.steps,
         warmup=c.warmup,

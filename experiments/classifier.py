@@ -23,7 +23,7 @@ import optax
 from absl import app, flags
 from tqdm import tqdm
 
-from diffusion import data, evaluate, files
+from diffusion import data, evaluate, files, optimize
 from diffusion import train as training
 from diffusion.models import classifier
 from experiments import session
@@ -82,7 +82,7 @@ def train(source: data.Source, *, seed: int = 0, steps: int = STEPS) -> Any:
 
 def optimizer(steps: int) -> optax.GradientTransformation:
     """AdamW over `steps` steps."""
-    return training.adamw(2e-3, steps, warmup=steps // 20, weight_decay=0.05, clip=1.0)
+    return optimize.adamw(2e-3, steps, warmup=steps // 20, weight_decay=0.05, clip=1.0)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

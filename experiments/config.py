@@ -106,7 +106,9 @@ class Train:
     batch_size: int = 64
     microbatch: int | None = None  # pictures to differentiate at a time, to save memory; the same step
     repeat: int = 1  # noisings of each picture in a batch
+    optimizer: str = "adamw"  # or muon, for a ViT's matrices, with Adam for all else (`diffusion.optimize`)
     learning_rate: float = 1e-3
+    matrix_rate: float = 0.03  # muon: the learning rate of those matrices
     warmup: int = 100
     schedule: str = "cosine"  # or linear, constant
     b2: float = 0.99

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 CORE = {"jax", "numpy", "diffusion"}
 # Modules that own a heavier dependency; only their own package imports these modules at its top, and not its __init__.
 OWNERS = {
+    "optimize.py": {"optax"},
     "train.py": {"optax"},
     "patch_kernels.py": {"numba", "llvmlite"},
     "patch_random.py": {"numba"},
@@ -36,6 +37,7 @@ DOORS = {
     "experts": {"loss", "predict", "process"},
     "sample": {"predict", "process", "variance"},
     "likelihood": {"predict", "process", "sample", "variance"},
+    "optimize": set(),
     "train": set(),
     "checkpoint": {"files"},
     "files": set(),

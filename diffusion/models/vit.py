@@ -12,7 +12,7 @@ which takes the seams out of it.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -217,6 +217,19 @@ class _Clock(nn.Module):
         h = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1).astype(self.dtype)
         h = nn.silu(nn.Dense(self.width, dtype=self.dtype, kernel_init=_NORMAL, name="in")(h))
         return nn.Dense(self.width, dtype=self.dtype, kernel_init=_NORMAL, name="out")(h)
+
+
+def hidden_matrices(params: Any) -> Any:
+    """Marks the matrices for which `optimize.muon` is made, those of attention and MLP: params as a tree of bools.
+
+    The maps from the condition to shifts, scales and gates, which see one vector per picture, are not among them.
+    """
+
+    def is_hidden(path: tuple, _: jax.Array) -> bool:
+        block, *layer = (key.key for key in path)
+        return block.startswith("block_") and layer in ([name, "kernel"] for name in ("qkv", "out", "up", "down"))
+
+    return jax.tree_util.tree_map_with_path(is_hidden, params)
 
 
 def sincos_positions(grid: Sequence[int], width: int) -> np.ndarray:

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from diffusion import loss, process, sample, train
+from diffusion import loss, optimize, process, sample, train
 from diffusion.models import Model
 from diffusion.models.unet import unet
 from diffusion.models.unet_flops import unet_flops
@@ -235,7 +235,7 @@ def operations(
 
 def optimizer() -> optax.GradientTransformation:
     """AdamW."""
-    return train.adamw(RATE, 1, schedule="constant")
+    return optimize.adamw(RATE, 1, schedule="constant")
 
 
 def lowered_train(model: Model, like: Any, shape: Sequence[int]) -> jax.stages.Lowered:

@@ -6,7 +6,8 @@
 
 A training step is noising, forward, backward, clipping, AdamW and the average of the parameters. First both networks
 are shown to be the same one: with our parameters copied, outputs and gradients must agree. Then everybody takes turns
-in one process on the same cores or GPU (`timing`). bfloat16 configs run under autocast in PyTorch. Also counted:
+in one process on the same cores or GPU (`timing`). bfloat16 configs run under autocast in PyTorch. A config with
+another optimiser is timed with AdamW on both sides, for it is the network that is compared. Also counted:
 
     FLOPs = 3 * 2 * (multiplications in matrix products of the forward pass),  MFU = FLOPs/s / --peak_tflops  (1)
 
@@ -89,6 +90,8 @@ def run(
       ValueError: PyTorch is asked for and missing, or does not know what the config asks for.
       AssertionError: the two networks are not the same.
     """
+    train_options = dataclasses.replace(config.train, optimizer="adamw", matrix_rate=Config().train.matrix_rate)
+    config = dataclasses.replace(config, train=train_options)
     torch_vit = peer_module(config) if peers else None
     # Two frameworks share the GPU: JAX must not take three quarters of its memory at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -1,0 +1,122 @@
+"""Optimisers: AdamW, and Muon for the matrices inside a transformer with AdamW for all else.
+
+    rate(step) = peak * min(step / warmup, 1) * schedule(step)                                       (1)
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) moves a matrix by the nearest orthogonal one to
+its averaged gradient, so that every direction is learned at the same pace. A step costs more and fewer are needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+Params = Any
+
+
+def adamw(
+    learning_rate: float,
+    steps: int,
+    *,
+    warmup: int = 0,
+    schedule: str = "cosine",
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+) -> optax.GradientTransformation:
+    """AdamW, its gradients clipped to a global norm.
+
+    Args:
+      learning_rate: the peak, eq. (1).
+      steps: of training: a schedule that falls has reached zero there.
+      warmup: steps in which the rate grows from zero.
+      schedule: "cosine", "linear" or "constant", after the warm-up.
+      weight_decay: acts on what `decayed` marks.
+      clip: largest norm of all gradients together; None for no clipping.
+
+    Raises:
+      ValueError: the schedule is unknown or has no room for the warm-up.
+    """
+    rate = scheduled(learning_rate, steps, warmup=warmup, schedule=schedule)
+    return _clipped(clip, optax.adamw(rate, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed))
+
+
+def muon(
+    learning_rate: float,
+    steps: int,
+    *,
+    hidden: Callable[[Params], Params],
+    matrix_rate: float = 0.03,
+    warmup: int = 0,
+    schedule: str = "cosine",
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+) -> optax.GradientTransformation:
+    """Muon on the matrices that `hidden` marks; Adam on the others. Otherwise as `adamw`.
+
+    Three Newton-Schulz iterations after scaling by the Schatten-4 norm (Grishina et al. 2025, 2506.10935) take the
+    place of Muon's five: on small networks they are what a step costs.
+
+    Args:
+      learning_rate: Adam's peak, eq. (1).
+      hidden: params -> the same tree of bools. The first axis of a marked matrix is its input, all others its output;
+        for a ViT, `models.vit.hidden_matrices`.
+      matrix_rate: Muon's peak. An update has singular values near matrix_rate * sqrt(max(1, outputs / inputs)).
+      weight_decay: acts on the marked matrices.
+    """
+
+    def axes(params: Params) -> Params:
+        def of(is_hidden: bool, p: jax.Array) -> contrib.MuonDimensionNumbers | None:
+            return contrib.MuonDimensionNumbers(0, tuple(range(1, p.ndim))) if is_hidden else None
+
+        return jax.tree.map(of, hidden(params), params)
+
+    options = dict(warmup=warmup, schedule=schedule)
+    optimizer = contrib.muon(
+        scheduled(matrix_rate, steps, **options),
+        ns_steps=3,
+        preconditioning="schatten",
+        weight_decay=weight_decay,
+        adam_learning_rate=scheduled(learning_rate, steps, **options),
+        adam_b2=b2,
+        eps=eps,
+        muon_weight_dimension_numbers=axes,
+    )
+    return _clipped(clip, optimizer)
+
+
+def scheduled(peak: float, steps: int, *, warmup: int = 0, schedule: str = "cosine") -> optax.Schedule:
+    """The rate at each step, eq. (1): linear warm-up, then a cosine or a line to zero at `steps`, or a constant.
+
+    Raises:
+      ValueError: the schedule is unknown or has no room for the warm-up.
+    """
+    schedules = {
+        "cosine": optax.cosine_decay_schedule,
+        "linear": lambda rate, left: optax.linear_schedule(rate, 0.0, left),
+        "constant": lambda rate, left: optax.constant_schedule(rate),
+    }
+    if schedule not in schedules:
+        raise ValueError(f"schedule={schedule!r} is not one of {tuple(schedules)}")
+    if not 0 <= warmup < steps:
+        raise ValueError(f"warmup={warmup} must lie in [0, steps={steps})")
+    after = schedules[schedule](peak, steps - warmup)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def decayed(params: Params) -> Params:
+    """Which parameters weight decay acts on: matrices and tables, not vectors and not biases, which may have axes."""
+
+    def is_decayed(path: tuple, p: jax.Array) -> bool:
+        return p.ndim > 1 and getattr(path[-1], "key", None) != "bias"
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def _clipped(clip: float | None, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optimizer if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimizer)

@@ -1,0 +1,168 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion import checkpoint, optimize, train
+from diffusion.models.vit import hidden_matrices, vit
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    params = {"w": jnp.zeros((2, 2))}
+    optimizer = optimize.adamw(1.0, 10, warmup=4)
+    state, sizes = optimizer.init(params), []
+    for _ in range(11):
+        updates, state = optimizer.update({"w": jnp.ones((2, 2))}, state, params)
+        sizes.append(float(-updates["w"][0, 0]))
+    np.testing.assert_allclose(sizes[:5], [0, 0.25, 0.5, 0.75, 1], atol=1e-5)
+    assert sizes[5] < 1 and sizes[10] < 1e-6
+
+
+def test_a_linear_schedule_falls_to_zero_and_stays_there():
+    params = {"w": jnp.zeros((2, 2))}
+    optimizer = optimize.adamw(1.0, 10, warmup=2, schedule="linear")
+    state, sizes = optimizer.init(params), []
+    for _ in range(13):
+        updates, state = optimizer.update({"w": jnp.ones((2, 2))}, state, params)
+        sizes.append(float(-updates["w"][0, 0]))
+    np.testing.assert_allclose(sizes, [0, 0.5, *np.arange(8, 0, -1) / 8, 0, 0, 0], atol=1e-5)
+
+
+def test_weight_decay_spares_vectors():
+    params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    optimizer = optimize.adamw(0.1, 10, schedule="constant", weight_decay=0.5)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["matrix"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_weight_decay_spares_biases_of_any_shape():
+    xt, t = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1)
+    params = jax.eval_shape(vit(patch_size=4, width=16, depth=1, heads=2).init, jax.random.key(0), xt, t)
+    marked = jax.tree_util.tree_leaves_with_path(optimize.decayed(params))
+    by_name = {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in marked}
+    assert params["block_0"]["qkv"]["bias"].ndim == 3 and not by_name["block_0.qkv.bias"]
+    assert by_name["block_0.qkv.kernel"] and not any(v for k, v in by_name.items() if k.endswith("bias"))
+
+
+def test_clipping_bounds_the_gradient_norm():
+    params = {"w": jnp.zeros(4)}
+    big, small = ({"w": jnp.full(4, g)} for g in (100.0, 1.0))
+    optimizer = optimize.adamw(0.1, 10, schedule="constant", clip=1e-9)
+    # With gradients clipped to almost nothing, Adam's epsilon dominates: the update shrinks.
+    updates, _ = optimizer.update(big, optimizer.init(params), params)
+    free, _ = optimize.adamw(0.1, 10, schedule="constant").update(small, optimizer.init(params)[1], params)
+    assert jnp.abs(updates["w"]).max() < 0.1 * jnp.abs(free["w"]).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"warmup": 10}, "warmup=10"), ({"warmup": -1}, "warmup=-1"), ({"schedule": "step"}, "schedule='step'")],
+)
+def test_impossible_schedules_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        optimize.adamw(1e-3, 10, **options)
+
+
+# Muon
+
+
+def two_matrices(params):
+    return {"matrix": True, "heads": True, "table": False, "bias": False}
+
+
+@pytest.fixture
+def some(key):
+    """Parameters of which two are matrices for Muon, one of them with split outputs; and gradients."""
+    shapes = {"matrix": (48, 16), "heads": (16, 3, 4, 4), "table": (5, 16), "bias": (16,)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+    return params, {name: jax.random.normal(keys[name], shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_muon_moves_matrices_by_the_nearest_orthogonal_one(some, scale):
+    params, grads = some
+    optimizer = optimize.muon(1e-3, 10, hidden=two_matrices, matrix_rate=0.5, schedule="constant")
+    updates, _ = optimizer.update(jax.tree.map(lambda g: scale * g, grads), optimizer.init(params), params)
+    for name in ("matrix", "heads"):
+        gradient, update = (np.asarray(x[name], np.float64).reshape(len(x[name]), -1) for x in (grads, updates))
+        u, _, vt = np.linalg.svd(gradient, full_matrices=False)
+        inputs, outputs = gradient.shape
+        sizes = np.linalg.svd(update, compute_uv=False) / (0.5 * max(1, outputs / inputs) ** 0.5)
+        assert sizes.min() > 0.4 and sizes.max() < 1.4
+        assert np.sum(-update * (u @ vt)) / np.linalg.norm(update) / np.linalg.norm(u @ vt) > 0.97
+
+
+def test_muon_moves_all_else_as_adam_does_at_a_rate_of_its_own(some):
+    params, grads = some
+    optimizer = optimize.muon(1e-3, 10, hidden=two_matrices, matrix_rate=0.5, b2=0.99, schedule="constant")
+    adam = optax.nadam(1e-3, b2=0.99)
+    state, other = optimizer.init(params), adam.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(grads, state, params)
+        wanted, other = adam.update(grads, other, params)
+        for name in ("table", "bias"):
+            np.testing.assert_allclose(updates[name], wanted[name], rtol=1e-5)
+
+
+def test_muons_rates_follow_one_schedule(some):
+    params, grads = some
+    optimizer = optimize.muon(1.0, 10, hidden=two_matrices, matrix_rate=1.0, warmup=4, clip=1.0)
+    state, sizes = optimizer.init(params), []
+    for _ in range(11):
+        updates, state = optimizer.update(grads, state, params)
+        sizes.append([float(jnp.linalg.norm(updates[name])) for name in ("matrix", "table")])
+    sizes = np.array(sizes) / sizes[4]
+    np.testing.assert_allclose(sizes[:4], np.arange(4)[:, None] / 4 + np.zeros(2), atol=0.1)
+    assert (np.diff(sizes[4:], axis=0) < 0).all() and (sizes[10] < 1e-6).all()
+
+
+def test_muons_weight_decay_acts_on_its_matrices(some):
+    params, grads = some
+    nothing = jax.tree.map(jnp.zeros_like, grads)
+    optimizer = optimize.muon(1e-3, 10, hidden=two_matrices, matrix_rate=0.1, schedule="constant", weight_decay=0.5)
+    updates, _ = optimizer.update(nothing, optimizer.init(params), params)
+    for name, update in updates.items():
+        np.testing.assert_allclose(update, -0.05 if two_matrices(params)[name] else 0.0, rtol=1e-6)
+
+
+def test_muons_clipping_bounds_the_gradient_norm(some):
+    params, grads = some
+    options = dict(hidden=two_matrices, eps=1.0, schedule="constant")  # so that Adam's step depends on the size
+    updates = []
+    for clip, scale in ((1.0, 1e3), (1.0, 1e6), (None, 1e6)):
+        optimizer = optimize.muon(1e-3, 10, clip=clip, **options)
+        updates.append(optimizer.update(jax.tree.map(lambda g: scale * g, grads), optimizer.init(params), params)[0])  # noqa: B023
+    np.testing.assert_allclose(updates[0]["table"], updates[1]["table"], rtol=1e-4)
+    assert jnp.linalg.norm(updates[2]["table"]) > 2 * jnp.linalg.norm(updates[1]["table"])
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_hidden_matrices_are_those_of_attention_and_mlp(mlp):
+    xt, t = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1)
+    model = vit(patch_size=4, width=16, depth=2, heads=2, num_classes=3, mlp=mlp, qk_norm=True, class_tokens=2)
+    params = jax.eval_shape(model.init, jax.random.key(0), xt, t, jnp.zeros(1, int))
+    marked = jax.tree_util.tree_leaves_with_path(hidden_matrices(params))
+    names = {jax.tree_util.keystr(path, simple=True, separator=".") for path, value in marked if value}
+    assert names == {f"block_{i}.{layer}.kernel" for i in (0, 1) for layer in ("qkv", "out", "up", "down")}
+
+
+def test_a_muon_state_goes_through_a_checkpoint_bit_for_bit(key, tmp_path):
+    model = vit(patch_size=4, width=16, depth=1, heads=2)
+    x = jax.random.normal(key, (8, 8, 8, 1))
+    params = model.init(key, x, jnp.zeros(8))
+    optimizer = optimize.muon(1e-3, 10, hidden=hidden_matrices)
+
+    def loss_fn(params, key, batch):
+        return jnp.square(model.apply(params, batch, jnp.zeros(8)) - batch).mean(), {}
+
+    step, state = jax.jit(train.make_step(loss_fn, optimizer)), train.init_state(params, optimizer)
+    state, before = step(key, state, x)
+    checkpoint.save(tmp_path, 1, state)
+    again, _ = checkpoint.restore(tmp_path, train.init_state(params, optimizer))
+    for _ in range(3):
+        (state, after), (again, _) = step(key, state, x), step(key, again, x)
+    jax.tree.map(np.testing.assert_array_equal, state, again)
+    assert after["loss"] < before["loss"]
