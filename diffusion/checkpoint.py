@@ -334,8 +334,8 @@ def _brief(e: Exception) -> str:
 def _orbax() -> Iterator[Any]:
     """Orbax without its log: what goes wrong comes as an exception, and the log repeats it in pages of traceback.
 
-    After an error Orbax leaves its other threads behind. They are waited for, so that none writes into a directory
-    that is about to be removed, or to the log.
+    After an error Orbax leaves its other threads behind. They are given ten seconds to end, lest one write into a
+    directory that is about to be removed, or to the log.
     """
     import orbax.checkpoint as ocp
 
@@ -344,7 +344,7 @@ def _orbax() -> Iterator[Any]:
     log.setLevel(logging.CRITICAL)
     try:
         yield ocp
-    except BaseException:
+    except Exception:
         patience = time.monotonic() + 10  # seconds
         for thread in set(threading.enumerate()) - threads:
             thread.join(max(0, patience - time.monotonic()))

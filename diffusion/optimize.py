@@ -1,9 +1,10 @@
-"""Optimisers: AdamW, and Muon for the matrices inside a transformer with AdamW for all else.
+"""Optimisers: AdamW, and Muon for the matrices inside a transformer beside NAdam for all else.
 
-    rate(step) = peak * min(step / warmup, 1) * schedule(step)                                       (1)
+    rate(step) = peak * step / warmup before `warmup`, then peak * schedule(step - warmup)           (1)
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) moves a matrix by the nearest orthogonal one to
-its averaged gradient, so that every direction is learned at the same pace. A step costs more and fewer are needed.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) moves a matrix along its averaged gradient with the
+singular values pushed towards one, so that rare directions are learned at more nearly the pace of common ones. A step
+costs more and fewer are needed.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def adamw(
       steps: of training: a schedule that falls has reached zero there.
       warmup: steps in which the rate grows from zero.
       schedule: "cosine", "linear" or "constant", after the warm-up.
-      weight_decay: acts on what `decayed` marks.
+      weight_decay: acts on what `decayed` marks, by rate(step) * weight_decay per step.
       clip: largest norm of all gradients together; None for no clipping.
 
     Raises:
@@ -57,24 +58,36 @@ def muon(
     weight_decay: float = 0.0,
     clip: float | None = None,
 ) -> optax.GradientTransformation:
-    """Muon on the matrices that `hidden` marks; Adam on the others. Otherwise as `adamw`.
+    """Muon on the matrices that `hidden` marks, NAdam on all else; otherwise as `adamw`.
 
-    Three Newton-Schulz iterations after scaling by the Schatten-4 norm (Grishina et al. 2025, 2506.10935) take the
-    place of Muon's five: on small networks they are what a step costs.
+    Three Newton-Schulz iterations (Muon has five), since on a small network they are what a step costs, after scaling
+    by the Schatten-4 norm (Grishina et al. 2025, 2506.10935). An update's leading singular values come out at 0.7 to
+    1.2 times rate(step) * sqrt(max(1, outputs / inputs)); those below a fiftieth of that norm grow 41-fold at most.
 
     Args:
-      learning_rate: Adam's peak, eq. (1).
+      learning_rate: NAdam's peak, eq. (1). (In `optax.contrib.muon` the argument of this name is Muon's.)
       hidden: params -> the same tree of bools. The first axis of a marked matrix is its input, all others its output;
         for a ViT, `models.vit.hidden_matrices`.
-      matrix_rate: Muon's peak. An update has singular values near matrix_rate * sqrt(max(1, outputs / inputs)).
-      weight_decay: acts on the marked matrices.
+      matrix_rate: Muon's peak.
+      b2, eps: NAdam's.
+      weight_decay: acts on the marked matrices, by Muon's rate(step) * weight_decay per step.
+      clip: bounds the gradients, so that none dominates the average; Muon's updates do not depend on their size.
+
+    Raises:
+      ValueError: as `adamw`; from `init`, `hidden` marks nothing or something that is no matrix.
     """
 
     def axes(params: Params) -> Params:
         def of(is_hidden: bool, p: jax.Array) -> contrib.MuonDimensionNumbers | None:
+            if is_hidden and p.ndim < 2:
+                raise ValueError(f"hidden marks a parameter of shape {p.shape}, which is no matrix")
             return contrib.MuonDimensionNumbers(0, tuple(range(1, p.ndim))) if is_hidden else None
 
-        return jax.tree.map(of, hidden(params), params)
+        mask = hidden(params)
+        if not any(jax.tree.leaves(mask)):
+            names = sorted(params) if isinstance(params, dict) else jax.tree.structure(params)
+            raise ValueError(f"hidden marks none of the parameters {names!s:.200}: is it meant for another network?")
+        return jax.tree.map(of, mask, params)
 
     options = dict(warmup=warmup, schedule=schedule)
     optimizer = contrib.muon(

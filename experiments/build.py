@@ -98,7 +98,7 @@ def check_fields(config: configs.Config) -> None:
         "process.weighting_bias": p.weighting == "sigmoid",
         "condition.noise": sized,
         "condition.sample_noise": sized,
-        "train.matrix_rate": config.train.optimizer == "muon",
+        "train.matrix_rate": config.train.optimizer != "adamw",
         "model.heads": config.model.num_head_channels is None,
     }
     for name, is_used in used.items():

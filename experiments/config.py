@@ -106,15 +106,15 @@ class Train:
     batch_size: int = 64
     microbatch: int | None = None  # pictures to differentiate at a time, to save memory; the same step
     repeat: int = 1  # noisings of each picture in a batch
-    optimizer: str = "adamw"  # or muon, for a ViT's matrices, with Adam for all else (`diffusion.optimize`)
+    optimizer: str = "adamw"  # or muon, for a ViT's matrices, beside NAdam for all else (`diffusion.optimize`)
     learning_rate: float = 1e-3
     matrix_rate: float = 0.03  # muon: the learning rate of those matrices
     warmup: int = 100
     schedule: str = "cosine"  # or linear, constant
     b2: float = 0.99
     adam_eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
+    weight_decay: float = 0.0  # per step, times the rate; of all matrices and tables, under muon only of its matrices
+    clip: float | None = 1.0  # of the gradient's norm
     ema: tuple[float, ...] = (0.995,)  # decay of the averaged weights, or several; the first draws
     label_drop: float = 0.1
     init_from: str | None = None  # work directory of a run whose averaged weights this one begins with
@@ -168,19 +168,20 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], cls: type = Config) -> Any:
-    """Inverse of `to_dict`.
+    """Inverse of `to_dict`. A field that a stored config lacks is newer than the run, and takes its default: what a
+    new field does by default is what was done before there was one.
 
     Raises:
-      ValueError: fields are missing or unknown, as in a config stored by another version; they are listed.
+      ValueError: fields are unknown, as in a config stored by another version; they are listed.
     """
     hints = get_type_hints(cls)
-    wrong = sorted(set(hints) ^ set(values))
-    if wrong:
-        raise ValueError(f"the stored config and this version differ in the fields {wrong} of {cls.__name__}")
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"the stored config has the fields {unknown} of {cls.__name__}, which this version has not")
 
     def read(hint: Any, value: Any) -> Any:
         if dataclasses.is_dataclass(hint):
             return from_dict(value, hint)
         return tuple(value) if isinstance(value, list) else value
 
-    return cls(**{name: read(hint, values[name]) for name, hint in hints.items()})
+    return cls(**{name: read(hint, values[name]) for name, hint in hints.items() if name in values})

@@ -80,6 +80,8 @@ def check(config: Config) -> None:
             raise ValueError(f"--config.{name}={value} must be at least 1")
     if c.batch_size % jax.device_count():
         raise ValueError(f"--config.train.batch_size={c.batch_size} must be a multiple of {jax.device_count()} devices")
+    if not c.matrix_rate > 0:
+        raise ValueError(f"--config.train.matrix_rate={c.matrix_rate} must be positive")
     if c.clip is not None and not c.clip > 0:
         raise ValueError(f"--config.train.clip={c.clip} must be positive; None turns clipping off")
     if c.patience is not None and not c.eval_every:
@@ -136,7 +138,10 @@ def claim(workdir: Path, resolved: dict[str, Any]) -> None:
     if not (workdir / stored_config.CONFIG).exists():
         stored_config.write_config(workdir, resolved)
         return
-    differing = stored_config.config_differences(stored_config.read_config(workdir), resolved)
+    stored = stored_config.read_config(workdir)
+    with contextlib.suppress(ValueError, FileNotFoundError):  # one of another version differs, and is refused below
+        stored = build.to_stored(*build.stored(workdir))
+    differing = stored_config.config_differences(stored, resolved)
     if differing:
         raise ValueError(
             f"{workdir} holds a run with another config (stored -> asked for):\n  "
@@ -229,8 +234,8 @@ def check_loss(step: int, taken: jax.Array, metrics: dict[str, jax.Array], check
         when = f"was no number before step {step}" if math.isfinite(value) else f"is {value} at step {step}"
         raise FloatingPointError(
             f"the loss or its gradient {when}; nothing was saved after step "
-            f"{checkpoint.latest(checkpoints) or 0}. Lower --config.train.learning_rate or set "
-            "--config.train.clip=1.0, with another --workdir."
+            f"{checkpoint.latest(checkpoints) or 0}. Lower --config.train.learning_rate (with muon "
+            "also matrix_rate) or set --config.train.clip=1.0, with another --workdir."
         )
 
 

@@ -283,6 +283,26 @@ def test_interrupted_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, 
     assert files(tmp_path / "previews")["0000002.png"] == files(run.workdir / "previews")["0000002.png"]
 
 
+def test_a_run_with_muon_continues_bit_for_bit(tmp_path, monkeypatch, unmeasured):
+    config = tiny()
+    config.train.optimizer = "muon"
+    trained(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        killed_at(patch, 4)
+        with pytest.raises(session.Stopped):
+            trained(config, tmp_path / "parts")
+    trained(config, tmp_path / "parts")
+    assert_same_state(state(config, tmp_path / "parts", STEPS), state(config, tmp_path / "whole", STEPS))
+
+
+def test_a_run_from_before_a_field_existed_is_continued_and_drawn_from(copy, unmeasured):
+    stored = json.loads((copy / "config.json").read_text())
+    del stored["train"]["optimizer"], stored["train"]["matrix_rate"]
+    (copy / "config.json").write_text(json.dumps(stored))
+    assert "is finished" in trained(tiny(), copy).printed
+    assert runs.trained([copy]).config == tiny()
+
+
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, copy, unmeasured):
     (copy / "report.json").unlink()
     largest = max((copy / "checkpoints" / str(STEPS)).rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
@@ -632,7 +652,7 @@ def test_directories_that_are_no_runs_are_refused(run, tmp_path):
         draw(tmp_path)
     values = json.loads((run.workdir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"colour": "blue"}))
-    with pytest.raises(ValueError, match=r"the stored config and this version differ in the fields \['colour'\]"):
+    with pytest.raises(ValueError, match=r"the stored config has the fields \['colour'\] of Config, which this"):
         draw(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):

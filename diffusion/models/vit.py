@@ -223,11 +223,13 @@ def hidden_matrices(params: Any) -> Any:
     """Marks the matrices for which `optimize.muon` is made, those of attention and MLP: params as a tree of bools.
 
     The maps from the condition to shifts, scales and gates, which see one vector per picture, are not among them.
+    Queries, keys and values count as one matrix, and so do the two halves of SwiGLU.
     """
 
     def is_hidden(path: tuple, _: jax.Array) -> bool:
-        block, *layer = (key.key for key in path)
-        return block.startswith("block_") and layer in ([name, "kernel"] for name in ("qkv", "out", "up", "down"))
+        names = [getattr(key, "key", None) for key in path]
+        inside = len(names) == 3 and str(names[0]).startswith("block_")
+        return inside and names[1] in ("qkv", "out", "up", "down") and names[2] == "kernel"
 
     return jax.tree_util.tree_map_with_path(is_hidden, params)
 

@@ -6,8 +6,8 @@
 
 A training step is noising, forward, backward, clipping, AdamW and the average of the parameters. First both networks
 are shown to be the same one: with our parameters copied, outputs and gradients must agree. Then everybody takes turns
-in one process on the same cores or GPU (`timing`). bfloat16 configs run under autocast in PyTorch. A config with
-another optimiser is timed with AdamW on both sides, for it is the network that is compared. Also counted:
+in one process on the same cores or GPU (`timing`). bfloat16 configs run under autocast in PyTorch. Beside
+PyTorch a config with another optimiser is timed with AdamW, for it is the network that is compared. Also counted:
 
     FLOPs = 3 * 2 * (multiplications in matrix products of the forward pass),  MFU = FLOPs/s / --peak_tflops  (1)
 
@@ -90,9 +90,10 @@ def run(
       ValueError: PyTorch is asked for and missing, or does not know what the config asks for.
       AssertionError: the two networks are not the same.
     """
-    train_options = dataclasses.replace(config.train, optimizer="adamw", matrix_rate=Config().train.matrix_rate)
-    config = dataclasses.replace(config, train=train_options)
     torch_vit = peer_module(config) if peers else None
+    if peers:
+        options = dataclasses.replace(config.train, optimizer="adamw", matrix_rate=Config().train.matrix_rate)
+        config = dataclasses.replace(config, train=options)
     # Two frameworks share the GPU: JAX must not take three quarters of its memory at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     seen = facts(config, num_classes)
@@ -125,6 +126,7 @@ def run(
         "config": config.name,
         "batch_size": b,
         "dtype": config.model.dtype,
+        "optimizer": config.train.optimizer,
         "tokens": math.prod(geometry(seen.shape[:-1], config.model.patch_size, config.model.stride).grid),
         "parameters": sum(p.size for p in jax.tree.leaves(params)),
         "parity": agreement,
@@ -346,7 +348,7 @@ def report(result: dict[str, Any]) -> str:
             f"same network: outputs agree to {errors['output']:.1e}, gradients to {errors['gradient']:.1e} (float32)"
         )
     titles = {
-        "train": f"training step, {result['batch_size']} pictures",
+        "train": f"training step with {result['optimizer']}, {result['batch_size']} pictures",
         "sample": f"drawing {result['sample_batch']} pictures, {result['sample_steps']} DDIM steps "
         f"(timed over {result['sample_steps_timed']})",
     }
