@@ -40,5 +40,5 @@ def get_config() -> Config:
             sample_every=500,
             save_every=500,
         ),
-        sample=Sample(steps=100, last=0.2, sampler="ancestral", guidance=1.35, guidance_high=0.8),
+        sample=Sample(steps=100, last=0.2, sampler="ancestral", guidance=1.42, guidance_high=0.8),
     )
