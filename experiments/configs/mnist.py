@@ -4,7 +4,8 @@
 
 Patches of 10x10 every 6 pixels make 4x4 tokens without seams. Times favour noise, where the class and the shape of a
 digit are decided, and a little noise is put back at every sampling step, which corrects what went wrong before. The
-last step leaves out the times near the data, of which training saw next to nothing.
+last step leaves out the times near the data, of which training saw next to nothing. Muon learns as much in 3,600 steps
+of 64 as AdamW in 9,000 of 32, in less time.
 """
 
 from experiments.config import Config, Data, Model, Process, Sample, Train
@@ -30,15 +31,15 @@ def get_config() -> Config:
         ),
         process=Process(path="linear", prediction="x0", loss_in="flow", times="logit_normal", times_mean=0.8),
         train=Train(
-            steps=3800,
+            steps=3600,
             batch_size=64,
             optimizer="muon",
             learning_rate=3e-3,
             matrix_rate=0.03,
             warmup=100,
             ema=(0.996,),
-            sample_every=500,
-            save_every=500,
+            sample_every=1000,
+            save_every=1000,
         ),
         sample=Sample(steps=100, last=0.2, sampler="ancestral", guidance=1.42, guidance_high=0.8),
     )
