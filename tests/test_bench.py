@@ -49,7 +49,7 @@ def tiny() -> Config:
             class_tokens=2,
         ),
         process=Process(times_mean=0.8),
-        train=Train(batch_size=4, ema=0.9),
+        train=Train(batch_size=4, ema=(0.9,)),
         sample=Sample(batch_size=3, steps=4, guidance=2.0, guidance_high=0.7),
     )
 

@@ -179,6 +179,8 @@ def peer_module(config: Config) -> Any:
         asked = getattr(getattr(config, part), name)
         if asked != value:
             raise ValueError(f"the PyTorch network knows --config.{field}={value} only, not {asked}; pass --peer=none")
+    if len(config.train.ema) != 1:
+        raise ValueError(f"the PyTorch network keeps one average, not --config.train.ema={config.train.ema}")
     if jax.default_backend() == "gpu" and not torch.cuda.is_available():
         raise ValueError("JAX uses a GPU and this PyTorch has none: install its CUDA build, or pass --peer=none")
     torch.set_num_threads(timing.cores())
@@ -281,7 +283,7 @@ def torch_contenders(
         with narrow():
             return loss(images, y)
 
-    step = torch_vit.make_step(network, narrow_loss, adamw, clip=c.clip, ema=c.ema)
+    step = torch_vit.make_step(network, narrow_loss, adamw, clip=c.clip, ema=c.ema[0])
     x, y, wanted = (torch.from_numpy(a) for a in (batch["x"], batch["y"].astype(np.int64), labels.astype(np.int64)))
     times = shifted_grid(sample_steps, config.sample.shift).tolist()
     draw = partial(
