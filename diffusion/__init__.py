@@ -1,1 +1,39 @@
-"""Patch-based image diffusion in JAX: pure functions that compose."""
+"""Patch-based image diffusion as pure functions; modules are imported when they are first used.
+
+`import diffusion` alone needs nothing but Python: `diffusion.process`, `diffusion.patch` and the others follow on access.
+"""
+
+import importlib
+from typing import Any
+
+_MODULES = (
+    "data",
+    "experts",
+    "grids",
+    "guide",
+    "io",
+    "loss",
+    "metrics",
+    "models",
+    "optimize",
+    "patch",
+    "posterior",
+    "predict",
+    "pretrained",
+    "process",
+    "sample",
+    "superres",
+    "times",
+    "train",
+    "vlb",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"diffusion.{name}")
+    raise AttributeError(f"module 'diffusion' has no attribute {name!r}; its modules are {', '.join(_MODULES)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

@@ -4,24 +4,27 @@ Descending thresholds s_1 > ... > s_n cut the chain into n + 1 ranges. With SNR 
 
     s_k >= SNR > s_(k+1),    s_0 = infinity, s_(n+1) = -1                                          (1)
 
-so expert 0 has the cleanest pictures and clean data itself, and the last one pure noise. SNR falls with t, so (1) is a
-cut of time; `boundaries` makes it once, and training and sampling both compare t with the same numbers. Balaji et al.
+so expert 0 has the least noisy images and clean data itself, and the last one pure noise. SNR falls with t, so (1)
+divides the time axis; `boundaries` computes where, and training and sampling compare t with the same numbers. Balaji et al.
 2022 (2211.01324); Luhman & Luhman 2022 (2207.04316).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.loss import Times, listed_times, uniform_times
 from diffusion.predict import Denoise, Output
-from diffusion.process import Path
+from diffusion.process import Path, times_of_snr
+from diffusion.times import Times, listed_times, uniform_times
 
 
-def boundaries(path: Path, snr_splits: Sequence[float]) -> np.ndarray:
+def boundaries(path: Path, snr_splits: Sequence[float], span: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
     """The times [n] at which the SNR has fallen to each threshold, in float32: expert k has b_k <= t < b_(k+1).
+
+    `span` is the range of times of the path.
 
     Raises:
       ValueError: thresholds are not positive and falling, or the path does not reach one of them.
@@ -31,30 +34,24 @@ def boundaries(path: Path, snr_splits: Sequence[float]) -> np.ndarray:
         raise ValueError(f"snr_splits={snr_splits} must list one or more positive thresholds")
     if not (np.diff(splits) < 0).all():
         raise ValueError(f"snr_splits={snr_splits} must fall: from the least noisy threshold to the noisiest")
-
-    def reached(t: np.ndarray) -> np.ndarray:
-        with jax.ensure_compile_time_eval():
-            alpha, sigma = (np.asarray(a, np.float64) for a in path(jnp.asarray(t, jnp.float32)))
-        return alpha**2 <= splits * sigma**2
-
-    low, high = np.zeros(len(splits), np.float32), np.ones(len(splits), np.float32)
-    if not reached(high).all():
-        raise ValueError(f"snr_splits={snr_splits}: the path's SNR stays above {splits[~reached(high)][0]:g}")
-    while (np.nextafter(low, 2, dtype=np.float32) < high).any():
-        middle = (low + high) / 2
-        low, high = np.where(reached(middle), low, middle), np.where(reached(middle), middle, high)
+    try:
+        high = times_of_snr(path, splits, span)
+    except ValueError as e:
+        raise ValueError(f"snr_splits={snr_splits}: {e}") from None
     if len(np.unique(high)) < len(high):
-        raise ValueError(f"snr_splits={snr_splits}: two thresholds fall on one time, and the expert between has none")
+        raise ValueError(f"snr_splits={snr_splits}: two thresholds are reached at one time: the expert between has none")
     return high
 
 
 def expert_of(bounds: np.ndarray, t: jax.Array) -> jax.Array:
-    """Which expert has each t [B], [B] in 0..n, for `boundaries` [n]."""
+    """The number of the expert, 0..n, for each t [B], for `boundaries` [n]."""
     return jnp.searchsorted(jnp.asarray(bounds), t.astype(jnp.float32), side="right")
 
 
-def expert_times(bounds: np.ndarray, expert: int, chain: np.ndarray | None = None) -> Times:
-    """Time sampler that draws uniformly from the times of one expert: from those of `chain`, or from all of them.
+def expert_times(
+    bounds: np.ndarray, expert: int, chain: np.ndarray | None = None, span: tuple[float, float] = (0.0, 1.0)
+) -> Times:
+    """Time sampler, uniform on the times of one expert: on those of `chain`, or on all of them inside `span`.
 
     Raises:
       ValueError: there is no such expert, or the chain has no time for it.
@@ -68,21 +65,21 @@ def expert_times(bounds: np.ndarray, expert: int, chain: np.ndarray | None = Non
                 f"expert={expert} has none of the {len(chain) - 1} times of the chain; its SNR range is empty"
             )
         return listed_times(own)
-    low, high = np.concatenate([[0], bounds, [1]]).astype(np.float32)[expert : expert + 2]
-    # Rounding may carry low + (high - low) u to high, which is the next expert's.
-    return lambda key, n: jnp.minimum(low + (high - low) * uniform_times(key, n), np.nextafter(high, np.float32(0)))
+    low, high = np.concatenate([span[:1], bounds, span[1:]]).astype(np.float32)[expert : expert + 2]
+    # Rounding may give low + (high - low) u = high, which is the next expert's.
+    return lambda key, n: jnp.minimum(low + (high - low) * uniform_times(key, n), np.nextafter(high, np.float32(-np.inf)))
 
 
 def own_times(bounds: np.ndarray, expert: int, times: np.ndarray) -> np.ndarray:
-    """Those of `times` that are one expert's."""
+    """Those of `times` [n] that belong to one expert."""
     return times[np.searchsorted(bounds, np.asarray(times, np.float32), side="right") == expert]
 
 
 def experts(denoisers: Sequence[Denoise], bounds: np.ndarray) -> Denoise:
-    """One denoiser of n + 1, for `boundaries` [n]: each t is answered by the expert whose time it is.
+    """One denoiser from n + 1, for `boundaries` [n]: each example is denoised by the expert of its t.
 
     An expert runs only if a t of the batch is its own, then on the whole batch. In sampling and likelihood, where t is
-    the same for all, exactly one runs; under `jax.vmap` all do.
+    usually the same for all, exactly one runs; under `jax.vmap` all do.
 
     Raises:
       ValueError: the number of denoisers does not fit the thresholds.
@@ -90,9 +87,15 @@ def experts(denoisers: Sequence[Denoise], bounds: np.ndarray) -> Denoise:
     if len(denoisers) != len(bounds) + 1:
         raise ValueError(f"{len(bounds)} thresholds need {len(bounds) + 1} experts, not {len(denoisers)}")
 
-    def denoise(xt: jax.Array, t: jax.Array, y: jax.Array | None = None) -> Output:
+    def denoise(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
         index = expert_of(bounds, t)
-        output = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(denoisers[0], xt, t, y))
+
+        def zeros(a: jax.ShapeDtypeStruct) -> jax.Array:
+            # Made from xt, so that under shard_map both branches below vary over the same mesh axes.
+            like = jnp.broadcast_to(xt.reshape(-1)[:1].reshape((1,) * len(a.shape)), a.shape).astype(a.dtype)
+            return jnp.where(jnp.zeros(a.shape, bool), like, 0)
+
+        output = jax.tree.map(zeros, jax.eval_shape(denoisers[0], xt, t, y))
         for k, expert in enumerate(denoisers):
             mine = index == k
 

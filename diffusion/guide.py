@@ -1,56 +1,107 @@
-"""Guidance: functions from denoiser to denoiser, and their training half, dropping labels.
+"""Guidance: functions from denoiser to denoiser, and dropping conditions in training, which it needs.
 
-    pred = pred(null) + scale (pred(y) - pred(null))                                               (1)
+    pred = pred(null) + scale (pred(y) - pred(null))        classifier-free guidance               (1)
+    pred = weak + scale (strong - weak)                     autoguidance                           (2)
 
-Ho & Salimans 2022 (2207.12598). At a fixed xt every prediction is affine in every other, so (1) means the same for
-all of them: guiding x0 or v is guiding eps. A learned variance is that of the conditional pass. The scale may be a
-function of t (an interval: Kynkäänniemi et al. 2024, 2404.07724).
+(1) Ho & Salimans 2022 (2207.12598), (2) Karras et al. 2024 (2406.02507). At a fixed xt every prediction is affine in
+every other, so (1) and (2) mean the same for all of them: guiding x0 or v is guiding eps. Both are one line on top of
+`paired` and `extrapolate`, and so are methods of your own.
+
+A condition y is a pytree of arrays with a leading axis B, such as labels [B], embeddings [B, D], or text with a mask;
+`null` is the same pytree for one example, without that axis. A scale is a number, an array, [] or [B], traced or not,
+or a function of t [B].
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from diffusion.predict import Denoise, Learned, Output, Prediction, decode, pred_of, replace_pred, target
+from diffusion.predict import Denoise, Output, Prediction, WithVariance, decode, pred_of, replace_pred, target
 from diffusion.process import Path, coefficients, expand
 
-Scale = float | Callable[[jax.Array], jax.Array]
+Scale = float | jax.Array | Callable[[jax.Array], jax.Array]
 
 
-def drop_labels(key: jax.Array, y: jax.Array, null: int, rate: float) -> jax.Array:
-    """Labels y [B] with each replaced by `null` with probability `rate`, so that the network learns pred(null)."""
+def drop_condition(key: jax.Array, y: Any, null: Any, rate: float) -> Any:
+    """The condition y with whole rows replaced by `null` with probability `rate`, so that the network learns pred(null).
+
+    Raises:
+      ValueError: the rate lies outside [0, 1], or `null` is not the structure of y.
+    """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate={rate} must lie in [0, 1]")
-    return jnp.where(jax.random.uniform(key, y.shape) < rate, null, y)
+    rows = null_like(y, null)
+    dropped = jax.random.uniform(key, (_batch(y),)) < rate
+    return jax.tree.map(lambda a, n: jnp.where(expand(dropped, a), n, a), y, rows)
 
 
-def classifier_free(denoise: Denoise, null: int, scale: Scale) -> Denoise:
-    """Guided denoiser, eq. (1), every channel alike: scale 0 is unconditional, 1 conditional, more is sharper.
+def null_like(y: Any, null: Any) -> Any:
+    """The condition `null` of one example, repeated to the shape of y.
 
-    Both halves run as one batch of 2B; the plain cases 0 and 1 run as one of B (and at 0 the variance is that one's).
+    Raises:
+      ValueError: `null` is not the structure of y, or a leaf does not broadcast to a row of y's.
+    """
+    if jax.tree.structure(y) != jax.tree.structure(null):
+        raise ValueError(f"null has the structure {jax.tree.structure(null)}, y has {jax.tree.structure(y)}")
+
+    def rows(a: jax.Array, n: Any) -> jax.Array:
+        n = jnp.asarray(n, a.dtype)
+        if n.ndim > a.ndim - 1 or jnp.broadcast_shapes(n.shape, a.shape[1:]) != a.shape[1:]:
+            raise ValueError(f"null of shape {n.shape} does not broadcast to a row {a.shape[1:]} of the condition")
+        return jnp.broadcast_to(n.reshape((1,) * (a.ndim - n.ndim) + n.shape), a.shape)
+
+    return jax.tree.map(rows, y, null)
+
+
+def paired(
+    denoise: Denoise, null: Any, combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+) -> Denoise:
+    """The denoiser combine(conditional, unconditional, t): predictions [B, *S, C] for y and for `null`, and t [B].
+
+    Both are computed as one batch of 2B. A learned variance is that of the conditional prediction.
     """
 
-    def guided(xt: jax.Array, t: jax.Array, y: jax.Array) -> Output:
-        if y is None:
-            raise ValueError("guidance needs labels y [B]; for unconditional samples call the denoiser itself")
-        nothing = jnp.full_like(y, null)
-        if not callable(scale) and scale in (0, 1):
-            return denoise(xt, t, y if scale else nothing)
-        both = denoise(jnp.concatenate([xt, xt]), jnp.concatenate([t, t]), jnp.concatenate([y, nothing]))
-        conditional, unconditional = jnp.split(pred_of(both), 2)
-        factor = expand(scale(t), xt) if callable(scale) else scale
-        pred = unconditional + factor * (conditional - unconditional)
-        return Learned(pred, both.v[: len(y)]) if isinstance(both, Learned) else pred
+    def guided(xt: jax.Array, t: jax.Array, y: Any) -> Output:
+        twice = jax.tree.map(lambda a, n: jnp.concatenate([a, n]), _given(y), null_like(y, null))
+        both = denoise(jnp.concatenate([xt, xt]), jnp.concatenate([t, t]), twice)
+        pred = combine(*jnp.split(pred_of(both), 2), t)
+        return WithVariance(pred, both.v[: len(xt)]) if isinstance(both, WithVariance) else pred
 
     return guided
 
 
-def interval(scale: float, low: float, high: float) -> Scale:
-    """`scale` for low <= t <= high and 1, no guidance, outside."""
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"guidance interval [{low}, {high}] must satisfy 0 <= low < high <= 1")
-    return scale if (low, high) == (0, 1) else lambda t: jnp.where((t >= low) & (t <= high), scale, 1.0)
+def extrapolate(strong: Denoise, weak: Denoise, scale: Scale) -> Denoise:
+    """Autoguidance, eq. (2): away from a weaker model. A learned variance is that of the strong one."""
+
+    def guided(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
+        output = strong(xt, t, y)
+        a, b = pred_of(output), pred_of(weak(xt, t, y))
+        return replace_pred(output, b + _factor(scale, t, xt) * (a - b))
+
+    return guided
+
+
+def classifier_free(denoise: Denoise, null: Any, scale: Scale) -> Denoise:
+    """Classifier-free guidance, eq. (1): scale 0 is unconditional, 1 conditional, more is stronger.
+
+    The numbers 0 and 1 need one batch of B instead of 2B.
+    """
+    if isinstance(scale, int | float) and scale in (0, 1):
+        return lambda xt, t, y: denoise(xt, t, _given(y) if scale else null_like(_given(y), null))
+    return paired(denoise, null, lambda cond, uncond, t: uncond + _factor(scale, t, cond) * (cond - uncond))
+
+
+def interval(scale: Scale, low: float | jax.Array, high: float | jax.Array) -> Scale:
+    """`scale` for low <= t <= high and 1, no guidance, outside (Kynkäänniemi et al. 2024, 2404.07724).
+
+    Raises:
+      ValueError: low is not below high.
+    """
+    if isinstance(low, int | float) and isinstance(high, int | float) and not low < high:
+        raise ValueError(f"guidance interval [{low}, {high}]: its low end must be below its high end")
+    return lambda t: jnp.where((t >= low) & (t <= high), scale(t) if callable(scale) else scale, 1.0)
 
 
 def clip(denoise: Denoise, path: Path, prediction: Prediction, low: float = -1.0, high: float = 1.0) -> Denoise:
@@ -87,19 +138,43 @@ def dynamic_threshold(
 
 
 def corrected(denoise: Denoise, path: Path, prediction: Prediction, fix: Callable[[jax.Array], jax.Array]) -> Denoise:
-    """The denoiser with fix(x0_hat) in place of x0_hat and eps_hat following, so that both still compose xt.
+    """The denoiser with fix(x0_hat) in place of x0_hat and eps_hat changed with it, so that both still compose xt.
 
     A prediction of eps holds x0 only to the rounding of eps times sigma / alpha; `convert` it to x0 first where that
     matters (guided sampling from t near 1).
     """
 
-    def after(xt: jax.Array, t: jax.Array, y: jax.Array | None = None) -> Output:
+    def after(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
         coef, output = coefficients(path, t), denoise(xt, t, y)
         x0, eps = decode(prediction, coef, xt, pred_of(output))
         fixed = fix(x0)
-        # Where sigma vanishes xt is the picture itself and there is no noise to correct.
+        # Where sigma is 0, xt is the image itself and there is no noise to correct.
         gain = jnp.where(coef.sigma == 0, 0, coef.alpha / jnp.where(coef.sigma == 0, 1, coef.sigma))
         eps = eps + expand(gain, xt) * (x0 - fixed)
         return replace_pred(output, target(prediction, coef, fixed, eps))
 
     return after
+
+
+def _factor(scale: Scale, t: jax.Array, like: jax.Array) -> float | jax.Array:
+    """The scale at times t [B], ready to multiply `like` [B, ...]."""
+    value = scale(t) if callable(scale) else scale
+    if jnp.ndim(value) == 0:
+        return value
+    if jnp.shape(value) != t.shape:
+        raise ValueError(f"a guidance scale must be a number or one per example {t.shape}, not {jnp.shape(value)}")
+    return expand(jnp.asarray(value), like)
+
+
+def _given(y: Any) -> Any:
+    if y is None:
+        raise ValueError("guidance needs a condition y; for unconditional samples call the denoiser itself")
+    return y
+
+
+def _batch(y: Any) -> int:
+    leaves = jax.tree.leaves(y)
+    sizes = {len(a) for a in leaves}
+    if len(sizes) != 1:
+        raise ValueError(f"the arrays of a condition must share their first axis, got shapes {[a.shape for a in leaves]}")
+    return sizes.pop()

@@ -1,10 +1,9 @@
 """The training loss: one weighted squared error for every prediction, path, time sampler and space.
 
-    L = E_{t, eps} w(t) || S pred - S target ||^2 / D  (+ c bound_term(t), see `Bound`)            (1)
+    L = E_{t, eps} w(t) || S pred - S target ||^2 / D  (+ c vlb_term(t), see `vlb.Vlb`)            (1)
 
-`space` S is linear (default: the identity). With S = patchify and a network that answers in tokens this is the loss on
-overlapping patches. A time sampler is (key, B) -> t [B], or t and importance weights [B]; a weight is coefficients
--> [B]. Published weights are functions of SNR = (alpha / sigma)^2 on the error of x0, whatever the network predicts;
+`space` S is linear (default: the identity). With S = patchify and a network that returns tokens this is the loss on
+overlapping patches. For time samplers see `times`; a weight is coefficients -> [B]. Published weights are functions of SNR = (alpha / sigma)^2 on the error of x0, whatever the network predicts;
 `weighting` turns them into weights on the network's own error with eq. (3) of `predict`:
 
     "snr", "snr+1", "truncated_snr" = max(SNR, 1)        Salimans & Ho 2022 (2202.00512)
@@ -16,17 +15,17 @@ overlapping patches. A time sampler is (key, B) -> t [B], or t and importance we
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.predict import Denoise, Learned, Prediction, determinant, estimate, pred_of, replace_pred, target
-from diffusion.process import Coefficients, Path, coefficients, noise
-from diffusion.variance import Variance, bound_term, least_variance
+from diffusion.predict import Denoise, WithVariance, Prediction, determinant, estimate, pred_of, replace_pred, target
+from diffusion.process import Coefficients, Path, check_images, coefficients, noise
+from diffusion.times import Times, uniform_times
+from diffusion.vlb import Vlb, least_variance, vlb_term
 
-Times = Callable[[jax.Array, int], jax.Array | tuple[jax.Array, jax.Array]]
 Weight = Callable[[Coefficients], jax.Array]
 Weighting = Literal["snr", "snr+1", "truncated_snr", "sqrt_snr", "p2", "min_snr", "sigmoid"]
 
@@ -39,52 +38,45 @@ class Draw(NamedTuple):
     importance: jax.Array | None = None
 
 
-class Bound(NamedTuple):
-    """The variational term of eq. (1), Nichol & Dhariwal 2021 (2102.09672), in bits per dimension.
-
-    chain: its falling times [T + 1], `sample.respaced_grid`; the time sampler must draw from them (`listed_times`).
-    variance: which of `variance.Variance` the network learns or is given.
-    scale: c of eq. (1); guided-diffusion's rescale_learned_sigmas is T / 1000, its use_kl is T with `alone`.
-    alone: the bound is the whole loss. Otherwise it trains the variance only: the prediction is held fixed in it.
-    """
-
-    chain: np.ndarray
-    variance: Variance
-    scale: float = 1.0
-    alone: bool = False
-
-
 def loss(
     key: jax.Array,
     denoise: Denoise,
     path: Path,
     x0: jax.Array,
-    y: jax.Array | None = None,
+    y: Any = None,
     *,
     prediction: Prediction,
     times: Times | None = None,
     weight: Weight | None = None,
     space: Callable[[jax.Array], jax.Array] | None = None,
-    bound: Bound | None = None,
+    vlb: Vlb | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`loss_at` times and noise from `draw`: the loss of each example [B], eq. (1), and what it is made of.
+    """`loss_at` at times and noise from `draw`: the loss of each example [B], eq. (1), and its parts.
 
     Args:
-      denoise: answers in `space`; sees xt [B, *S, C].
-      times: time sampler, default `uniform_times`.
+      denoise: xt [B, *S, C] to a prediction in `space`.
+      times: time sampler, default `times.uniform_times`.
       weight: default 1.
-      space: linear map from pictures to where the error is measured, default none.
-      bound: the variational term, which a learned variance needs; pictures must then be in [-1, 1].
+      space: linear map from images to where the error is measured, default none.
+      vlb: the variational term, which a learned variance needs; images must then be in [-1, 1].
     """
     drawn = draw(key, x0, times)
-    return loss_at(drawn, denoise, path, x0, y, prediction=prediction, weight=weight, space=space, bound=bound)
+    return loss_at(drawn, denoise, path, x0, y, prediction=prediction, weight=weight, space=space, vlb=vlb)
 
 
 def draw(key: jax.Array, x0: jax.Array, times: Times | None = None) -> Draw:
-    """Times and noise for pictures x0 [B, *S, C]."""
+    """Times and noise for images x0 [B, *S, C].
+
+    Raises:
+      ValueError: x0 is not of a floating type, or the time sampler did not return one time per example.
+    """
+    check_images(x0)
     key_t, key_eps = jax.random.split(key)
     t = (times or uniform_times)(key_t, x0.shape[0])
     t, importance = t if isinstance(t, tuple) else (t, None)
+    if t.shape != x0.shape[:1] or (importance is not None and importance.shape != x0.shape[:1]):
+        shapes = t.shape if importance is None else (t.shape, importance.shape)
+        raise ValueError(f"the time sampler returned shape {shapes} for a batch of {len(x0)}: one time per example")
     return Draw(t, jax.random.normal(key_eps, x0.shape, x0.dtype), importance)
 
 
@@ -93,21 +85,20 @@ def loss_at(
     denoise: Denoise,
     path: Path,
     x0: jax.Array,
-    y: jax.Array | None = None,
+    y: Any = None,
     *,
     prediction: Prediction,
     weight: Weight | None = None,
     space: Callable[[jax.Array], jax.Array] | None = None,
-    bound: Bound | None = None,
+    vlb: Vlb | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of each example [B], eq. (1), at given times and noise; nothing here is random, so a batch may be cut.
 
-    Returns also {"t", "mse", "loss"} [B] for those who want to see it over time, and "bound" if there is one: "loss"
-    is the loss without importance weights.
+    Returns also {"t", "mse", "loss"} [B], and "vlb" if there is one; this "loss" is without importance weights.
 
     Raises:
-      ValueError: the denoiser's shape is not that of the target; it learns a variance and there is no bound, or the
-        other way round; `bound` is combined with `space`.
+      ValueError: the prediction or the weight has another shape than expected; the denoiser learns a variance and there
+        is no `vlb`, or the other way round; `vlb` is combined with `space`; x0 or t are of the wrong type.
     """
     t, eps, importance = drawn
     coef = coefficients(path, t)
@@ -118,33 +109,39 @@ def loss_at(
     if pred.shape != wanted.shape:
         raise ValueError(f"denoise returned shape {pred.shape}, the loss compares it with {wanted.shape}")
     mse = jnp.square(pred - wanted).mean(range(1, pred.ndim))
-    value = mse if weight is None else weight(coef) * mse
+    value = mse if weight is None else _checked_weight(weight(coef), mse) * mse
     parts = {"t": t, "mse": mse}
-    if bound is None:
-        if isinstance(output, Learned):
-            raise ValueError("denoise returned a learned variance, which nothing would train: pass bound=Bound(...)")
+    if vlb is None:
+        if isinstance(output, WithVariance):
+            raise ValueError("the denoiser returned a learned variance, which nothing would train: pass vlb=Vlb(...)")
     else:
         if space is not None:
-            raise ValueError("a bound is measured on pictures: it cannot be combined with space")
-        if not bound.alone and not isinstance(output, Learned):
+            raise ValueError("the variational term is measured on images: vlb cannot be combined with space")
+        if not vlb.only and not isinstance(output, WithVariance):
             raise ValueError(
-                "the denoiser returns no variance for the bound to train; alone=True trains the prediction"
+                "the denoiser returned no variance for the variational term to train; only=True trains the prediction"
             )
-        held = output if bound.alone else replace_pred(output, jax.lax.stop_gradient(pred))
-        term = bound_term(
-            bound.variance,
+        held = output if vlb.only else replace_pred(output, jax.lax.stop_gradient(pred))
+        term = vlb_term(
+            vlb.variance,
             path,
             x0,
             xt,
             t,
-            _next_time(bound.chain, t),
+            _next_time(vlb.chain, t),
             estimate(prediction, coef, xt, held),
-            least_variance(path, bound.chain),
+            least_variance(path, vlb.chain),
         )
-        value = bound.scale * term + (0 if bound.alone else value)
-        parts["bound"] = term
+        value = vlb.weight * term + (0 if vlb.only else value)
+        parts["vlb"] = term
     parts["loss"] = value
     return value if importance is None else importance * value, parts
+
+
+def _checked_weight(weight: jax.Array, mse: jax.Array) -> jax.Array:
+    if jnp.shape(weight) not in ((), mse.shape):
+        raise ValueError(f"the weight has shape {jnp.shape(weight)}; it must be one number per example, {mse.shape}")
+    return weight
 
 
 def _next_time(chain: np.ndarray, t: jax.Array) -> jax.Array:
@@ -205,45 +202,3 @@ def measured_in(space: Prediction, prediction: Prediction, floor: float = 0.05) 
         return jnp.square(determinant(space, coef) / det)
 
     return weight
-
-
-def uniform_times(key: jax.Array, n: int) -> jax.Array:
-    """Independent t ~ U[0, 1), [n]."""
-    return jax.random.uniform(key, (n,))
-
-
-def antithetic_times(key: jax.Array, n: int) -> jax.Array:
-    """One t in each of n equal intervals, same offset: U[0, 1) with less variance (Kingma et al. 2021, 2107.00630).
-
-    In random order, since neighbours in a batch may be one picture noised several times.
-    """
-    key_offset, key_order = jax.random.split(key)
-    return jax.random.permutation(key_order, jnp.mod(jax.random.uniform(key_offset) + jnp.arange(n) / n, 1))
-
-
-def logit_normal_times(mean: float = 0.0, std: float = 1.0) -> Times:
-    """logit(t) ~ N(mean, std^2) (Esser et al. 2024, 2403.03206), stratified; a positive mean favours noise."""
-    if not std > 0:
-        raise ValueError(f"std={std} must be positive")
-
-    def times(key: jax.Array, n: int) -> jax.Array:
-        # The quantile is infinite at 0, which the antithetic draw can return.
-        u = jnp.maximum(antithetic_times(key, n), 1e-6)
-        return jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u))
-
-    return times
-
-
-def grid_times(steps: int, first: int = 0) -> Times:
-    """t uniform on {first, ..., steps} / steps. 0, clean data, belongs to the blog's chain; DDPM's begins at 1."""
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
-    return lambda key, n: jax.random.randint(key, (n,), first, steps + 1) / steps
-
-
-def listed_times(listed: np.ndarray) -> Times:
-    """t uniform on a list, such as the `chain[:-1]` of a respaced chain."""
-    listed = np.asarray(listed, np.float64)
-    if listed.ndim != 1 or not listed.size:
-        raise ValueError(f"the times to draw from must be a vector with at least one, got shape {listed.shape}")
-    return lambda key, n: jax.random.choice(key, jnp.asarray(listed), (n,))

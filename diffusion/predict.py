@@ -1,6 +1,6 @@
 """What a network predicts, and how to read x0 and eps out of it.
 
-Every prediction is a row (u, w) over (x0, eps), and so is the noisy picture itself:
+Every prediction is a row (u, w) over (x0, eps), and so is the noisy image itself:
 
     pred = u x0 + w eps,        xt = alpha x0 + sigma eps                                          (1)
 
@@ -18,7 +18,7 @@ the error in those of b.                                                        
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +28,24 @@ from diffusion.process import Coefficients, Path, coefficients, expand
 Prediction = Literal["x0", "eps", "v", "flow"]
 
 
-class Learned(NamedTuple):
-    """What a network with a learned variance returns: its prediction and, per value, where the variance lies.
+class WithVariance(NamedTuple):
+    """A prediction with a learned variance, [B, *S, C] each.
 
-    pred: [B, *S, C], the prediction itself.
-    v: [B, *S, C], the place of log var between the two fixed variances, in the network's own convention.
+    pred: the prediction.
+    v: log var, interpolated between the two fixed variances, in the network's own convention (`posterior`).
     """
 
     pred: jax.Array
     v: jax.Array
 
 
-Output = jax.Array | Learned
-Denoise = Callable[[jax.Array, jax.Array, jax.Array | None], Output]
+Output = jax.Array | WithVariance
+# (xt [B, *S, C], t [B], y) -> Output; y is any pytree of arrays with a leading axis B, or None.
+Denoise = Callable[[jax.Array, jax.Array, Any], Output]
 
 
 class Estimate(NamedTuple):
-    """What an output says about xt, [B, *S, C] each; v, of a `Learned` output, is None where the network has none."""
+    """x0_hat and eps_hat at xt, [B, *S, C] each; v is that of a `WithVariance` output, or None."""
 
     x0: jax.Array
     eps: jax.Array
@@ -53,6 +54,8 @@ class Estimate(NamedTuple):
 
 # Below this the system (2) is singular: pred and xt hold the same information.
 _SINGULAR = 1e-6
+
+Predict = Callable[[jax.Array, jax.Array], Estimate]  # (xt [B, *S, C], t, [] or [B]) -> estimate
 
 
 def row(prediction: Prediction, coef: Coefficients) -> tuple[jax.Array, jax.Array]:
@@ -84,9 +87,9 @@ def target(prediction: Prediction, coef: Coefficients, x0: jax.Array, eps: jax.A
 def decode(prediction: Prediction, coef: Coefficients, xt: jax.Array, pred: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(x0_hat, eps_hat) [B, ...] from a prediction at xt, eq. (2).
 
-    Where the two rows are parallel (x0 at sigma = 0, eps at alpha = 0) they say one thing about two unknowns, and the
-    answer is the shortest (x0, eps) that fits: what the rows name stays exact, the other is zero. That zero is a guess:
-    to sample with the eps prediction on a path that reaches alpha = 0, start just below t = 1.
+    Where the two rows are parallel (x0 at sigma = 0, eps at alpha = 0) the system is singular, and the answer is its
+    least-norm solution: the quantity that the rows determine is exact, the other is zero. That zero carries no
+    information: to sample with the eps prediction on a path that reaches alpha = 0, start just below t = 1.
     """
     u, w = (expand(a, xt) for a in row(prediction, coef))
     det = expand(determinant(prediction, coef), xt)
@@ -101,24 +104,34 @@ def decode(prediction: Prediction, coef: Coefficients, xt: jax.Array, pred: jax.
 
 def estimate(prediction: Prediction, coef: Coefficients, xt: jax.Array, output: Output) -> Estimate:
     """`decode` for an output with or without a learned variance."""
-    v = output.v if isinstance(output, Learned) else None
+    v = output.v if isinstance(output, WithVariance) else None
     return Estimate(*decode(prediction, coef, xt, pred_of(output)), v)
+
+
+def predictor(denoise: Denoise, path: Path, prediction: Prediction, y: Any = None) -> Predict:
+    """What a step of a sampler calls: (xt [B, *S, C], t, [] or [B]) -> `Estimate`, for the condition y."""
+
+    def predict(xt: jax.Array, t: jax.Array) -> Estimate:
+        t = jnp.broadcast_to(t, xt.shape[:1])
+        return estimate(prediction, coefficients(path, t), xt, denoise(xt, t, y))
+
+    return predict
 
 
 def pred_of(output: Output) -> jax.Array:
     """The prediction alone."""
-    return output.pred if isinstance(output, Learned) else output
+    return output.pred if isinstance(output, WithVariance) else output
 
 
 def replace_pred(output: Output, pred: jax.Array) -> Output:
     """The output with another prediction and the same learned variance, if there is one."""
-    return output._replace(pred=pred) if isinstance(output, Learned) else pred
+    return output._replace(pred=pred) if isinstance(output, WithVariance) else pred
 
 
 def convert(denoise: Denoise, path: Path, source: Prediction, to: Prediction) -> Denoise:
     """The same denoiser, predicting `to` where it predicted `source`."""
 
-    def converted(xt: jax.Array, t: jax.Array, y: jax.Array | None = None) -> Output:
+    def converted(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
         coef, output = coefficients(path, t), denoise(xt, t, y)
         return replace_pred(output, target(to, coef, *decode(source, coef, xt, pred_of(output))))
 

@@ -1,10 +1,11 @@
-"""Noising processes: how much data and how much noise a picture holds at time t.
+"""Noising processes: the scale of the data and of the noise at time t.
 
-    xt = alpha(t) x0 + sigma(t) eps,    eps ~ N(0, I),    t in [0, 1], 0 = data, 1 = noise          (1)
+    xt = alpha(t) x0 + sigma(t) eps,    eps ~ N(0, I),    t = 0: data, larger t: more noise        (1)
     logsnr(t) = 2 log(alpha / sigma)                                                               (2)
 
 A path is a function t [B] -> (alpha [B], sigma [B]); derivatives come from `jax.jvp`, so a path of your own is one
-function. Times are continuous; the discrete chains of the literature are grids of them.
+function. Times are continuous; the discrete chains of the literature are grids of them. The paths here run from 0 to 1;
+a variance-exploding path whose time is sigma, `lambda t: (jnp.ones_like(t), t)`, works just as well.
 
     Linear      alpha = 1 - t            sigma = t                  flow matching, Lipman et al. 2022 (2210.02747)
     Cosine      alpha = cos(pi t / 2)    sigma = sin(pi t / 2)      Salimans & Ho 2022 (2202.00512)
@@ -15,7 +16,7 @@ Geometric is Linear on another clock: both have alpha + sigma = 1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Linear:
-    """The straight path from data to noise."""
+    """Linear interpolation between data and noise."""
 
     def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         return 1 - t, t
@@ -45,7 +46,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """The quarter circle from data to noise; written with sines so that both end points are exact."""
+    """A quarter circle from data to noise; written with sines so that both end points are exact."""
 
     def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.sin(math.pi / 2 * (1 - t)), jnp.sin(math.pi / 2 * t)
@@ -55,7 +56,7 @@ class Cosine:
 class Geometric:
     """The blog's path: `steps` times xt <- rate xt + (1 - rate) eps. Defined for t < 0 too: its sampler may overstep.
 
-    At t = 1 a trace of data, rate^steps (0.0066 for the published 0.99 and 500), is left.
+    At t = 1 alpha is rate^steps (0.0066 for the published 0.99 and 500), not 0.
     """
 
     rate: float = 0.99
@@ -89,7 +90,7 @@ class VP:
             raise ValueError(f"betas must be a vector of values in (0, 1], got shape {betas.shape}{worst}")
         abar = np.concatenate([[1.0], np.cumprod(1 - betas)])
         object.__setattr__(self, "betas", betas)
-        # The angle from either end, so that neither a small sigma nor a small alpha is lost to rounding.
+        # The angle from either end, so that neither a small sigma nor a small alpha loses digits to rounding.
         object.__setattr__(self, "_phi", np.arctan2(np.sqrt(1 - abar), np.sqrt(abar)))
         object.__setattr__(self, "_psi", np.arctan2(np.sqrt(abar), np.sqrt(1 - abar)))
 
@@ -146,26 +147,69 @@ def cosine_betas(steps: int = 1000, highest: float = 0.999) -> np.ndarray:
 
 
 def coefficients(path: Path, t: jax.Array) -> Coefficients:
-    """alpha, sigma and their derivatives at t [B]."""
+    """alpha, sigma and their derivatives at t, [] or [B]."""
     (alpha, sigma), (dalpha, dsigma) = jax.jvp(path, (t,), (jnp.ones_like(t),))
     return Coefficients(alpha, sigma, dalpha, dsigma)
 
 
 def logsnr(path: Path, t: jax.Array) -> jax.Array:
-    """2 log(alpha / sigma), eq. (2), [B]; infinite where nothing of one of them is left."""
+    """2 log(alpha / sigma), eq. (2), [B]; infinite where one of them is 0."""
     alpha, sigma = path(t)
     return 2 * (jnp.log(alpha) - jnp.log(sigma))
 
 
 def noise(path: Path, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-    """xt [B, ...] at times t [B] for data x0 and noise eps of the same shape, eq. (1)."""
+    """xt [B, ...] at times t [B] for data x0 and noise eps of the same shape, eq. (1).
+
+    Raises:
+      ValueError: x0 is not of a floating type, or t is not [B].
+    """
+    check_images(x0)
+    check_times(t, len(x0))
     alpha, sigma = path(t)
     return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
 
 
 def expand(a: jax.Array, like: jax.Array) -> jax.Array:
-    """a [B] with trailing axes of length 1, to multiply `like` [B, ...]."""
+    """a, [] or [B], with trailing axes of length 1, to multiply `like` [B, ...]."""
     return a.reshape(a.shape + (1,) * (like.ndim - a.ndim))
+
+
+def times_of_snr(path: Path, snr: Sequence[float] | np.ndarray, span: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
+    """The first times [n], in float32, at which the SNR (alpha / sigma)^2 has fallen to each of `snr` [n].
+
+    The SNR must fall with t inside `span`, where the times are searched by bisection.
+
+    Raises:
+      ValueError: the SNR at the end of the span is still above one of `snr`.
+    """
+    snr = np.asarray(snr, np.float64)
+
+    def reached(t: np.ndarray) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            alpha, sigma = (np.asarray(a, np.float64) for a in path(jnp.asarray(t, jnp.float32)))
+        return alpha**2 <= snr * sigma**2
+
+    low, high = (np.full(len(snr), t, np.float32) for t in span)
+    if not reached(high).all():
+        raise ValueError(f"the path's SNR stays above {snr[~reached(high)][0]:g} up to t={span[1]:g}")
+    while (np.nextafter(low, np.float32(np.inf)) < high).any():
+        middle = (low + high) / 2
+        low, high = np.where(reached(middle), low, middle), np.where(reached(middle), middle, high)
+    return high
+
+
+def check_images(x: jax.Array) -> None:
+    """Raises ValueError unless x, [B, *S, C], is of a floating type."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"images of dtype {x.dtype} cannot carry noise: pass floating-point ones, x / 127.5 - 1")
+
+
+def check_times(t: jax.Array, batch: int) -> None:
+    """Raises ValueError unless t is an array [B] of a floating type."""
+    if jnp.shape(t) != (batch,) or not hasattr(t, "dtype") or not jnp.issubdtype(t.dtype, jnp.floating):
+        given = f"{t.dtype} {tuple(t.shape)}" if hasattr(t, "dtype") else repr(t)
+        raise ValueError(f"t must be a floating-point array [{batch}], one time per example, not {given}")
 
 
 def _check_steps(steps: int) -> None:

@@ -5,26 +5,78 @@ With (x0_hat, eps_hat) decoded at (xt, t), a step to a time s < t is one of
     ddim       xs = alpha_s x0_hat + sqrt(sigma_s^2 - eta^2 small) eps_hat + eta sqrt(small) z      (1)
     ancestral  xs = mean(x0_hat, xt) + sqrt(var) z, no noise where sigma_s = 0                      (2)
     heun       trapezoidal rule for dx/dt = alpha' x0_hat + sigma' eps_hat                          (3)
+    dpmpp_2m   xs = sigma_s / sigma_t xt + (alpha_s - alpha_t sigma_s / sigma_t) D,
+               D = x0_hat + h / (2 h') (x0_hat - x0_hat'),  h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t)  (4)
 
-with small, mean and var of `variance`. (1) is Song et al. 2020 (2010.02502), written for any path; eta = 1 is (2) with
-the fixed small variance. (2) is Ho et al. 2020 (2006.11239), algorithm 2. (3) is Karras et al. 2022 (2206.00364),
-algorithm 1. A step is any function (key [B], predict, path, xt, t, s) -> xs; `predict(xt, t)` returns an `Estimate`.
-The steps without noise also go up, from data to noise: `invert`.
+with small, mean and var of `posterior`, and in (4) primes for the step before. (1) is Song et al. 2020 (2010.02502),
+written for any path; eta = 1 is (2) with the fixed small variance. (2) is Ho et al. 2020 (2006.11239), algorithm 2.
+(3) is Karras et al. 2022 (2206.00364), algorithm 1. (4) is DPM-Solver++(2M), Lu et al. 2022 (2211.01095), algorithm 2.
+
+A sampler is a pair of pure functions, like an optimiser of optax:
+
+    init(xt) -> memory,    step(key [B], predict, path, xt, t, s, memory) -> (xs, memory)
+
+`predict(xt, t)` returns an `Estimate`; t and s are scalars or [B]; one-step methods have the memory (). The samplers
+without noise also go up, from data to noise: `invert`.
 """
 
-import itertools
 from collections.abc import Callable
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.predict import Denoise, Estimate, Prediction, estimate
-from diffusion.process import Path, coefficients, expand
-from diffusion.variance import Variance, between, check_variance, reverse
+from diffusion.posterior import Variance, between, check_variance, reverse
+from diffusion.predict import Denoise, Predict, Prediction, predictor
+from diffusion.process import Path, check_images, coefficients, expand
 
-Predict = Callable[[jax.Array, jax.Array], Estimate]
-Step = Callable[[jax.Array, Predict, Path, jax.Array, jax.Array, jax.Array], jax.Array]
+Memory = Any  # a pytree of arrays
+Step = Callable[
+    [jax.Array, Predict, Path, jax.Array, jax.Array, jax.Array, Memory],
+    tuple[jax.Array, Memory],
+]
+
+
+class Sampler(NamedTuple):
+    """A sampling method.
+
+    init: xt [B, *S, C] -> memory, before the first step.
+    step: (keys [B], predict, path, xt, t, s, memory) -> (xs, memory), from time t to time s.
+    """
+
+    init: Callable[[jax.Array], Memory]
+    step: Step
+
+
+@overload
+def sample(
+    key: jax.Array,
+    denoise: Denoise,
+    path: Path,
+    x1: jax.Array,
+    times: np.ndarray | jax.Array,
+    y: Any = None,
+    *,
+    prediction: Prediction,
+    sampler: Sampler | None = None,
+    keep: None = None,
+) -> jax.Array: ...
+
+
+@overload
+def sample(
+    key: jax.Array,
+    denoise: Denoise,
+    path: Path,
+    x1: jax.Array,
+    times: np.ndarray | jax.Array,
+    y: Any = None,
+    *,
+    prediction: Prediction,
+    sampler: Sampler | None = None,
+    keep: int,
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def sample(
@@ -33,29 +85,29 @@ def sample(
     path: Path,
     x1: jax.Array,
     times: np.ndarray | jax.Array,
-    y: jax.Array | None = None,
+    y: Any = None,
     *,
     prediction: Prediction,
-    step: Step | None = None,
+    sampler: Sampler | None = None,
     keep: int | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """x0 [B, *S, C] from x1 along `times` [T + 1], which fall. Memory does not grow with T.
+    """x0 [B, *S, C] from x1 along falling `times`, [T + 1] or one grid per example [T + 1, B].
+
+    Memory does not grow with T.
 
     Args:
-      key: one key, or one per sample [B] (`sample_keys`), so that a sample does not depend on its neighbours.
-      x1: where to start, at time times[0]; usually `initial_noise`. The network sees its dtype, and x0 has it; what
-        lies between is at least float32, as times are.
-      step: default `ddim()`.
+      key: one key, or one per sample [B] (`sample_keys`), so that a sample does not depend on the others of its batch.
+      x1: the start, at time times[0]; usually `initial_noise`. The network is called in its dtype, and x0 has it; in
+        between, xt and the times are at least float32.
+      y: condition, any pytree of arrays with a leading axis B.
+      sampler: default `ddim()`.
       keep: also return this many frames [keep, B, *S, C] of xt, evenly spaced, the first x1 and the last x0.
 
     Raises:
       ValueError: times do not fall, keep is not in 2..T + 1, or x1 is not of a floating type.
     """
-    if not isinstance(times, jax.core.Tracer):
-        times = np.asarray(times, np.float64)
-        if times.ndim != 1 or len(times) < 2 or not (np.diff(times) < 0).all():
-            raise ValueError("times must be a vector of at least two falling values, see `uniform_grid`")
-    return _walk(key, denoise, path, x1, times, y, prediction, step or ddim(), keep)
+    times = _checked(times, x1.shape[0], -1, "falling", "see `grids.uniform_grid`")
+    return _walk(key, denoise, path, x1, times, y, prediction, sampler or ddim(), keep)
 
 
 def invert(
@@ -63,25 +115,33 @@ def invert(
     path: Path,
     x0: jax.Array,
     times: np.ndarray | jax.Array,
-    y: jax.Array | None = None,
+    y: Any = None,
     *,
     prediction: Prediction,
-    step: Step | None = None,
+    sampler: Sampler | None = None,
     keep: int | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """The noise x1 [B, *S, C] that a sampler without noise turns into x0, along rising `times` [T + 1]; see `sample`.
+    """The noise x1 [B, *S, C] that a sampler without noise turns into x0, along rising `times`; see `sample`.
 
     Exact in the limit of small steps. x0 is taken for xt at times[0], which should lie a little above 0: at 0 most
-    predictions say nothing about eps. `step` is `ddim()`, the default, or `heun()`.
+    predictions do not determine eps. `sampler` is `ddim()`, the default, or `heun()`.
 
     Raises:
       ValueError: times do not rise, keep is not in 2..T + 1, or x0 is not of a floating type.
     """
-    if not isinstance(times, jax.core.Tracer):
-        times = np.asarray(times, np.float64)
-        if times.ndim != 1 or len(times) < 2 or not (np.diff(times) > 0).all():
-            raise ValueError("times must be a vector of at least two rising values, `uniform_grid(steps)[::-1]`")
-    return _walk(jax.random.key(0), denoise, path, x0, times, y, prediction, step or ddim(), keep)
+    times = _checked(times, x0.shape[0], 1, "rising", "`uniform_grid(steps)[::-1]`")
+    return _walk(jax.random.key(0), denoise, path, x0, times, y, prediction, sampler or ddim(), keep)
+
+
+def _checked(times: np.ndarray | jax.Array, b: int, sign: int, direction: str, hint: str) -> np.ndarray | jax.Array:
+    times = times if isinstance(times, jax.core.Tracer) else np.asarray(times, np.float64)
+    shaped = len(times.shape) in (1, 2) and times.shape[0] >= 2 and times.shape[1:] in ((), (b,))
+    if not shaped or not (isinstance(times, jax.core.Tracer) or (sign * np.diff(times, axis=0) > 0).all()):
+        raise ValueError(
+            f"times must be a vector of at least two {direction} values, {hint}, or one for each of {b} examples "
+            f"[T + 1, {b}]; got shape {tuple(times.shape)}"
+        )
+    return times
 
 
 def _walk(
@@ -90,27 +150,23 @@ def _walk(
     path: Path,
     x1: jax.Array,
     times: np.ndarray | jax.Array,
-    y: jax.Array | None,
+    y: Any,
     prediction: Prediction,
-    step: Step,
+    sampler: Sampler,
     keep: int | None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     steps = len(times) - 1
-    if not jnp.issubdtype(x1.dtype, jnp.floating):
-        raise ValueError(f"pictures of {x1.dtype} cannot carry noise: pass floating-point ones, x / 127.5 - 1")
+    check_images(x1)
     if keep is not None and not 2 <= keep <= steps + 1:
         raise ValueError(f"keep={keep} frames must lie in 2..{steps + 1} for {steps} steps")
     b = x1.shape[0]
     keys = key if key.ndim else sample_keys(key, jnp.arange(b))
     if keys.shape != (b,) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raise ValueError(f"key must be one typed key (jax.random.key) or {b} of them, not {keys.dtype} {keys.shape}")
-    # In bfloat16 neighbouring times would be one, and rounding would add up over the steps.
+    # In bfloat16 neighbouring times would be equal, and rounding would accumulate over the steps.
     wide = jnp.promote_types(x1.dtype, jnp.float32)
     times = jnp.asarray(times, wide)
-
-    def predict(xt: jax.Array, t: jax.Array) -> Estimate:
-        t = jnp.broadcast_to(t, (b,))
-        return estimate(prediction, coefficients(path, t), xt, denoise(xt.astype(x1.dtype), t, y))
+    predict = predictor(lambda xt, t, y: denoise(xt.astype(x1.dtype), t, y), path, prediction, y)
 
     # Frame k is kept after step_of[k] steps; slot `keep` lies outside the buffer, and writes to it are dropped.
     slots = np.full(steps + 1, keep or 0)
@@ -120,15 +176,17 @@ def _walk(
         frames = jnp.zeros((keep, *x1.shape), x1.dtype).at[0].set(x1)
 
     def advance(carry, now):
-        xt, frames = carry
+        xt, memory, frames = carry
         t, s, i, slot = now
-        xs = step(jax.vmap(jax.random.fold_in, (0, None))(keys, i), predict, path, xt, t, s)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        xs, memory = sampler.step(step_keys, predict, path, xt, t, s, memory)
         if frames is not None:
             frames = frames.at[slot].set(xs.astype(x1.dtype), mode="drop")
-        return (xs, frames), None
+        return (xs, memory, frames), None
 
+    start = x1.astype(wide)
     grid = (times[:-1], times[1:], jnp.arange(steps), jnp.asarray(slots[1:]))
-    (x0, frames), _ = jax.lax.scan(advance, (x1.astype(wide), frames), grid)
+    (x0, _, frames), _ = jax.lax.scan(advance, (start, sampler.init(start), frames), grid)
     x0 = x0.astype(x1.dtype)
     return x0 if keep is None else (x0, frames)
 
@@ -138,126 +196,69 @@ def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
-def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """x1 [B, *shape] of standard normal values, one key per sample."""
+def normal(keys: jax.Array, like: jax.Array) -> jax.Array:
+    """Standard normal noise of the shape and dtype of `like` [B, ...], one key per example [B]."""
+    return jax.vmap(lambda k: jax.random.normal(k, like.shape[1:], like.dtype))(keys)
+
+
+def initial_noise(keys: jax.Array, shape: tuple[int, ...], path: Path | None = None, t: float = 1.0) -> jax.Array:
+    """x1 [B, *shape] of standard normal values, one key per sample.
+
+    Pass a `path` whose noise does not end at unit scale (variance-exploding ones, JiT's noise scale), and the time t at
+    which sampling starts: x1 is then sigma(t) times normal noise.
+    """
     # Steps fold in their index 0, 1, ...; the start must not share their noise.
-    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2**31 - 1), shape))(keys)
+    x1 = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2**31 - 1), shape))(keys)
+    return x1 if path is None else path(jnp.asarray(t, x1.dtype))[1] * x1
 
 
-def uniform_grid(steps: int, start: float = 1.0, last: float | None = None) -> np.ndarray:
-    """Times [steps + 1] from `start` to 0 in equal steps.
+def one_step(step: Callable[..., jax.Array]) -> Sampler:
+    """The sampler of a method without memory: step(keys, predict, path, xt, t, s) -> xs."""
+    return Sampler(lambda xt: (), lambda key, predict, path, xt, t, s, memory: (step(key, predict, path, xt, t, s), memory))
 
-    With `last` they are equal down to there, and the last step leaps to 0: the data is then what the network guesses at
-    time `last`. A network that saw few times near 0 in training guesses no better there.
+
+def ddim(eta: float | jax.Array = 0.0, overstep: float = 1.0) -> Sampler:
+    """DDIM, eq. (1): deterministic for eta = 0, ancestral for eta = 1. eta may be traced, or one per example [B].
+
+    `overstep` is the blog's step size: the image moves to t - overstep (t - s) while the clock moves to s. The last
+    step may then end at a time below 0, for which the path must be defined.
     """
-    return shifted_grid(steps, 1.0, start, last)
-
-
-def shifted_grid(steps: int, shift: float = 1.0, start: float = 1.0, last: float | None = None) -> np.ndarray:
-    """`uniform_grid` bent: t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, 2403.03206): > 1 dwells in noise.
-
-    `start` is where it starts before it is bent, `last` is a time itself.
-    """
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
-    if not 0 < start <= 1:
-        raise ValueError(f"start={start} must lie in (0, 1]")
-    if not shift > 0:
-        raise ValueError(f"shift={shift} must be positive")
-    end = 0.0
-    if last is not None:
-        end = last / (shift - (shift - 1) * last)
-        if not 0 < end < start:
-            raise ValueError(f"last={last} must lie between 0 and where the times start")
-        if steps == 1:
-            raise ValueError(f"steps=1 go from start={start} to 0 at once: leave out last={last}")
-    t = np.linspace(start, end, steps + (last is None))
-    t = shift * t / (1 + (shift - 1) * t)
-    return t if last is None else np.append(t, 0.0)
-
-
-def respaced_grid(spec: str, steps: int) -> np.ndarray:
-    """Falling times that keep some of the `steps` of a chain, i / steps, and end at 0; `sample` then takes these steps.
-
-    "250" keeps 250 evenly spaced ones; "10,15,20" cuts the chain, from data to noise, into equal sections and keeps so
-    many of each (Nichol & Dhariwal 2021, 2102.09672); "ddim25" keeps 25 at one integer stride (Song et al. 2020,
-    2010.02502); "" keeps all.
-
-    Raises:
-      ValueError: that many steps cannot be kept.
-    """
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
-    if spec.startswith("ddim"):
-        wanted = spec.removeprefix("ddim")
-        strides = [n for n in range(1, steps + 1) if str(-(-steps // n)) == wanted]
-        if not strides:
-            raise ValueError(f"respacing={spec!r}: no integer stride keeps {wanted!r} of {steps} steps")
-        kept = np.arange(0, steps, strides[0])
-    else:
-        counts = spec.split(",") if spec else [str(steps)]
-        if not all(count.strip().isdecimal() and int(count) for count in counts):
-            raise ValueError(f"respacing={spec!r} is neither counts as in '250' or '10,15,20' nor 'ddim25'")
-        sizes = [steps // len(counts) + (i < steps % len(counts)) for i in range(len(counts))]
-        kept = [
-            start + _spread(int(count), size, spec)
-            for start, size, count in zip(itertools.accumulate(sizes, initial=0), sizes, counts, strict=False)
-        ]
-        kept = np.concatenate(kept)
-    return np.append((kept[::-1] + 1) / steps, 0.0)
-
-
-def _spread(count: int, size: int, spec: str) -> np.ndarray:
-    """`count` of 0..size - 1 from end to end, as evenly as whole numbers can be."""
-    if count > size:
-        raise ValueError(f"respacing={spec!r} keeps {count} of a section of {size} steps")
-    stride = (size - 1) / (count - 1) if count > 1 else 1.0
-    return np.round(np.cumsum([0.0] + [stride] * (count - 1))).astype(int)
-
-
-def ddim(eta: float = 0.0, overstep: float = 1.0) -> Step:
-    """DDIM, eq. (1): deterministic for eta = 0, ancestral for eta = 1.
-
-    `overstep` is the blog's step size: the picture moves to t - overstep (t - s) while the clock moves to s. The last
-    step may then land at a time below 0, for which the path must be defined.
-    """
-    if not 0 <= eta <= 1:
+    known = isinstance(eta, int | float)
+    if known and not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must lie in [0, 1]")
     if not overstep > 0:
         raise ValueError(f"overstep={overstep} must be positive")
-    if eta and overstep != 1:
+    if overstep != 1 and not (known and not eta):
         raise ValueError(f"eta={eta} with overstep={overstep}: overstepping is defined for the deterministic sampler")
 
     def step(key, predict, path, xt, t, s):
         now = predict(xt, t)
         alpha, sigma = path(t - overstep * (t - s) if overstep != 1 else s)
-        if not eta:
+        alpha, sigma = expand(alpha, xt), expand(sigma, xt)
+        if known and not eta:
             return alpha * now.x0 + sigma * now.eps
-        small = between(path, t, s).small
-        # Rounding can push the difference just below zero.
-        rest = jnp.sqrt(jnp.maximum(jnp.square(sigma) - eta**2 * small, 0))
-        return alpha * now.x0 + rest * now.eps + eta * jnp.sqrt(jnp.maximum(small, 0)) * _normal(key, xt)
+        small = expand(between(path, t, s).small, xt)
+        scale = eta if known else expand(jnp.asarray(eta), xt)
+        # Rounding can make the difference slightly negative.
+        rest = jnp.sqrt(jnp.maximum(jnp.square(sigma) - scale**2 * small, 0))
+        return alpha * now.x0 + rest * now.eps + scale * jnp.sqrt(jnp.maximum(small, 0)) * normal(key, xt)
 
-    return step
+    return one_step(step)
 
 
-def ancestral(variance: Variance = "fixed_small") -> Step:
-    """Sampling from the chain's own conditionals, eq. (2), with a variance of `variance`; it needs s < t."""
+def ancestral(variance: Variance = "fixed_small") -> Sampler:
+    """Sampling from the chain's own conditionals, eq. (2), with a variance of `posterior`; it needs s < t."""
     check_variance(variance)
 
     def step(key, predict, path, xt, t, s):
         model = reverse(variance, path, predict(xt, t), xt, t, s)
         deviation = jnp.where(expand(path(s)[1] > 0, xt), jnp.exp(model.log_var / 2), 0)
-        return model.mean + deviation * _normal(key, xt)
+        return model.mean + deviation * normal(key, xt)
 
-    return step
-
-
-def _normal(keys: jax.Array, like: jax.Array) -> jax.Array:
-    return jax.vmap(lambda k: jax.random.normal(k, like.shape[1:], like.dtype))(keys)
+    return one_step(step)
 
 
-def heun() -> Step:
+def heun() -> Sampler:
     """Heun's second-order method, eq. (3): two evaluations a step, one (Euler's) on a step to where sigma = 0."""
 
     def step(key, predict, path, xt, t, s):
@@ -265,11 +266,42 @@ def heun() -> Step:
 
         def velocity(x: jax.Array, at: jax.Array) -> jax.Array:
             now, coef = predict(x, at), coefficients(path, at)
-            return coef.dalpha * now.x0 + coef.dsigma * now.eps
+            return expand(coef.dalpha, xt) * now.x0 + expand(coef.dsigma, xt) * now.eps
 
-        here = velocity(xt, t)
-        euler = xt + (s - t) * here
-        # At sigma = 0 a network that predicts x0 says nothing about eps, so the slope there is unknown.
-        return jax.lax.cond(path(s)[1] <= 0, lambda: euler, lambda: xt + (s - t) * (here + velocity(euler, s)) / 2)
+        here, h = velocity(xt, t), expand(s - t, xt)
+        euler = xt + h * here
+        # At sigma = 0 a network that predicts x0 does not determine eps, so the slope there is unknown.
+        ends = path(s)[1] <= 0
+        if not ends.ndim:
+            return jax.lax.cond(ends, lambda: euler, lambda: xt + h * (here + velocity(euler, s)) / 2)
+        both = lambda: jnp.where(expand(ends, xt), euler, xt + h * (here + velocity(euler, s)) / 2)  # noqa: E731
+        return jax.lax.cond(ends.all(), lambda: euler, both)
 
-    return step
+    return one_step(step)
+
+
+def dpmpp_2m() -> Sampler:
+    """DPM-Solver++(2M), eq. (4): second order with one evaluation a step, from the x0_hat of the step before.
+
+    First order on the first step and on a step to where sigma = 0, where h is infinite.
+    """
+
+    def init(xt: jax.Array) -> Memory:
+        return jnp.zeros_like(xt), jnp.full(len(xt), -jnp.inf, xt.dtype)  # x0_hat [B, *S, C] and log(alpha / sigma) [B]
+
+    def step(key, predict, path, xt, t, s, memory):
+        del key
+        x0_before, log_before = memory
+        now = predict(xt, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
+        log_t, log_s = (jnp.log(a) - jnp.log(b) for a, b in ((alpha_t, sigma_t), (alpha_s, sigma_s)))
+        log_t = jnp.broadcast_to(log_t, log_before.shape)
+        h, before = log_s - log_t, log_t - log_before
+        second = jnp.isfinite(h) & jnp.isfinite(before)
+        weight = jnp.where(second, h / jnp.where(second, 2 * before, 1), 0)
+        slope = expand(weight, xt) * (now.x0 - x0_before)
+        ratio = sigma_s / sigma_t
+        xs = expand(ratio, xt) * xt + expand(alpha_s - alpha_t * ratio, xt) * (now.x0 + slope)
+        return xs, (now.x0, log_t)
+
+    return Sampler(init, step)

@@ -3,12 +3,12 @@
     params <- params - optimizer(grad L)
     ema    <- d ema + (1 - d) params,    d = min(decay, (1 + step) / (10 + step))                   (1)
 
-The average follows the *new* parameters, and its horizon grows with the step so that early samples are not the
-initial noise. `step` is pure: the caller jits it, donates the state and places the arrays.
+The average follows the *new* parameters, and its horizon grows with the step so that it soon forgets the initial
+parameters. `step` is pure: the caller jits it, donates the state and places the arrays.
 
-A step whose loss or gradient is not finite changes neither parameters nor anything that follows from them. In float16
-a gradient may overflow, which is no error: the loss is multiplied by 2^floor(log2_scale) before it is differentiated,
-log2_scale falls by one at an overflow and grows slowly without (as in guided-diffusion).           (2)
+An update with a non-finite loss or gradient is skipped: parameters, averages and optimiser stay as they were. In float16
+a gradient may overflow, which is expected: the loss is multiplied by 2^floor(log2_scale) before it is differentiated,
+log2_scale falls by one at an overflow and grows slowly otherwise (as in guided-diffusion).         (2)
 """
 
 from collections.abc import Callable, Sequence
@@ -24,11 +24,11 @@ Params = Any
 class State(NamedTuple):
     """Everything that training carries from one step to the next.
 
-    step: counts the steps that were taken, those skipped for an overflow among them. It stands still, as all else
-      does, where loss or gradient was no number: fewer steps than batches fed say that one was refused.
+    step: counts the steps, those skipped for an overflow in float16 included. It does not count an update skipped for a
+      non-finite loss or gradient: fewer steps than batches mean that there was one.
     ema: the averaged parameters; a tuple of them for a list of decays.
     log2_scale: of the loss, eq. (2); None for no scaling.
-    carry: what the loss learns between steps, such as a `history.History`; None for nothing.
+    carry: what the loss keeps between steps, such as a `times.History`; None for nothing.
     """
 
     step: jax.Array
@@ -40,7 +40,7 @@ class State(NamedTuple):
 
 
 LossFn = Callable[[Params, jax.Array, Any], tuple[jax.Array, Any]]
-DrawFn = Callable[[jax.Array, Any, Any], Any]
+DrawFn = Callable[[jax.Array, Any, State], Any]
 ReportFn = Callable[[Any, Any], tuple[dict[str, jax.Array], Any]]
 StepFn = Callable[[jax.Array, State, Any], tuple[State, dict[str, jax.Array]]]
 
@@ -78,20 +78,21 @@ def make_step(
 ) -> StepFn:
     """step(key, state, batch) -> (state, metrics) for loss_fn(params, key, batch) -> (scalar, aux).
 
-    Randomness is fold_in(key, state.step): give every step the same key. A refused step is seen in `State.step`.
+    Randomness is fold_in(key, state.step): give every step the same key. A skipped update shows in `State.step`.
 
     Args:
       ema_decay: one, or a list for as many averages.
-      draw: (key, batch, carry) -> batch, what the loss sees instead: times and noise for the whole batch, say, so that
-        cutting it changes nothing. The loss's own key differs between microbatches.
+      draw: (key, batch, state) -> batch, what the loss sees instead: times and noise for the whole batch, for example,
+        so that microbatches do not change them. It may use the averages or the carry of the state. The loss's own key
+        differs between microbatches.
       report: (aux, carry) -> (metrics, carry), of the whole batch; by default aux are the metrics.
       microbatch: examples to differentiate at a time; gradients are added up. Scalars of aux are averaged, arrays, one
         value per example, are put together again.
       scale_growth: of log2_scale per step, eq. (2), if the state has one.
 
     Raises:
-      ValueError: an argument is out of range; on a call, the batch is no multiple of `microbatch`, or the state has
-        another number of averages.
+      ValueError: an argument is out of range; on a call, the batch is not a multiple of `microbatch`, or the state
+        has another number of averages.
     """
     decays = _listed(ema_decay)
     if not decays or not all(0 <= decay < 1 for decay in decays):
@@ -105,7 +106,7 @@ def make_step(
         key = jax.random.fold_in(key, state.step)
         if draw is not None:
             key_draw, key = jax.random.split(key)
-            batch = draw(key_draw, batch, state.carry)
+            batch = draw(key_draw, batch, state)
         scaled = state.log2_scale is not None
         factor = jnp.ldexp(jnp.float32(1), jnp.floor(state.log2_scale).astype(int)) if scaled else None
 
@@ -134,12 +135,12 @@ def make_step(
 
         norm = optax.tree.norm(grads)
         usable = jnp.isfinite(value) & jnp.isfinite(norm)
-        # A branch, not a choice between values: that would read and write every parameter once more.
+        # A branch, not jnp.where: that would read and write every parameter once more.
         params, ema, opt, carry = jax.lax.cond(usable, take, lambda: (state.params, state.ema, state.opt, state.carry))
         metrics = {"loss": value, "grad_norm": norm, **metrics}
         taken, scale = usable, None
         if scaled:
-            # Without a scale to lower it is the loss itself that overflows.
+            # At a scale of 1 the loss itself overflows.
             overflow = jnp.isfinite(value) & ~jnp.isfinite(norm) & (state.log2_scale > 0)
             scale = state.log2_scale + jnp.where(usable, scale_growth, jnp.where(overflow, -1.0, 0.0))
             metrics["log2_scale"] = scale
@@ -152,12 +153,12 @@ def make_step(
 def accumulated(
     differentiate: Callable[[jax.Array, Any], Any], key: jax.Array, batch: Any, microbatch: int | None
 ) -> tuple[tuple[jax.Array, Any], Params]:
-    """differentiate(key, batch) -> ((value, aux), grads), `microbatch` examples at a time, as of the whole batch."""
+    """differentiate(key, batch) -> ((value, aux), grads) of the whole batch, `microbatch` examples at a time."""
     b = len(jax.tree.leaves(batch)[0])
     if microbatch is None or microbatch >= b:
         return differentiate(key, batch)
     if b % microbatch:
-        raise ValueError(f"the batch of {b} is no multiple of microbatch={microbatch}")
+        raise ValueError(f"the batch of {b} is not a multiple of microbatch={microbatch}")
     n = b // microbatch
     # Every n-th example, so that each microbatch of a batch split over devices still lies on all of them.
     cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(microbatch, n, *x.shape[1:]), 1, 0), batch)

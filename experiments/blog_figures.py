@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from diffusion import files, process
-from experiments import build, drawing, measure, pictures, runs, session
+from diffusion.io import files
+from diffusion import process
+from experiments import build, drawing, measure, image_files, runs, session
 from experiments.config import Config
 
 flags.declare_key_flag("workdir")
 
-# The blog's step size, how many pictures a strip and a side of a grid hold, and inches per picture.
+# The blog's step size, how many image_files a strip and a side of a grid hold, and inches per picture.
 _OVERSTEP, _FRAMES, _SIDE, _INCHES = 1.5, 6, 5, 0.9
 
 
@@ -91,7 +92,7 @@ def denoising(config: Config, seen: build.Seen, params: Any, labels: np.ndarray)
 
 
 def steps_shown(n: int) -> np.ndarray:
-    """The numbers of steps, 0 to n, whose pictures make a strip: those that `diffusion.sample` keeps."""
+    """The numbers of steps, 0 to n, whose image_files make a strip: those that `diffusion.sample` keeps."""
     return np.linspace(0, n, min(_FRAMES, n + 1)).round().astype(int)
 
 
@@ -99,7 +100,7 @@ def draw_strip(figure: Any, images: np.ndarray, names: Sequence[str], title: str
     """Pictures side by side, each under its name."""
     figure.suptitle(title)
     for axes, image, name in zip(figure.subplots(1, len(images)), images, names, strict=True):
-        axes.imshow(pictures.grid(image[None], 1, gap=0), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(image_files.grid(image[None], 1, gap=0), cmap="gray", vmin=0, vmax=255)
         axes.set_title(name, fontsize="small")
         axes.set_axis_off()
 
@@ -108,7 +109,7 @@ def draw_grid(figure: Any, images: np.ndarray, title: str) -> None:
     """Pictures in a square."""
     figure.suptitle(title, fontsize="medium")
     axes = figure.subplots()
-    axes.imshow(pictures.grid(images, _SIDE), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(image_files.grid(images, _SIDE), cmap="gray", vmin=0, vmax=255)
     axes.set_axis_off()
 
 

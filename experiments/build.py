@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import data, optimize, process, stored_config
+from diffusion import data, optimize, process
+from diffusion.io import stored_config
 from diffusion import experts as expert
 from diffusion import sample as sampling
 from diffusion.models import Model, recomposed
 from diffusion.models.blog import blog
 from diffusion.models.unet import ADM, unet
 from diffusion.models.vit import hidden_matrices, vit
-from diffusion.variance import check_variance
+from diffusion.posterior import check_variance
 from experiments import config as configs
 
 # The fields of config.model that a network reads.

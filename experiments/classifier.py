@@ -23,7 +23,8 @@ import optax
 from absl import app, flags
 from tqdm import tqdm
 
-from diffusion import data, evaluate, files, optimize
+from diffusion import data, evaluate, optimize
+from diffusion.io import files
 from diffusion import train as training
 from diffusion.models import classifier
 from experiments import session

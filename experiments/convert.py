@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from diffusion import checkpoint, files, interop, stored_config
+from diffusion.io import checkpoint, files, stored_config
+from diffusion.pretrained import layouts
 from experiments import build, drawing, objective, runs, session
 from experiments.command_line import define_config, given_config
 from experiments.config import Config
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"draw, with all experts converted, with: python -m experiments.sample --workdir={experts}")
 
 
-def layout(config: Config) -> interop.Layout:
+def layout(config: Config) -> layouts.Layout:
     """The layout that the flags name.
 
     Raises:
@@ -60,10 +61,10 @@ def layout(config: Config) -> interop.Layout:
     """
     null = {} if _NULL_CLASS.value is None else {"null_class": _NULL_CLASS.value}
     order = {"new_attention_order": _NEW_ATTENTION_ORDER.value}
-    layouts: dict[str, Callable[[], interop.Layout]] = {
-        "patch_unet": lambda: interop.patch_unet(**order, **null),
-        "adm_unet": lambda: interop.adm_unet(**order, **null),
-        "dit": lambda: interop.dit(config.model.patch_size, **null),
+    layouts: dict[str, Callable[[], layouts.Layout]] = {
+        "patch_unet": lambda: layouts.patch_unet(**order, **null),
+        "adm_unet": lambda: layouts.adm_unet(**order, **null),
+        "dit": lambda: layouts.dit(config.model.patch_size, **null),
     }
     if _LAYOUT.value is None:
         raise ValueError(f"--layout is missing: pass one of {', '.join(layouts)}")
@@ -81,7 +82,7 @@ def convert(
     config: Config,
     workdir: Path,
     source: str | None,
-    layout: interop.Layout,
+    layout: layouts.Layout,
     *,
     class_names: tuple[str, ...] = (),
     entry: str | None = None,
@@ -113,7 +114,7 @@ def convert(
     jax.eval_shape(drawing.drawer(config, seen), like, one, one, *low)
     jax.eval_shape(partial(objective.init_state, config, seen), like)
     files.check_writable(workdir)
-    params = jax.tree.map(jnp.asarray, interop.from_torch(interop.read(source, entry), like, layout))
+    params = jax.tree.map(jnp.asarray, layouts.from_torch(layouts.read(source, entry), like, layout))
     state = objective.init_state(config, seen, params)
     checkpoint.save(workdir / "checkpoints", 0, state)
     stored_config.write_config(workdir, build.to_stored(config, seen))  # last: it makes the directory that of a run

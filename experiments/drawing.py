@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import condition, experts, guide
+from diffusion import superres, experts, guide
 from diffusion import sample as sampling
 from diffusion.models import recomposed
 from diffusion.predict import Denoise
@@ -35,7 +35,7 @@ def denoiser(
     else:
         denoise = partial(_network(config, seen).apply, params)
     if planes is not None:
-        denoise = condition.conditioned(denoise, planes)
+        denoise = superres.conditioned(denoise, planes)
     if seen.num_classes:
         scale = c.guidance if c.guidance in (0, 1) else guide.interval(c.guidance, c.guidance_low, c.guidance_high)
         denoise = guide.classifier_free(denoise, seen.num_classes, scale)
@@ -159,17 +159,17 @@ def beside(config: Config, seen: build.Seen, keys: jax.Array, low: jax.Array | N
         raise ValueError("this network enlarges pictures: it needs smaller ones to start from")
     x = build.to_float(config, low)
     if not c.noise:
-        return condition.planes(x, seen.shape[:-1])
+        return superres.planes(x, seen.shape[:-1])
     # Steps fold in their numbers, and the start of sampling the number above this one.
     z = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2**31 - 2), x.shape[1:]))(keys)
-    return condition.planes(x + c.sample_noise * z, seen.shape[:-1], jnp.full(len(x), c.sample_noise))
+    return superres.planes(x + c.sample_noise * z, seen.shape[:-1], jnp.full(len(x), c.sample_noise))
 
 
 def shrunk(config: Config, images: jax.Array) -> jax.Array | None:
     """The smaller ones of pictures uint8 [B, H, W, C], as a conditional network takes them; None for any other."""
     if not config.condition.size:
         return None
-    return build.to_uint8(config, condition.shrink(build.to_float(config, images), config.condition.size))
+    return build.to_uint8(config, superres.shrink(build.to_float(config, images), config.condition.size))
 
 
 def in_batches(

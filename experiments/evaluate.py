@@ -1,4 +1,4 @@
-"""Measures pictures of digits against real ones.
+"""Measures image_files of digits against real ones.
 
     python -m experiments.evaluate --workdir=runs/mnist
     python -m experiments.evaluate --samples=samples.npz --json
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments import build, measure, pictures, session
+from experiments import build, measure, image_files, session
 from experiments.config import Config
 
 flags.declare_key_flag("workdir")
-_SAMPLES = flags.DEFINE_string("samples", None, "File of pictures; default: samples.npz of --workdir.")
+_SAMPLES = flags.DEFINE_string("samples", None, "File of image_files; default: samples.npz of --workdir.")
 _JSON = flags.DEFINE_bool("json", False, "Print the numbers as JSON.")
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(
                 f"{workdir} was trained on {config.data.name}, and there is a feature network for digits only"
             )
-    images, labels = pictures.read_npz(path)
+    images, labels = image_files.read_npz(path)
     try:
         values = measure.quality(config, images, labels if labelled else None)
     except (TypeError, ValueError) as e:
@@ -51,7 +51,7 @@ def table(path: Path, values: dict[str, float]) -> str:
         ("kernel distance", f"{values['kernel_distance']:.4f}", "lower is better; real digits fall below 0"),
         ("precision", f"{values['precision']:.1%}", "pictures that look like real ones"),
         ("recall", f"{values['recall']:.1%}", "real ones that look like some picture"),
-        ("nearest ratio", f"{values['nearest_ratio']:.2f}", "about 1: no copies of training pictures; 0: copies"),
+        ("nearest ratio", f"{values['nearest_ratio']:.2f}", "about 1: no copies of training image_files; 0: copies"),
     ]
     if "agreement" in values:
         rows.append(("agreement", f"{values['agreement']:.1%}", "a classifier reads the digit that was asked for"))
@@ -61,7 +61,7 @@ def table(path: Path, values: dict[str, float]) -> str:
     lines = [f"{name:<18}{value:>10}   {meaning}".rstrip() for name, value, meaning in rows]
     if values["measured"] < measure.ENOUGH:
         lines += ["", measure.caution(values["measured"], "experiments.sample --num_samples")]
-    return "\n".join([f"{values['measured']:,} pictures of {path}, against real digits", "", *lines])
+    return "\n".join([f"{values['measured']:,} image_files of {path}, against real digits", "", *lines])
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m experiments.likelihood --workdir=runs/unet_split0,runs/unet_split1 --num_samples=100 --respacing=100
 
 Every step of the chain is evaluated on every picture, in the order of the data set, as it is: nothing is mirrored or
-moved. Writes likelihood.json, likelihood.npz (total, prior [N]; terms, x0_mse, eps_mse [T, N]; labels [N]) and
-likelihood.png, the bits of each step, into --outdir. Picture i's bits depend on the seed and i alone.
+moved. Writes vlb.json, vlb.npz (total, prior [N]; terms, x0_mse, eps_mse [T, N]; labels [N]) and
+vlb.png, the bits of each step, into --outdir. Picture i's bits depend on the seed and i alone.
 """
 
 import json
@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from diffusion import files, likelihood
+from diffusion.io import files
+from diffusion import vlb
 from diffusion import sample as sampling
 from experiments import build, drawing, runs, session
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         f"{values['bits_per_dim']:.4f} bits per dimension (standard error {values['standard_error']:.4f}) over "
         f"{values['count']} pictures: {values['prior']:.4f} for what is left at the chain's start, "
         f"{values['between']:.4f} for the steps between, {values['decoder']:.4f} for the last one, to the pixels.\n"
-        f"Written to {folder}: likelihood.json, likelihood.npz, likelihood.png"
+        f"Written to {folder}: vlb.json, vlb.npz, vlb.png"
     )
 
 
@@ -84,10 +85,10 @@ def measure(
     sample_key = build.key(config.sample.seed, "likelihood")
 
     @jax.jit
-    def bits(params: Any, index: jax.Array, images: jax.Array, y: jax.Array) -> likelihood.Likelihood:
+    def bits(params: Any, index: jax.Array, images: jax.Array, y: jax.Array) -> vlb.Likelihood:
         keys = sampling.sample_keys(sample_key, index)
         planes = drawing.beside(config, seen, keys, drawing.shrunk(config, images))
-        return likelihood.bits_per_dim(
+        return vlb.bits_per_dim(
             keys,
             drawing.denoiser(config, seen, params, planes, run.team),
             build.path(config),
@@ -107,7 +108,7 @@ def measure(
             parts.append([np.asarray(a)[..., : n - start] for a in found])
             progress.update(min(size, n - start))
             progress.note(f"{progress.rate():.1f} pictures/s")
-    found = likelihood.Likelihood(*(np.concatenate(each, -1) for each in zip(*parts, strict=True)))
+    found = vlb.Likelihood(*(np.concatenate(each, -1) for each in zip(*parts, strict=True)))
     values = {
         "count": n,
         "pictures": pictures,
@@ -126,7 +127,7 @@ def measure(
     return values
 
 
-def draw(t: np.ndarray, found: likelihood.Likelihood, file: Any) -> None:
+def draw(t: np.ndarray, found: vlb.Likelihood, file: Any) -> None:
     """The bits that each step costs, and how far off the estimates are, over time."""
     from matplotlib.figure import Figure  # the object, not pyplot: it needs no screen
 

@@ -1,4 +1,4 @@
-"""The end of a run: pictures drawn from the trained weights, and how good they are, in numbers and in words."""
+"""The end of a run: image_files drawn from the trained weights, and how good they are, in numbers and in words."""
 
 import json
 from pathlib import Path
@@ -6,20 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from diffusion import evaluate, files
-from experiments import build, drawing, pictures, session
+from diffusion import evaluate
+from diffusion.io import files
+from experiments import build, drawing, image_files, session
 from experiments.config import Config
 
-# Data sets whose pictures the digit classifier was made for.
+# Data sets whose image_files the digit classifier was made for.
 DIGITS = ("mnist5k", "mnist")
-# Numbers from fewer pictures say little: there are 64 features.
+# Numbers from fewer image_files say little: there are 64 features.
 ENOUGH = 100
 
 
 def finish(
     config: Config, workdir: Path, seen: build.Seen, params: Any, steps: int, seconds: float, log: session.Log
 ) -> dict[str, Any]:
-    """Draws config.sample.count pictures, writes samples.npz, samples.png and report.json, and returns the report.
+    """Draws config.sample.count image_files, writes samples.npz, samples.png and report.json, and returns the report.
 
     An expert, which draws nothing alone, only has its report written. `steps` and `seconds` are those of the training
     that ended here.
@@ -56,7 +57,7 @@ def equal_share(count: int, classes: int) -> np.ndarray:
 
 
 def held_out(config: Config, labels: np.ndarray) -> np.ndarray:
-    """Held-out pictures uint8 [N, H, W, C] of these labels, in turn where there are too few.
+    """Held-out image_files uint8 [N, H, W, C] of these labels, in turn where there are too few.
 
     Raises:
       ValueError: there is none of a class.
@@ -67,7 +68,7 @@ def held_out(config: Config, labels: np.ndarray) -> np.ndarray:
     places = {label: np.flatnonzero(source.labels == label) for label in np.unique(labels)}
     missing = [label for label, found in places.items() if not len(found)]
     if missing:
-        raise ValueError(f"{source.name} has no held-out pictures of the classes {missing}; see --config.data.held_out")
+        raise ValueError(f"{source.name} has no held-out image_files of the classes {missing}; see --config.data.held_out")
     turns = [np.count_nonzero(labels[:i] == label) for i, label in enumerate(labels)]
     return source.images[[places[label][turn % len(places[label])] for label, turn in zip(labels, turns, strict=True)]]
 
@@ -75,9 +76,9 @@ def held_out(config: Config, labels: np.ndarray) -> np.ndarray:
 def collect(
     draw: drawing.Draw, params: Any, labels: np.ndarray, batch_size: int, low: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
-    """All pictures [N, H, W, C] of `labels`, drawn behind a progress bar, and the seconds that it took.
+    """All image_files [N, H, W, C] of `labels`, drawn behind a progress bar, and the seconds that it took.
 
-    `low` [N, h, w, C] are the smaller pictures that a conditional network starts from.
+    `low` [N, h, w, C] are the smaller image_files that a conditional network starts from.
     """
     batches = []
     with session.Bar(len(labels), "drawing", "picture") as progress:
@@ -85,22 +86,22 @@ def collect(
             batches.append(batch)
             progress.update(len(batch))
             if rate := progress.rate():  # unknown after the first batch, which compiles
-                progress.note(f"{rate:.0f} pictures/s")
+                progress.note(f"{rate:.0f} image_files/s")
         seconds = progress.seconds()
     return np.concatenate(batches), seconds
 
 
 def save(folder: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
-    """Writes samples.npz with all pictures and samples.png with the first rows of them."""
-    pictures.save_npz(folder / "samples.npz", images, labels if classes else None)
+    """Writes samples.npz with all image_files and samples.png with the first rows of them."""
+    image_files.save_npz(folder / "samples.npz", images, labels if classes else None)
     columns = min(len(images), classes if 1 < classes <= 20 else 10)
-    pictures.save(folder / "samples.png", pictures.grid(images[: 10 * columns], columns))
+    image_files.save(folder / "samples.png", image_files.grid(images[: 10 * columns], columns))
 
 
 def quality(config: Config, images: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
     """`diffusion.evaluate.report` of digits, without agreements where there are no labels.
 
-    Half as many pictures as there are real ones are enough, and leave the other half to compare with; of more, as many
+    Half as many image_files as there are real ones are enough, and leave the other half to compare with; of more, as many
     are measured, chosen by chance. `measured` says how many.
 
     Raises:
@@ -111,7 +112,7 @@ def quality(config: Config, images: np.ndarray, labels: np.ndarray | None) -> di
     chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
     asked_for = np.zeros(len(images), int) if labels is None else labels
     if len(asked_for) != len(images):
-        raise ValueError(f"there are {len(asked_for)} labels for {len(images)} pictures")
+        raise ValueError(f"there are {len(asked_for)} labels for {len(images)} image_files")
     values = evaluate.report(images[chosen], asked_for[chosen], train, held_out)
     if labels is None:
         values = {name: value for name, value in values.items() if not name.startswith("agreement")}
@@ -129,7 +130,7 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
         )
     words = [
         f"Trained {report['train_steps']} steps in {minutes(report['train_seconds'])}, then drew "
-        f"{report['sample_count']} pictures in {minutes(report['sample_seconds'])} "
+        f"{report['sample_count']} image_files in {minutes(report['sample_seconds'])} "
         f"({report['sample_steps']} steps each, guidance {report['guidance']:g})."
     ]
     if "distance" in report:
@@ -138,7 +139,7 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
             f"times the {report['floor']:.2f} of as many real digits (1 would be as good as real; lower is better)."
         )
     else:
-        words.append("There is no feature network for pictures like these: look at them.")
+        words.append("There is no feature network for image_files like these: look at them.")
     if report.get("agreement") is not None:
         words.append(
             f"An independent classifier reads the digit that was asked for in {report['agreement']:.1%} of them."
@@ -151,8 +152,8 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
 
 
 def caution(count: int, flag: str) -> str:
-    """What to think of numbers from so few pictures, and the flag that draws more."""
-    return f"Of {count} pictures these numbers are mostly chance: draw {ENOUGH} or more, better 1,000 ({flag})."
+    """What to think of numbers from so few image_files, and the flag that draws more."""
+    return f"Of {count} image_files these numbers are mostly chance: draw {ENOUGH} or more, better 1,000 ({flag})."
 
 
 def minutes(seconds: float) -> str:

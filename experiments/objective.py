@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion import condition, experts, guide, history, train
+from diffusion import superres, experts, guide, times, train
 from diffusion import loss as losses
 from diffusion.patch import patchify
 from experiments import build
@@ -48,13 +48,13 @@ def objective(config: Config, seen: build.Seen, *, training: bool = True) -> Obj
             drawn["y"] = guide.drop_labels(key_labels, y, classes, config.train.label_drop if training else 0.0)
         if config.condition.size:
             drawn["planes"] = planes(config, key_condition, x0)
-        now = history.times(carry) if training and isinstance(carry, history.History) else times
+        now = times.times(carry) if training and isinstance(carry, times.History) else times
         return drawn | {"at": losses.draw(key_loss, x0, now)}
 
     def loss(params: Any, key: jax.Array, drawn: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         denoise = partial(model.apply, params, key=key if training and config.model.dropout else None)
         if config.condition.size:
-            denoise = condition.conditioned(denoise, drawn["planes"])
+            denoise = superres.conditioned(denoise, drawn["planes"])
         values, parts = losses.loss_at(
             drawn["at"],
             denoise,
@@ -71,11 +71,11 @@ def objective(config: Config, seen: build.Seen, *, training: bool = True) -> Obj
     def report(parts: dict[str, jax.Array], carry: Any) -> tuple[dict[str, jax.Array], Any]:
         metrics = losses.by_quartile(parts["t"], parts["loss"])
         metrics |= {name: parts[name].mean() for name in ("mse", "bound") if name in parts}
-        if isinstance(carry, history.History):
-            carry = history.remember(carry, parts["t"], parts["loss"])
+        if isinstance(carry, times.History):
+            carry = times.remember(carry, parts["t"], parts["loss"])
         return metrics, carry
 
-    carry = history.empty(c.steps) if c.times == "loss_second_moment" else None
+    carry = times.empty(c.steps) if c.times == "loss_second_moment" else None
     return Objective(draw, loss, report, carry)
 
 
@@ -106,13 +106,13 @@ def init_state(config: Config, seen: build.Seen, params: Any) -> train.State:
 def planes(config: Config, key: jax.Array, x0: jax.Array) -> jax.Array:
     """What the network sees beside the noisy pictures of x0 [B, H, W, C] in training."""
     c = config.condition
-    low = condition.shrink(x0, c.size)
+    low = superres.shrink(x0, c.size)
     if not c.noise:
-        return condition.planes(low, x0.shape[1:-1])
+        return superres.planes(low, x0.shape[1:-1])
     key_level, key_noise = jax.random.split(key)
     level = c.noise * jax.random.uniform(key_level, x0.shape[:1])
     low = low + level[:, None, None, None] * jax.random.normal(key_noise, low.shape)
-    return condition.planes(low, x0.shape[1:-1], level)
+    return superres.planes(low, x0.shape[1:-1], level)
 
 
 def check_condition(config: Config, seen: build.Seen) -> None:
@@ -127,7 +127,7 @@ def check_condition(config: Config, seen: build.Seen) -> None:
             "most that the network has seen"
         )
     try:
-        condition.shrink(jnp.zeros((1, *seen.shape)), c.size)
+        superres.shrink(jnp.zeros((1, *seen.shape)), c.size)
     except ValueError as e:
         raise ValueError(f"--config.condition.size: {e}") from e
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from diffusion import checkpoint, stored_config
+from diffusion.io import checkpoint, stored_config
 from experiments import build
 from experiments.config import Config, to_dict
 

@@ -1,4 +1,4 @@
-"""Draws pictures from a trained run; the run's stored config says everything about the network.
+"""Draws image_files from a trained run; the run's stored config says everything about the network.
 
     python -m experiments.sample --workdir=runs/mnist --num_samples=64 --steps=50 --guidance=2 --labels=0,1,2
     python -m experiments.sample --workdir=runs/mnist --num_samples=10 --trajectory
@@ -18,14 +18,14 @@ import numpy as np
 from absl import app, flags
 
 from diffusion import guide
-from experiments import build, drawing, measure, objective, pictures, runs, session
+from experiments import build, drawing, measure, objective, image_files, runs, session
 from experiments.config import Config
 
 flags.declare_key_flag("workdir")
 _OUTDIR = flags.DEFINE_string("outdir", None, "Where to write; default: a new folder WORKDIR/samples/NUMBER.")
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many pictures; default 64.", lower_bound=1)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many image_files; default 64.", lower_bound=1)
 _LABELS = flags.DEFINE_list("labels", None, "Classes, by number or name, taken in turn; default: all of them.")
-_SEED = flags.DEFINE_integer("seed", None, "Another seed, other pictures; default: the run's.")
+_SEED = flags.DEFINE_integer("seed", None, "Another seed, other image_files; default: the run's.")
 _STEPS = flags.DEFINE_integer("steps", None, "Sampler steps; default: the run's.")
 _RESPACING = flags.DEFINE_string("respacing", None, "Steps of a chain to take instead: 250, 10,15,20 or ddim25.")
 _SAMPLER = flags.DEFINE_string("sampler", None, "ddim, ancestral or heun; default: the run's.")
@@ -40,13 +40,13 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Pictures at a time; defa
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Training step to draw from; default: the newest.")
 _EMA = flags.DEFINE_float("ema", None, "Which of a run's averages, by its decay; default: the first of its list.")
 _BASE_SAMPLES = flags.DEFINE_string(
-    "base_samples", None, "The smaller pictures that a super-resolution run enlarges: a samples.npz of another run."
+    "base_samples", None, "The smaller image_files that a super-resolution run enlarges: a samples.npz of another run."
 )
 _CONDITION_NOISE = flags.DEFINE_float("condition_noise", None, "Deviation of noise put on those; default: the run's.")
-_TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Also draw how the first pictures emerge from noise.")
+_TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Also draw how the first image_files emerge from noise.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Allow writing over earlier samples in --outdir.")
 
-# As many frames and pictures as can be taken in at a glance.
+# As many frames and image_files as can be taken in at a glance.
 _STRIP_FRAMES, _STRIP_ROWS, _ANIMATION_FRAMES = 11, 10, 60
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     few = [a[:1] for a in (labels, labels, low) if a is not None]
     jax.eval_shape(draw, run.params, *few)
     outdir = session.claim(workdirs[0] / "samples", "samples.npz", _OUTDIR.value, _OVERWRITE.value)
-    print(f"drawing {len(labels)} pictures from step {run.step} of {' and '.join(map(str, workdirs))}")
+    print(f"drawing {len(labels)} image_files from step {run.step} of {' and '.join(map(str, workdirs))}")
     images, seconds = measure.collect(draw, run.params, labels, config.sample.batch_size, low)
     measure.save(outdir, images, labels, seen.num_classes)
     if _TRAJECTORY.value:
@@ -123,24 +123,24 @@ def override(config: Config, seen: build.Seen) -> None:
 
 
 def base_samples(config: Config, seen: build.Seen) -> tuple[np.ndarray | None, np.ndarray]:
-    """The smaller pictures to start from, if this run enlarges pictures, and labels [N], as the flags say.
+    """The smaller image_files to start from, if this run enlarges image_files, and labels [N], as the flags say.
 
     Raises:
-      ValueError: smaller pictures are missing, not wanted, or of another size; labels are wrong.
+      ValueError: smaller image_files are missing, not wanted, or of another size; labels are wrong.
     """
     size = config.condition.size
     if not size:
         if _BASE_SAMPLES.value:
-            raise ValueError(f"--base_samples={_BASE_SAMPLES.value}: this run was not trained to enlarge pictures")
+            raise ValueError(f"--base_samples={_BASE_SAMPLES.value}: this run was not trained to enlarge image_files")
         return None, parse_labels(_LABELS.value, _NUM_SAMPLES.value or 64, seen.class_names)
     if not _BASE_SAMPLES.value:
         raise ValueError(
-            f"this run enlarges pictures of {size[0]}x{size[1]}: pass some, --base_samples=runs/NAME/samples.npz"
+            f"this run enlarges image_files of {size[0]}x{size[1]}: pass some, --base_samples=runs/NAME/samples.npz"
         )
-    low, labels = pictures.read_npz(Path(_BASE_SAMPLES.value))
+    low, labels = image_files.read_npz(Path(_BASE_SAMPLES.value))
     if not len(low) or (labels is not None and len(labels) != len(low)):
         count = "no" if labels is None else len(labels)
-        raise ValueError(f"--base_samples={_BASE_SAMPLES.value} holds {len(low)} pictures and {count} labels")
+        raise ValueError(f"--base_samples={_BASE_SAMPLES.value} holds {len(low)} image_files and {count} labels")
     if low.dtype != np.uint8 or low.shape[1:] != (*size, seen.shape[-1]):
         raise ValueError(
             f"--base_samples={_BASE_SAMPLES.value} holds {low.dtype} {low.shape}, but this run enlarges uint8 "
@@ -148,7 +148,7 @@ def base_samples(config: Config, seen: build.Seen) -> tuple[np.ndarray | None, n
         )
     low = low[: _NUM_SAMPLES.value]
     if _NUM_SAMPLES.value is not None and len(low) < _NUM_SAMPLES.value:
-        raise ValueError(f"--num_samples={_NUM_SAMPLES.value}: {_BASE_SAMPLES.value} holds only {len(low)} pictures")
+        raise ValueError(f"--num_samples={_NUM_SAMPLES.value}: {_BASE_SAMPLES.value} holds only {len(low)} image_files")
     if _LABELS.value is None and labels is not None and seen.num_classes:
         if labels.min() < 0 or labels.max() >= seen.num_classes:
             raise ValueError(
@@ -183,9 +183,9 @@ def trajectory(run: runs.Trained, labels: np.ndarray, low: np.ndarray | None, ou
     _, frames = draw(run.params, np.arange(n), labels[:n], *(() if low is None else (low[:n],)))
     frames = np.asarray(frames)
     chosen = np.unique(np.linspace(0, keep - 1, min(keep, _STRIP_FRAMES)).round().astype(int))
-    pictures.save(outdir / "trajectory.png", pictures.strip(frames[chosen]))
-    animation = [pictures.grid(frame, min(n, 5)) for frame in frames]
-    pictures.save_animation(outdir / "trajectory.gif", animation)
+    image_files.save(outdir / "trajectory.png", image_files.strip(frames[chosen]))
+    animation = [image_files.grid(frame, min(n, 5)) for frame in frames]
+    image_files.save_animation(outdir / "trajectory.gif", animation)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from diffusion import checkpoint, data, files, guide, stored_config
-from diffusion.geometry import geometry
+from diffusion.io import checkpoint, files, stored_config
+from diffusion import data, guide
+from diffusion.patch.geometry import geometry
 from experiments import build, drawing, measure, runs, session, watch
 from experiments import objective as objectives
 from experiments.command_line import define_config, given_config

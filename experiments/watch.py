@@ -1,4 +1,4 @@
-"""What is looked at as training goes: the loss on held-out pictures, and what the averaged weights draw."""
+"""What is looked at as training goes: the loss on held-out image_files, and what the averaged weights draw."""
 
 import math
 from pathlib import Path
@@ -7,15 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion import checkpoint, data
+from diffusion.io import checkpoint
+from diffusion import data
 from diffusion import train as training
-from experiments import build, drawing, measure, pictures, session
+from experiments import build, drawing, measure, image_files, session
 from experiments import objective as objectives
 from experiments.config import Config
 
 
 class HeldOut:
-    """Loss on a fixed set of noised held-out pictures; remembers the best weights and when to give up."""
+    """Loss on a fixed set of noised held-out image_files; remembers the best weights and when to give up."""
 
     def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
         c = config.train
@@ -70,8 +71,8 @@ class HeldOut:
 class Preview:
     """A grid of what the averaged weights draw, from the same noise every time, as training goes.
 
-    An expert restores held-out pictures instead: below each row of them, noised, is what it makes of them. A network
-    that enlarges pictures enlarges held-out ones.
+    An expert restores held-out image_files instead: below each row of them, noised, is what it makes of them. A network
+    that enlarges image_files enlarges held-out ones.
     """
 
     def __init__(self, config: Config, seen: build.Seen, workdir: Path, log: session.Log) -> None:
@@ -88,9 +89,9 @@ class Preview:
     def __call__(self, step: int, params: Any) -> None:
         batches = drawing.in_batches(self._draw, params, self._labels, self._batch_size, self._beside)
         drawn = np.concatenate(list(batches))
-        if self._expert:  # [N, 2, H, W, C] to a row of noised pictures, one of restored ones, and so on
+        if self._expert:  # [N, 2, H, W, C] to a row of noised image_files, one of restored ones, and so on
             drawn = drawn.reshape(-1, self._columns, *drawn.shape[1:]).swapaxes(1, 2).reshape(-1, *drawn.shape[2:])
-        image = pictures.grid(drawn, self._columns)
+        image = image_files.grid(drawn, self._columns)
         self._folder.mkdir(exist_ok=True)
-        pictures.save(self._folder / f"{step:07d}.png", image)
+        image_files.save(self._folder / f"{step:07d}.png", image)
         self._log.image(step, "samples", np.asarray(image))

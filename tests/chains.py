@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.predict import Learned
+from diffusion.predict import WithVariance
 from diffusion.process import VP, named_betas
-from diffusion.sample import respaced_grid
+from diffusion.grids import respaced_grid
 
 FILES = sorted((Path(__file__).parent / "data").glob("*_maths_*.npz"))
 PREDICTIONS = {"EPSILON": "eps", "START_X": "x0", "V": "v"}
@@ -40,7 +40,7 @@ class Chain:
         if not self.variance.startswith("learned"):
             return out
         pred, extra = jnp.split(out, 2, -1)
-        return Learned(pred, jax.nn.sigmoid(extra))
+        return WithVariance(pred, jax.nn.sigmoid(extra))
 
 
 def load(file):

@@ -14,17 +14,7 @@ import pytest
 from diffusion import models
 from diffusion.patch import patchify, unpatchify
 from experiments import build
-from experiments.bench import (
-    blog,
-    patch,
-    patch_report,
-    patch_rivals,
-    patch_size,
-    patch_size_report,
-    startup,
-    timing,
-    vit,
-)
+from experiments.bench import blog, patch, patch_report, patch_rivals, patch_size, patch_size_report, startup, timing, vit
 from experiments.config import Config, Data, Model, Process, Sample, Train
 from experiments.configs import blog as blog_config
 

@@ -11,7 +11,8 @@ import pytest
 
 from diffusion.patch import patchify, unpatchify
 from diffusion.process import Geometric, noise
-from diffusion.sample import ddim, sample, uniform_grid
+from diffusion.sample import ddim, sample
+from diffusion.grids import uniform_grid
 
 FILES = sorted((Path(__file__).parent / "data").glob("blog_*.npz"))
 

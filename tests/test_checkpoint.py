@@ -22,7 +22,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion import checkpoint
+from diffusion.io import checkpoint
 
 OPTIMISER = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.models import conv
+from diffusion.cpu import conv
 
 
 def plain(x, kernel):

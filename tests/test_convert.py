@@ -15,7 +15,8 @@ import torch
 from absl import flags
 from absl.testing import flagsaver
 
-from diffusion import checkpoint, interop, stored_config
+from diffusion.io import checkpoint, stored_config
+from diffusion.pretrained import layouts
 from experiments import build, convert, objective, sample, session, train
 from experiments import config as configs
 from tests.test_interop import value
@@ -82,10 +83,10 @@ def test_the_run_describes_itself_and_holds_the_weights(run):
     config, seen = build.stored(run)
     assert config == tiny() and seen == build.Seen((8, 8, 1), ("ant", "bee", "cat"))
     ema, step = checkpoint.restore_ema(run / "checkpoints")
-    wanted = interop.from_torch(
+    wanted = layouts.from_torch(
         {k: v.numpy() for k, v in dit(config, 3).items()},
         jax.eval_shape(lambda: build.init_params(config, seen)),
-        interop.dit(4),
+        layouts.dit(4),
     )
     assert step == 0
     jax.tree.map(np.testing.assert_array_equal, ema["0"], wanted)
@@ -123,7 +124,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path
         config = tiny()
         change(config)
         with pytest.raises((ValueError, OSError), match=message):
-            convert.convert(config, workdir, source, layout or interop.dit(4), class_names=class_names)
+            convert.convert(config, workdir, source, layout or layouts.dit(4), class_names=class_names)
         assert not (workdir / stored_config.CONFIG).exists() and not (workdir / "checkpoints").exists()
 
     refused("--source is missing", source=None)
@@ -135,12 +136,12 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path
     refused(
         r"misshapen: x_embedder\.proj\.bias is \[8\], must be \[16\]", change=lambda c: setattr(c.model, "width", 16)
     )
-    refused("no entry for the parameter block_0", layout=interop.patch_unet())
+    refused("no entry for the parameter block_0", layout=layouts.patch_unet())
     refused("sample.sampler='euler'", change=lambda c: setattr(c.sample, "sampler", "euler"))
     workdir.mkdir(exist_ok=True)
     (workdir / stored_config.CONFIG).write_text(json.dumps({}))
     with pytest.raises(ValueError, match="holds a run already; pass another --workdir"):
-        convert.convert(tiny(), workdir, source, interop.dit(4), class_names=names)
+        convert.convert(tiny(), workdir, source, layouts.dit(4), class_names=names)
 
 
 def test_flags_name_layout_and_classes(tmp_path):

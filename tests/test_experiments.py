@@ -20,22 +20,10 @@ from absl.testing import flagsaver
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from diffusion import checkpoint, data
+from diffusion.io import checkpoint
+from diffusion import data
 from diffusion import train as training
-from experiments import (
-    blog_figures,
-    build,
-    drawing,
-    evaluate,
-    measure,
-    objective,
-    pictures,
-    runs,
-    sample,
-    session,
-    train,
-    watch,
-)
+from experiments import blog_figures, build, drawing, evaluate, measure, objective, image_files, runs, sample, session, train, watch
 from experiments import config as configs
 from experiments.configs import blog, smoke
 
@@ -131,7 +119,7 @@ def blog_run(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def folder_run(tmp_path_factory) -> Run:
-    """A run on a folder of rectangular colour pictures of two classes."""
+    """A run on a folder of rectangular colour image_files of two classes."""
     root = tmp_path_factory.mktemp("pictures")
     draw = np.random.default_rng(0)
     for name in ("cat", "dog"):
@@ -152,7 +140,7 @@ def copy(run, tmp_path) -> Path:
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """Trainings whose pictures are not the point are not measured."""
+    """Trainings whose image_files are not the point are not measured."""
     monkeypatch.setattr(measure, "quality", lambda *_: {})
 
 
@@ -216,7 +204,7 @@ def test_a_run_writes_what_it_says(run):
     assert labels.dtype.kind == "i"
     assert images.std() > 10
     with Image.open(run.workdir / "samples.png") as picture:
-        np.testing.assert_array_equal(picture, pictures.grid(images, 10))
+        np.testing.assert_array_equal(picture, image_files.grid(images, 10))
 
 
 def test_every_interval_is_kept(run):
@@ -230,7 +218,7 @@ def test_every_interval_is_kept(run):
 
 
 def test_previews_show_the_same_noise_as_it_becomes_digits(run):
-    shape = pictures.grid(np.zeros((40, 28, 28, 1), np.uint8), 10).size
+    shape = image_files.grid(np.zeros((40, 28, 28, 1), np.uint8), 10).size
     shown = []
     for path in sorted((run.workdir / "previews").iterdir()):
         with Image.open(path) as image:
@@ -254,7 +242,7 @@ def test_the_report_says_what_was_reached_and_what_to_type_next(run):
     assert f"{report['agreement']:.1%}" in end
     assert end.strip().splitlines()[-1].startswith(f"Next: python -m experiments.sample --workdir={run.workdir} ")
     assert (
-        "Of 15 pictures these numbers are mostly chance: draw 100 or more, better 1,000 (--config.sample.count)" in end
+        "Of 15 image_files these numbers are mostly chance: draw 100 or more, better 1,000 (--config.sample.count)" in end
     )
     assert "chance" not in measure.paragraph(run.workdir, {**report, "measured": 100})
 
@@ -429,7 +417,7 @@ def test_held_out_pictures_are_taken_in_batches_no_larger_than_those_of_training
     config.train.batch_size, config.train.repeat, config.train.eval_count = 5, 2, 24
     params = build.init_params(config, seen)
     value = watch.HeldOut(config, seen, tmp_path, None)._loss(params)
-    assert sizes == [4]  # 12 pictures, twice each, in three batches
+    assert sizes == [4]  # 12 image_files, twice each, in three batches
     parts, key = objective(config, seen, training=False), build.key(config.seed, "held out")
     held = data.batch(build.source(config, "test"), config.seed, 0, 12)
     batches = [{name: x[i : i + 4] for name, x in held.items()} for i in (0, 4, 8)]
@@ -472,7 +460,7 @@ def test_a_folder_of_colour_pictures(folder_run):
     assert labels.tolist() == [0, 1, 0]
     assert build.stored(folder_run.workdir)[1] == build.Seen((8, 12, 3), ("cat", "dog"))
     assert "distance" not in folder_run.report
-    assert "There is no feature network for pictures like these" in folder_run.printed
+    assert "There is no feature network for image_files like these" in folder_run.printed
     with Image.open(folder_run.workdir / "samples.png") as picture:
         assert picture.mode == "RGB"
 
@@ -509,7 +497,7 @@ def draw(workdir: Path | None, *arguments: str, command=sample) -> str:
 
 @pytest.fixture(scope="module")
 def drawn(run, tmp_path_factory) -> Path:
-    """Seven pictures in one batch, with their way from noise."""
+    """Seven image_files in one batch, with their way from noise."""
     outdir = tmp_path_factory.mktemp("drawn")
     draw(run.workdir, f"--outdir={outdir}", "--num_samples=7", "--batch_size=8", "--steps=5", "--trajectory")
     return outdir
@@ -537,12 +525,12 @@ def test_the_way_from_noise_ends_in_the_sample(drawn):
         for i in range(6):
             film.seek(i)
             shown.append(np.asarray(film.convert("L")))
-    np.testing.assert_array_equal(shown[-1], pictures.grid(images, 5))
+    np.testing.assert_array_equal(shown[-1], image_files.grid(images, 5))
     with Image.open(drawn / "trajectory.png") as strip:
         pixels = np.asarray(strip)
     cell = pixels.shape[1] // 6
     assert pixels.shape == (7 * cell + 2, 6 * cell + 2)
-    np.testing.assert_array_equal(pixels[:, -cell - 2 :], pictures.grid(images, 1))
+    np.testing.assert_array_equal(pixels[:, -cell - 2 :], image_files.grid(images, 1))
     assert (pixels[:, : cell + 2] != pixels[:, -cell - 2 :]).mean() > 0.1
 
 
@@ -675,8 +663,8 @@ def test_evaluation_repeats_the_numbers_of_the_report(run):
 def test_evaluation_of_a_file_prints_a_table_with_the_floor(run):
     printed = draw(None, f"--samples={run.workdir / 'samples.npz'}", command=evaluate)
     title, _, *lines, _, caution = printed.splitlines()
-    assert caution.startswith("Of 15 pictures these numbers are mostly chance")
-    assert title.startswith(f"15 pictures of {run.workdir / 'samples.npz'}")
+    assert caution.startswith("Of 15 image_files these numbers are mostly chance")
+    assert title.startswith(f"15 image_files of {run.workdir / 'samples.npz'}")
     table = {line[:18].strip(): line[18:28].strip() for line in lines}
     assert table["feature distance"] == f"{run.report['distance']:.2f}"
     assert table["of real digits"] == f"{run.report['floor']:.2f}"
@@ -713,8 +701,8 @@ def test_of_more_pictures_than_can_be_compared_some_are_measured(run, monkeypatc
         ({"arr_0": np.zeros((5, 28, 28, 1))}, "images must be uint8"),
         ({"arr_0": np.zeros((5, 28, 28, 3), np.uint8)}, r"must be digits of shape \[N, 28, 28, 1\].*\(5, 28, 28, 3\)"),
         ({"arr_0": np.zeros((5, 28, 28), np.uint8)}, r"must be digits of shape .*\(5, 28, 28\)"),
-        ({"arr_0": np.zeros((2, 28, 28, 1), np.uint8)}, r"2 pictures are too few to measure"),
-        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(4)}, r"there are 4 labels for 5 pictures"),
+        ({"arr_0": np.zeros((2, 28, 28, 1), np.uint8)}, r"2 image_files are too few to measure"),
+        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(4)}, r"there are 4 labels for 5 image_files"),
         ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(8, 13)}, r"labels lie in 8 \.\. 12, outside"),
         ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.zeros(5)}, r"labels must be integers"),
         ({"images": np.zeros((5, 28, 28, 1), np.uint8)}, r"holds \['images'\], but no arr_0"),

@@ -5,9 +5,10 @@ import pytest
 
 from diffusion.experts import boundaries, expert_of, expert_times, experts
 from diffusion.guide import classifier_free
-from diffusion.predict import Learned
+from diffusion.predict import WithVariance
 from diffusion.process import VP, Cosine, Linear, linear_betas
-from diffusion.sample import respaced_grid, sample, uniform_grid
+from diffusion.grids import respaced_grid, uniform_grid
+from diffusion.sample import sample
 
 CHAIN = respaced_grid("", 1000)
 
@@ -117,7 +118,7 @@ def test_experts_of_one_structure_with_labels_guidance_and_variance(key):
     stack = {"w": jnp.array([1.0, 10.0])}
 
     def apply(params, xt, t, y):
-        return Learned(params["w"] * xt * y.reshape(-1, 1), xt + params["w"])
+        return WithVariance(params["w"] * xt * y.reshape(-1, 1), xt + params["w"])
 
     def denoiser(k):
         params = jax.tree.map(lambda p: p[k], stack)

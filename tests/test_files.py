@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion.files import atomic_write, check_writable
+from diffusion.io.files import atomic_write, check_writable
 
 
 def test_check_writable_creates_and_leaves_nothing_else(tmp_path):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from diffusion import guide
-from diffusion.predict import Learned, convert, decode, target
+from diffusion.predict import WithVariance, convert, decode, target
 from diffusion.process import VP, Cosine, Linear, coefficients, linear_betas
-from diffusion.sample import respaced_grid, sample
+from diffusion.grids import respaced_grid
+from diffusion.sample import sample
 
 NULL = 3
 
@@ -59,7 +60,7 @@ def test_guiding_in_eps_space_is_guiding_in_the_predictions_own(inputs, predicti
 
 
 def learned(xt, t, y):
-    return Learned(denoise(xt, t, y), xt + y[:, None])
+    return WithVariance(denoise(xt, t, y), xt + y[:, None])
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5, lambda t: 1 + t])

@@ -5,11 +5,13 @@ import pytest
 
 from diffusion.experts import boundaries, experts
 from diffusion.guide import classifier_free, clip
-from diffusion.likelihood import bits_per_dim
-from diffusion.predict import Learned, target
+from diffusion.vlb import bits_per_dim
+from diffusion.predict import WithVariance, target
 from diffusion.process import VP, coefficients, expand, linear_betas
-from diffusion.sample import respaced_grid, sample_keys
-from diffusion.variance import between, least_variance
+from diffusion.grids import respaced_grid
+from diffusion.sample import sample_keys
+from diffusion.posterior import between
+from diffusion.vlb import least_variance
 
 PATH = VP(linear_betas(200))
 CHAIN = respaced_grid("", 200)
@@ -64,7 +66,7 @@ def test_bits_of_a_gaussian_are_its_entropy_if_the_variance_is_that_of_the_true_
         small = jnp.maximum(step.small, jnp.where(t < 1.5 / 200, least, 0))
         true = jnp.log(jnp.where(t < 1.5 / 200, 0, step.small) + step.on_x0**2 * left)
         v = 2 * (true - jnp.log(small)) / (jnp.log(step.large) - jnp.log(small)) - 1
-        return Learned(gaussian_denoiser("eps")(xt, t), jnp.broadcast_to(expand(v, xt), xt.shape))
+        return WithVariance(gaussian_denoiser("eps")(xt, t), jnp.broadcast_to(expand(v, xt), xt.shape))
 
     code = jax.jit(
         lambda x: bits_per_dim(jax.random.key(0), denoise, PATH, x, CHAIN, prediction="eps", variance="learned_range")
@@ -117,14 +119,14 @@ def test_a_respaced_chain_codes_worse(pictures, exact):
 def test_experts_guidance_clipping_and_learned_variance_are_denoisers_here_too(pictures):
     """Two experts that are the same network, guided at scale 1, code as that network does."""
     plain = gaussian_denoiser("x0")
-    learned = lambda xt, t, y: Learned(plain(xt, t), -jnp.ones_like(xt))  # noqa: E731
+    learned = lambda xt, t, y: WithVariance(plain(xt, t), -jnp.ones_like(xt))  # noqa: E731
     pick = clip(classifier_free(experts([learned, learned], boundaries(PATH, [0.25])), 0, 1.0), PATH, "x0")
     y, chain, key = jnp.zeros(8, int), respaced_grid("6", 200), jax.random.key(3)
     ours = bits_per_dim(key, pick, PATH, pictures, chain, y, prediction="x0", variance="learned_range")
     # v = -1 is the small end, at the decoder's step too.
     small = bits_per_dim(key, clip(plain, PATH, "x0"), PATH, pictures, chain, prediction="x0", variance="fixed_small")
     np.testing.assert_allclose(ours.total, small.total, rtol=1e-4)
-    wrong = experts([learned, lambda xt, t, y: Learned(0 * xt + 1, -jnp.ones_like(xt))], boundaries(PATH, [0.25]))
+    wrong = experts([learned, lambda xt, t, y: WithVariance(0 * xt + 1, -jnp.ones_like(xt))], boundaries(PATH, [0.25]))
     other = bits_per_dim(key, wrong, PATH, pictures, chain, y, prediction="x0", variance="learned_range")
     noisy = np.asarray(PATH(jnp.asarray(chain[:-1]))[0] ** 2 <= 0.25 * PATH(jnp.asarray(chain[:-1]))[1] ** 2)
     assert 0 < noisy.sum() < 6

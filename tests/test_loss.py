@@ -5,9 +5,9 @@ import pytest
 
 from diffusion import loss as losses
 from diffusion.patch import patchify
-from diffusion.predict import Learned, convert, target
+from diffusion.predict import WithVariance, convert, target
 from diffusion.process import VP, Cosine, Linear, coefficients, linear_betas, noise
-from diffusion.sample import respaced_grid
+from diffusion.grids import respaced_grid
 from tests.chains import FILES, close, load
 
 
@@ -167,7 +167,7 @@ def test_weightings_are_finite_at_both_ends(name, prediction):
 
 
 def learner(params, xt, t, y):
-    return Learned(params["pred"] * xt, params["v"] * xt)
+    return WithVariance(params["pred"] * xt, params["v"] * xt)
 
 
 def bounded(params, x0, **options):
@@ -214,7 +214,7 @@ def test_the_bound_of_a_respaced_chain_steps_to_the_next_time_kept(x0):
 
 
 def test_what_a_bound_cannot_do_is_refused(x0):
-    learned = lambda xt, t, y: Learned(xt, xt)  # noqa: E731
+    learned = lambda xt, t, y: WithVariance(xt, xt)  # noqa: E731
     plain = lambda xt, t, y: xt  # noqa: E731
     drawn = losses.Draw(jnp.full(64, 0.5), x0)
     bound = losses.Bound(np.array([1.0, 0.5, 0.0]), "learned_range")

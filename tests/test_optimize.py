@@ -4,7 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion import checkpoint, optimize, train
+from diffusion.io import checkpoint
+from diffusion import optimize, train
 from diffusion.models.vit import hidden_matrices, vit
 
 

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import geometry, patch
-from diffusion.patch import coverage, fold, patchify, unpatchify
+from diffusion.patch import geometry
+from diffusion import patch
+from diffusion.patch.geometry import coverage
+from diffusion.patch import fold, patchify, unpatchify
 
 CUTS = [
     ((10,), 4, 2),

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from jax.extend.random import threefry_2x32
 from scipy.special import ndtr
 
-from diffusion import patch_kernels, patch_numba, patch_numpy
-from diffusion.patch_numba import fold, noised_patches, patchify, unpatchify
+from diffusion.patch import kernels, compiled, views
+from diffusion.patch.compiled import fold, noised_patches, patchify, unpatchify
 from tests.test_patch_numpy import arrays, cuts
 
 
@@ -27,7 +27,7 @@ def rng():
 
 
 def test_examples_in_docstrings():
-    result = doctest.testmod(patch_numba)
+    result = doctest.testmod(compiled)
     assert result.attempted > 0
     assert result.failed == 0
 
@@ -38,9 +38,9 @@ def test_pieces_are_the_view_in_order(data):
     """What the compiled loop does, in slow motion: pieces at their offsets, runs at their strides, byte by byte."""
     size, p, s = data.draw(cuts())
     x = data.draw(arrays((1, *size, data.draw(st.integers(1, 3))), ("u1", "f4", "c16")))
-    view = patch_numpy.token_view(x, p, s, data.draw(st.sampled_from(("hwc", "chw"))))[0]
+    view = views.token_view(x, p, s, data.draw(st.sampled_from(("hwc", "chw"))))[0]
     limit = data.draw(st.sampled_from((16, 64, 100, 1024)))
-    (n1, n2, n3, run), steps, offsets = patch_numba._pieces(view.shape, view.strides, x.itemsize, limit)
+    (n1, n2, n3, run), steps, offsets = compiled._pieces(view.shape, view.strides, x.itemsize, limit)
     owner = x
     while owner.base is not None:
         owner = owner.base
@@ -58,9 +58,9 @@ def test_pieces_are_the_view_in_order(data):
 
 
 def test_a_long_run_is_cut_into_pieces_of_at_most_the_limit():
-    (n1, n2, n3, run), _, offsets = patch_numba._pieces((3, 16000), (32000, 4), 4, 1024)
+    (n1, n2, n3, run), _, offsets = compiled._pieces((3, 16000), (32000, 4), 4, 1024)
     assert (n1, n2, n3, run, len(offsets)) == (1, 1, 1, 1000, 3 * 64)
-    (_, _, _, run), _, offsets = patch_numba._pieces((2, 10007), (80000, 4), 4, 1024)  # a prime
+    (_, _, _, run), _, offsets = compiled._pieces((2, 10007), (80000, 4), 4, 1024)  # a prime
     assert (run, len(offsets)) == (4 * 10007, 2)
 
 
@@ -69,10 +69,10 @@ def test_a_long_run_is_cut_into_pieces_of_at_most_the_limit():
 @pytest.mark.parametrize("dtype", ["f4", "u1"])
 def test_every_alignment_of_the_output(monkeypatch, rng, shape, p, s, stream, dtype):
     """Lines begin at any of the offsets that an array may have, past the caches or not; neighbours stay untouched."""
-    monkeypatch.setattr(patch_numba, "_STREAM", 0 if stream else 1 << 40)
-    monkeypatch.setattr(patch_numba, "_CHUNK", 1)  # one image a call: each begins where the one before ended
+    monkeypatch.setattr(compiled, "_STREAM", 0 if stream else 1 << 40)
+    monkeypatch.setattr(compiled, "_CHUNK", 1)  # one image a call: each begins where the one before ended
     x = rng.integers(0, 200, shape).astype(dtype)
-    expected = patch_numpy.patchify(x, p, s)
+    expected = views.patchify(x, p, s)
     store = np.zeros(expected.nbytes + 256, np.uint8)
     for offset in range(0, 68, expected.itemsize if dtype == "f4" else 7):
         store[:] = 171
@@ -87,8 +87,8 @@ def test_every_alignment_of_the_output(monkeypatch, rng, shape, p, s, stream, dt
 def test_more_than_the_caches_hold(rng):
     x = rng.integers(0, 256, (3001, 28, 28, 1), np.uint8)
     tokens = patchify(x, 7, dtype=np.float32, scale=1 / 127.5, shift=-1, threads=3)
-    assert x.nbytes + tokens.nbytes > 2 * patch_numba._CHUNK
-    expected = patch_numpy.patchify(x, 7).astype(np.float32) * np.float32(1 / 127.5) + np.float32(-1)
+    assert x.nbytes + tokens.nbytes > 2 * compiled._CHUNK
+    expected = views.patchify(x, 7).astype(np.float32) * np.float32(1 / 127.5) + np.float32(-1)
     np.testing.assert_array_equal(tokens, expected)
     assert tokens.min() == -1
     assert tokens.max() == 1
@@ -122,7 +122,7 @@ def test_conversion_is_that_of_numpy(rng, source, target):
     if x.dtype.kind == "f":
         x[0, 0, 0], x[1, 1, 1] = np.nan, np.inf
     tokens = patchify(x, 3, dtype=target)
-    expected = patch_numpy.patchify(x, 3).astype(target)
+    expected = views.patchify(x, 3).astype(target)
     assert tokens.dtype == target
     assert tokens.tobytes() == expected.tobytes()
 
@@ -133,7 +133,7 @@ def test_scaling_is_computed_wide_and_rounded_once(rng, source, target):
     wide = np.result_type(source, target, np.float32)
     expected = (x.astype(wide) * wide.type(0.3) + wide.type(-7)).astype(target)
     tokens = patchify(x, 3, dtype=target, scale=0.3, shift=-7)
-    np.testing.assert_array_equal(tokens, patch_numpy.patchify(expected, 3))
+    np.testing.assert_array_equal(tokens, views.patchify(expected, 3))
 
 
 def test_the_output_gives_the_dtype():
@@ -190,10 +190,10 @@ def test_unpatchify_and_fold_check_their_output():
 @pytest.mark.parametrize("layout", ["hwc", "chw"])
 @pytest.mark.parametrize("dtype", ["f8", "c8", "f2"])
 def test_sums_are_those_of_numpy(rng, size, p, s, layout, dtype):
-    tokens = rng.standard_normal(patch_numpy.patchify(np.zeros((3, *size, 2)), p, s).shape).astype(dtype)
+    tokens = rng.standard_normal(views.patchify(np.zeros((3, *size, 2)), p, s).shape).astype(dtype)
     for name in ("fold", "unpatchify"):
-        expected = getattr(patch_numpy, name)(tokens, size, p, s, layout=layout)
-        given_order = getattr(patch_numba, name)(tokens[::-1], size, p, s, layout=layout)[::-1]
+        expected = getattr(views, name)(tokens, size, p, s, layout=layout)
+        given_order = getattr(compiled, name)(tokens[::-1], size, p, s, layout=layout)[::-1]
         np.testing.assert_array_equal(given_order, expected)
 
 
@@ -203,9 +203,9 @@ def noised_reference(x0, eps, alpha, sigma, p, s, level, scale, shift, layout):
     tiled = np.concatenate([x0] * (len(eps) // len(x0))).astype(f) * f(scale) + f(shift)
     column = (slice(None), *[None] * (eps.ndim - 1))
     xt = alpha.astype(f)[column] * tiled + sigma.astype(f)[column] * eps
-    tokens = patch_numpy.patchify(xt, p, s, layout=layout)
+    tokens = views.patchify(xt, p, s, layout=layout)
     last = np.broadcast_to(level.astype(f)[:, None, None], (len(eps), 1, tokens.shape[-1]))
-    return np.concatenate([tokens, last], 1), patch_numpy.patchify(eps, p, s, layout=layout)
+    return np.concatenate([tokens, last], 1), views.patchify(eps, p, s, layout=layout)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_many_threads_at_once(rng):
     with ThreadPoolExecutor(len(sizes)) as pool:
         every = list(pool.map(lambda p: patchify(x, p, threads=2), sizes))
     for p, tokens in zip(sizes, every, strict=True):
-        np.testing.assert_array_equal(tokens, patch_numpy.patchify(x, p))
+        np.testing.assert_array_equal(tokens, views.patchify(x, p))
 
 
 def test_an_error_in_a_helper_reaches_the_caller():
@@ -343,7 +343,7 @@ def test_an_error_in_a_helper_reaches_the_caller():
             raise RuntimeError(f"at {start}")
 
     with pytest.raises(RuntimeError, match="at "):
-        patch_numba._in_chunks(work, 8, 1 << 22, 1 << 22, 2)
+        compiled._in_chunks(work, 8, 1 << 22, 1 << 22, 2)
 
 
 def run(*arguments: str, **environment: str) -> str:
@@ -371,7 +371,7 @@ from diffusion import patch_kernels, patch_numba, patch_numpy
 x = np.arange(300 * 28 * 28, dtype=np.float32).reshape(300, 28, 28, 1)
 def check(p, x=x):
     x = np.repeat(x, 10, 0)  # enough for two threads
-    assert (patch_numba.patchify(x, p, threads=2) == patch_numpy.patchify(x, p)).all()
+    assert (compiled.patchify(x, p, threads=2) == views.patchify(x, p)).all()
 """
 
 FORK = """
@@ -380,7 +380,7 @@ stop = threading.Event()
 def compile_all_the_time():
     n = 1
     while not stop.is_set():
-        patch_numba.patchify(np.zeros((2, 64 + n, 1), np.uint8), 64 + n)  # another length, another kernel
+        compiled.patchify(np.zeros((2, 64 + n, 1), np.uint8), 64 + n)  # another length, another kernel
         n += 1
         time.sleep(0.001)  # locks are not fair: without a pause fork may wait for long
 thread = threading.Thread(target=compile_all_the_time)
@@ -403,9 +403,9 @@ import multiprocessing
 if __name__ == "__main__":
     check(7)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        got = pool.starmap(patch_numba.patchify, [(x, 7), (x, 14), (x, 7), (x, 4)])
+        got = pool.starmap(compiled.patchify, [(x, 7), (x, 14), (x, 7), (x, 4)])
     for p, tokens in zip((7, 14, 7, 4), got):
-        assert (tokens == patch_numpy.patchify(x, p)).all()
+        assert (tokens == views.patchify(x, p)).all()
 """
 
 
@@ -430,7 +430,7 @@ def test_spawned_workers(tmp_path):
     run(str(script))
 
 
-HITS = CHECK + "check(7)\nprint(sum(sum(k.stats.cache_hits.values()) for k in patch_kernels.programs.values()))"
+HITS = CHECK + "check(7)\nprint(sum(sum(k.stats.cache_hits.values()) for k in kernels.programs.values()))"
 
 
 def test_compiled_code_is_kept_between_processes(tmp_path):
@@ -453,5 +453,5 @@ def test_no_folder_to_keep_it_in(tmp_path):
 def test_each_kernel_has_files_of_its_own():
     """Two processes that write one index of files at once could otherwise swap the code of two geometries."""
     shapes = (7, 28), (4, 28), (7, 24)
-    kernels = [patch_kernels.compiled(patch_kernels.copy_kernel, 1, 1, *shape, "", "", "") for shape in shapes]
+    kernels = [kernels.compiled(kernels.copy_kernel, 1, 1, *shape, "", "", "") for shape in shapes]
     assert len({kernel.py_func.__qualname__ for kernel in kernels}) == 3

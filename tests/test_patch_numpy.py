@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.lib.array_utils import byte_bounds
 from numpy.lib.stride_tricks import sliding_window_view
 
-from diffusion import patch_numpy
-from diffusion.patch_numpy import fold, patchify, unpatchify, windows
+from diffusion.patch import views
+from diffusion.patch.views import fold, patchify, unpatchify, windows
 
 
 @st.composite
@@ -37,7 +37,7 @@ def arrays(draw, shape, dtypes=("u1", "f4", ">f4", "f2", "i8", "c16", "?")):
 
 
 def test_examples_in_docstrings():
-    result = doctest.testmod(patch_numpy)
+    result = doctest.testmod(views)
     assert result.attempted > 0
     assert result.failed == 0
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion import patch, patch_numba, patch_numpy
+from diffusion import patch
+from diffusion.patch import compiled, views
 from tests.test_patch_numpy import arrays, cuts
 
-MODULES = (patch, patch_numpy, patch_numba)
+MODULES = (patch, views, compiled)
 LAYOUTS = ("hwc", "chw")
 
 
@@ -66,7 +67,7 @@ def test_patchify_is_the_naive_loop(data):
         x[..., 0].flat[0] = np.nan
         x[..., 0].flat[-1] = -0.0
     expected = naive_patchify(x, size, p, s, layout)
-    for module in (patch_numpy, patch_numba):
+    for module in (views, compiled):
         tokens = module.patchify(x, p, s, layout=layout)
         assert (tokens.dtype, tokens.shape) == (x.dtype, expected.shape)
         assert bits(tokens) == bits(expected)
@@ -103,7 +104,7 @@ def test_fold_is_the_adjoint(size, p, s, layout):
     """<P x, y> = <x, P^T y> exactly: whole numbers are summed without rounding."""
     rng = np.random.default_rng(0)
     x = rng.integers(-9, 9, (2, *size, 3)).astype(np.float64)
-    for module in (patch_numpy, patch_numba):
+    for module in (views, compiled):
         tokens = module.patchify(x, p, s, layout=layout)
         y = rng.integers(-9, 9, tokens.shape).astype(np.float64)
         assert (tokens * y).sum() == (x * module.fold(y, size, p, s, layout=layout)).sum()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.predict import Learned, convert, decode, estimate, target
+from diffusion.predict import WithVariance, convert, decode, estimate, target
 from diffusion.process import coefficients, noise
 from tests.test_process import PATHS
 
@@ -83,7 +83,7 @@ def test_a_learned_variance_rides_beside_the_prediction(key):
     x0, eps = draw(key, 2)
     coef, xt, v = coefficients(path, t), noise(path, x0, t, eps), x0 * eps
     plain = lambda xt, t, y: target("eps", coef, x0, eps)  # noqa: E731
-    learned = lambda xt, t, y: Learned(plain(xt, t, y), v)  # noqa: E731
+    learned = lambda xt, t, y: WithVariance(plain(xt, t, y), v)  # noqa: E731
     converted = convert(learned, path, "eps", "v")(xt, t)
     np.testing.assert_array_equal(converted.pred, convert(plain, path, "eps", "v")(xt, t))
     np.testing.assert_array_equal(converted.v, v)

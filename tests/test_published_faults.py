@@ -86,7 +86,8 @@ import setuptools
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from diffusion import checkpoint, data, experts, likelihood, train, variance
+from diffusion.io import checkpoint
+from diffusion import data, experts, vlb, train, variance
 from diffusion.predict import Estimate, decode
 from diffusion.process import Cosine, coefficients
 from experiments import build, drawing, objective, runs, session
@@ -270,7 +271,7 @@ def test_a_place_to_write_is_made_first(tmp_path):
 
 def test_likelihood_finds_its_folder_before_it_measures(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "source", lambda *_: data.from_arrays(uint8_pictures(2), np.arange(2), SEEN.class_names))
-    monkeypatch.setattr(likelihood, "bits_per_dim", lambda *_, **__: pytest.fail("it measured"))
+    monkeypatch.setattr(vlb, "bits_per_dim", lambda *_, **__: pytest.fail("it measured"))
     (tmp_path / "file").write_text("in the way")
     config = vit()
     with pytest.raises(OSError, match="cannot write in"):

@@ -11,7 +11,7 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from diffusion import checkpoint, stored_config
+from diffusion.io import checkpoint, stored_config
 from experiments import config as configs
 from experiments import drawing, likelihood, measure, objective, runs, sample, session, train
 from experiments.configs import patch_unet_mnist

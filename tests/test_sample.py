@@ -8,21 +8,11 @@ import numpy as np
 import pytest
 
 from diffusion.guide import clip
-from diffusion.predict import Estimate, Learned, convert, target
+from diffusion.predict import Estimate, WithVariance, convert, target
 from diffusion.process import VP, Cosine, Geometric, Linear, coefficients, expand, linear_betas
-from diffusion.sample import (
-    ancestral,
-    ddim,
-    heun,
-    initial_noise,
-    invert,
-    respaced_grid,
-    sample,
-    sample_keys,
-    shifted_grid,
-    uniform_grid,
-)
-from diffusion.variance import between
+from diffusion.sample import ancestral, ddim, heun, initial_noise, invert, sample, sample_keys
+from diffusion.grids import respaced_grid, shifted_grid, uniform_grid
+from diffusion.posterior import between
 from tests.chains import FILES, close, load
 from tests.test_process import PATHS
 
@@ -159,7 +149,7 @@ def test_ancestral_sampling_is_ddim_with_eta_1(key):
 def test_steps_that_do_not_ask_for_a_learned_variance_ignore_it(key, step):
     path, x1 = VP(linear_betas(100)), jnp.full((2, 8), 0.5)
     plain = gaussian_denoiser(path, "v")
-    learned = lambda xt, t, y: Learned(plain(xt, t), xt)  # noqa: E731
+    learned = lambda xt, t, y: WithVariance(plain(xt, t), xt)  # noqa: E731
     draw = partial(sample, key, path=path, x1=x1, times=uniform_grid(5), prediction="v", step=step)
     np.testing.assert_array_equal(draw(learned), draw(plain))
 
@@ -168,12 +158,12 @@ def test_ancestral_sampling_with_a_learned_variance(key):
     """A network that always answers with the large end is the fixed large variance."""
     path, x1, grid = VP(linear_betas(100)), jnp.full((2, 8), 0.5), respaced_grid("7", 100)
     plain = gaussian_denoiser(path, "v")
-    learned = lambda xt, t, y: Learned(plain(xt, t), jnp.ones_like(xt))  # noqa: E731
+    learned = lambda xt, t, y: WithVariance(plain(xt, t), jnp.ones_like(xt))  # noqa: E731
     draw = partial(sample, key, path=path, x1=x1, times=grid, prediction="v")
     wide = draw(plain, step=ancestral("fixed_large"))
     np.testing.assert_allclose(draw(learned, step=ancestral("learned_range")), wide, atol=1e-5)
     assert jnp.abs(draw(learned, step=ancestral("learned_sigmoid")) - wide).max() > 1e-2
-    with pytest.raises(ValueError, match="needs a network that returns Learned"):
+    with pytest.raises(ValueError, match="needs a network that returns WithVariance"):
         draw(plain, step=ancestral("learned_range"))
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.stored_config import config_differences, read_config, write_config
+from diffusion.io.stored_config import config_differences, read_config, write_config
 
 CONFIG = {"seed": 0, "model": {"depth": 6, "size": (28, 28), "act": None}, "data": {"name": "mnist", "flip": False}}
 

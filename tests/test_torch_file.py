@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion import torch_file
+from diffusion.pretrained import torch_file
 
 
 def assert_same(found, saved):

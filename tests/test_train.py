@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion import checkpoint, history, optimize, train
+from diffusion.io import checkpoint
+from diffusion import times, optimize, train
 from diffusion import loss as losses
 from diffusion.process import VP, Linear, linear_betas
 
@@ -101,7 +102,7 @@ def test_the_default_state_has_the_leaves_it_always_had():
 
 
 def test_a_state_with_everything_is_stored_and_restored(tmp_path):
-    kinds = {"ema_decay": (0.9, 0.99), "log2_scale": 20.0, "carry": history.empty(4, 2)}
+    kinds = {"ema_decay": (0.9, 0.99), "log2_scale": 20.0, "carry": times.empty(4, 2)}
     state = train.init_state({"w": jnp.arange(3.0)}, optax.adam(0.1), **kinds)
     checkpoint.save(tmp_path, 1, state)
     again, _ = checkpoint.restore(tmp_path, jax.eval_shape(lambda: state))
@@ -173,11 +174,11 @@ def test_a_batch_that_cannot_be_cut_is_refused(key):
 
 @pytest.mark.parametrize("microbatch", [None, 16])
 def test_the_loss_decides_where_it_is_measured_next(key, microbatch):
-    """A history rides in the state: a loss that is large late in the chain draws the times there."""
+    """A times rides in the state: a loss that is large late in the chain draws the times there."""
     steps = 4
 
     def draw(key, batch, seen):
-        return {"x": batch, "drawn": losses.draw(key, batch, history.times(seen))}
+        return {"x": batch, "drawn": losses.draw(key, batch, times.times(seen))}
 
     def loss_fn(params, key, batch):
         wrong = lambda xt, t, y: params["w"] + jnp.where(t[:, None] > 0.9, 30.0, 1.0)  # noqa: E731
@@ -185,10 +186,10 @@ def test_the_loss_decides_where_it_is_measured_next(key, microbatch):
         return values.mean(), parts
 
     def report(parts, seen):
-        seen = history.remember(seen, parts["t"], parts["loss"])
+        seen = times.remember(seen, parts["t"], parts["loss"])
         return {"late": (parts["t"] > 0.9).mean()}, seen
 
-    state = train.init_state({"w": jnp.zeros((1, 2))}, optax.sgd(0.0), carry=history.empty(steps, 2))
+    state = train.init_state({"w": jnp.zeros((1, 2))}, optax.sgd(0.0), carry=times.empty(steps, 2))
     step = jax.jit(train.make_step(loss_fn, optax.sgd(0.0), draw=draw, report=report, microbatch=microbatch))
     late = []
     for _ in range(3):

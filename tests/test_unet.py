@@ -8,7 +8,7 @@ import torch
 
 from diffusion.models.unet import ADM, _GroupNorm, _resized, sine_positions, sinusoids, unet
 from diffusion.models.unet_flops import unet_flops
-from diffusion.predict import Learned
+from diffusion.predict import WithVariance
 
 TINY = {"num_channels": 8, "num_res_blocks": 1, "channel_mult": (1, 2), "num_heads": 2, "attention_resolutions": (4,)}
 # What costs time here is the compiler.
@@ -76,7 +76,7 @@ def test_every_branch_answers_in_the_pictures_shape_and_learns_with_every_parame
     run = compiled(gradients, params, like)
     ones = jax.tree.map(lambda s: jax.random.normal(jax.random.key(1), s.shape), like)
     out, grads = run(params, ones)
-    pred = out.pred if isinstance(out, Learned) else out
+    pred = out.pred if isinstance(out, WithVariance) else out
     assert pred.shape == (*shape[:-1], channels) and pred.dtype == jnp.float32
     flat = {jax.tree_util.keystr(k): g for k, g in jax.tree_util.tree_leaves_with_path(grads)}
     assert all(bool(jnp.isfinite(g).all()) for g in flat.values())
@@ -86,8 +86,8 @@ def test_every_branch_answers_in_the_pictures_shape_and_learns_with_every_parame
     assert ((out.v > 0) & (out.v < 1)).all() and out.v.shape == pred.shape
     # The variance is read off features that it does not shape; only the clock serves both.
     zero = jnp.zeros_like(ones.pred)
-    _, of_v = run(params, Learned(zero, ones.v))
-    _, of_pred = run(params, Learned(ones.pred, zero))
+    _, of_v = run(params, WithVariance(zero, ones.v))
+    _, of_pred = run(params, WithVariance(ones.pred, zero))
     own = {name for name in params if name.startswith("variance")}
     assert {name for name in params if _moves(of_v[name])} == own | {"time_in", "time_out"}
     assert {name for name in params if not _moves(of_pred[name])} == own

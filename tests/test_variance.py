@@ -6,18 +6,8 @@ import pytest
 from diffusion.guide import clip
 from diffusion.predict import Estimate, convert, estimate
 from diffusion.process import VP, Linear, coefficients, linear_betas, noise
-from diffusion.variance import (
-    Gaussian,
-    between,
-    bound_term,
-    check_chain,
-    decoder_nll,
-    kl,
-    least_variance,
-    posterior,
-    prior_term,
-    reverse,
-)
+from diffusion.posterior import Gaussian, between, posterior, reverse
+from diffusion.vlb import vlb_term, check_chain, decoder_nll, kl, least_variance, prior_term
 from tests.chains import FILES, close, load
 from tests.test_process import PATHS
 

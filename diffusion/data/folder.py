@@ -1,4 +1,4 @@
-"""`folder:PATH`: the pictures below a folder, their classes and their splits.
+"""`folder:PATH`: the images below a folder, their classes and their splits.
 
 PNG, JPEG and WebP files are found in all sub-folders; names that begin with a dot are passed over. The first sub-folder
 below PATH names the class; files directly in PATH have no label. If PATH holds "train" and one of "test", "val" or
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.data import pictures
+from diffusion.data import images
 from diffusion.data.batches import Source, checked_source
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -27,7 +27,7 @@ TEST_FOLDERS = ("test", "val", "validation")
 def load(
     name: str, split: str, size: tuple[int, int] | None, crop: str, channels: int | None, memory_limit: int
 ) -> Source:
-    """The pictures of a split of `name`, "folder:PATH"; `diffusion.data.load` explains the rest."""
+    """The images of a split of `name`, "folder:PATH"; `diffusion.data.load` explains the rest."""
     root = Path(name.removeprefix("folder:")).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"{name}: there is no folder {root} (set by --config.data.name=folder:PATH)")
@@ -54,18 +54,18 @@ def load(
 
     if size is None or channels is None:  # found from all splits, so that they agree
         everything = _encoded(name, [root / file for file in files])
-        headers = pictures.headers(everything)
+        headers = images.headers(everything)
         channels = channels or (1 if all(header.grey for header in headers) else 3)
-        size = size or pictures.common_size(everything, headers)
+        size = size or images.common_size(everything, headers)
     encoded = _encoded(name, [root / files[i] for i in rows])
-    images = pictures.images(encoded, size, crop, channels, memory_limit)
+    images = images.images(encoded, size, crop, channels, memory_limit)
     if not isinstance(images, np.ndarray):
-        pictures.verify(encoded)  # now, not in the middle of a training
+        images.verify(encoded)  # now, not in the middle of a training
     return checked_source(name, images, classes and [classes[i] for i in rows], class_names)
 
 
-def _encoded(name: str, files: Sequence[Path]) -> pictures.Encoded:
-    return pictures.Encoded(
+def _encoded(name: str, files: Sequence[Path]) -> images.Encoded:
+    return images.Encoded(
         name, len(files), lambda ids: [files[i].read_bytes() for i in ids], lambda i: os.fspath(files[i])
     )
 

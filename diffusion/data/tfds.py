@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from diffusion.data import mnist5k, pictures
+from diffusion.data import mnist5k, images
 from diffusion.data.batches import Source, checked_source
 
 Reader = Callable[[Sequence[int]], list[bytes]]
@@ -51,7 +51,7 @@ def load(
         return lambda record: parse(record, **options)[key]
 
     parse_image = parser(image_key, decoders={image_key: tfds.decode.SkipDecoding()})
-    encoded = pictures.Encoded(
+    encoded = images.Encoded(
         name, n, lambda ids: list(map(parse_image, read_records(ids))), lambda i: f"picture {i} of {name}/{split}"
     )
     *fixed, found = features[image_key].shape
@@ -59,8 +59,8 @@ def load(
     if channels not in (1, 3):
         raise ValueError(f"{name} has {channels} channels: set --config.data.channels=1 or 3")
     if size is None:
-        size = tuple(fixed) if None not in fixed else pictures.common_size(encoded, pictures.headers(encoded))
-    images = pictures.images(encoded, size, crop, channels, memory_limit)
+        size = tuple(fixed) if None not in fixed else images.common_size(encoded, images.headers(encoded))
+    images = images.images(encoded, size, crop, channels, memory_limit)
     if label_key is None:
         return checked_source(name, images, None, ())
     parse_label, labels = parser(label_key), np.empty(n, np.int32)
@@ -89,7 +89,7 @@ def _open(name: str, root: Path) -> tfds.core.DatasetBuilder:
     except tfds.core.registered.DatasetNotFoundError:
         raise _unknown(name) from None
     except Exception as error:  # TFDS raises many types here, for an unknown version or a damaged folder
-        raise ValueError(f"TFDS cannot open {name}: {pictures.reason(error)}") from error
+        raise ValueError(f"TFDS cannot open {name}: {images.reason(error)}") from error
 
 
 def _unknown(name: str) -> ValueError:
@@ -97,7 +97,7 @@ def _unknown(name: str) -> ValueError:
     near = difflib.get_close_matches(base, tfds.list_builders(with_community_datasets=False), 3, 0.5)
     hint = f"nearest names: {', '.join(near)}; " if near else ""
     return ValueError(
-        f"TFDS has no data set named {base!r} ({hint}pictures of your own: --config.data.name=folder:PATH)"
+        f"TFDS has no data set named {base!r} ({hint}images of your own: --config.data.name=folder:PATH)"
     )
 
 
@@ -107,7 +107,7 @@ def _keys(name: str, features: tfds.features.FeatureConnector) -> tuple[str, str
     images = [key for key, feature in items.items() if type(feature) is tfds.features.Image]
     labels = [key for key, feature in items.items() if type(feature) is tfds.features.ClassLabel]
     if not images or (len(images) > 1 and "image" not in images):
-        raise ValueError(f"{name} is no data set of single pictures: its features are {sorted(items) or features}")
+        raise ValueError(f"{name} is no data set of single images: its features are {sorted(items) or features}")
     image = "image" if "image" in images else images[0]
     if items[image].np_dtype != np.uint8:
         raise ValueError(f"pictures of {name} are {np.dtype(items[image].np_dtype)}; only uint8 can be read")
@@ -174,7 +174,7 @@ def _records(name: str, builder: tfds.core.DatasetBuilder, split: str) -> tuple[
         ) from error
     if not shards:
         counts = {key: value.num_examples for key, value in builder.info.splits.items()}
-        raise ValueError(f"split={split!r} of {name} is empty; there are {counts} pictures")
+        raise ValueError(f"split={split!r} of {name} is empty; there are {counts} images")
     missing = [shard.filename for shard in shards if not os.path.exists(shard.filename)]
     if missing:
         raise FileNotFoundError(

@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.geometry import geometry
+from diffusion.patch.geometry import geometry
 from diffusion.models.base import Model, from_module
-from diffusion.models.conv import conv1x1, conv3x3
+from diffusion.cpu.conv import conv1x1, conv3x3
 from diffusion.patch import patchify, unpatchify
-from diffusion.predict import Learned
+from diffusion.predict import WithVariance
 
 LearnedVariance = Literal["none", "head", "channels"]
 Sinusoids = Literal["ddpm", "adm"]
@@ -96,7 +96,7 @@ def unet(
       num_classes: 0 for unconditional; the label num_classes is the null label, and stands in when y is None.
       out_channels: of the prediction, default those of xt; fewer where the last channels of xt are a condition, as
         the low-resolution picture of super-resolution is.
-      learned_variance: "none", or apply returns `Learned`: with "channels", v is the other half of the last
+      learned_variance: "none", or apply returns `WithVariance`: with "channels", v is the other half of the last
         convolution's output, any number (ADM); with "head", v is a sigmoid's, from layers of their own which see the
         features detached, so that learning the variance leaves the prediction alone (Patch Diffusion).
       use_scale_shift_norm: time scales and shifts the second norm of a block, as in (1); else it is added before it.
@@ -176,7 +176,7 @@ class _UNet(nn.Module):
     attend: dict[str, Any]
 
     @nn.compact
-    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> jax.Array | Learned:
+    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> jax.Array | WithVariance:
         if xt.ndim != 4:
             raise ValueError(f"the U-Net works on pictures [B, H, W, C], got shape {xt.shape}")
         b, *size, channels = xt.shape
@@ -245,7 +245,7 @@ class _UNet(nn.Module):
 
     def _heads(
         self, first: jax.Array, x: jax.Array, time: jax.Array, size: Sequence[int], channels: int
-    ) -> jax.Array | Learned:
+    ) -> jax.Array | WithVariance:
         """From the features after the first convolution and after the last block to the prediction."""
         first, x, time = (a.astype(jnp.float32) for a in (first, x, time))
         pixels = math.prod(geometry(size, self.patch_size).patch)
@@ -259,13 +259,13 @@ class _UNet(nn.Module):
         if self.learned_variance == "none":
             return pred
         if self.learned_variance == "channels":
-            return Learned(*jnp.split(pred, 2, -1))
+            return WithVariance(*jnp.split(pred, 2, -1))
         features = jax.lax.stop_gradient(jnp.concatenate([first, x], -1))
         # Activated a second time, as published.
         shift = nn.Dense(features.shape[-1], name="variance_time")(nn.silu(time))
         v = nn.silu(_Conv(self.num_channels, name="variance_in")(features + shift[:, None, None]))
         v = _Conv(pixels * channels, name="variance_out")(v)
-        return Learned(pred, picture(nn.sigmoid(v)))
+        return WithVariance(pred, picture(nn.sigmoid(v)))
 
 
 class _ResBlock(nn.Module):

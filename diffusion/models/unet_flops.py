@@ -13,7 +13,7 @@ from math import prod
 from types import SimpleNamespace
 from typing import Any
 
-from diffusion.geometry import geometry
+from diffusion.patch.geometry import geometry
 from diffusion.models.unet import unet
 
 

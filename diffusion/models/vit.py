@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.geometry import geometry
+from diffusion.patch.geometry import geometry
 from diffusion.models.base import Model, from_module
 from diffusion.patch import patchify, unpatchify
-from diffusion.predict import Learned
+from diffusion.predict import WithVariance
 
 Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "swiglu"]
@@ -66,7 +66,7 @@ def vit(
       bottleneck: patches pass through this many dimensions before the width (JiT).
       positions: any of "sincos", "learned" (added to the tokens) and "rotary" (in attention).
       class_tokens: this many tokens of the class are put before the patches from block `class_tokens_from` on (JiT).
-      learned_variance: "none", or with "channels" apply returns `Learned`, whose v, any number, is a second half of
+      learned_variance: "none", or with "channels" apply returns `WithVariance`, whose v, any number, is a second half of
         the head's output (DiT).
       dtype: of the computation; parameters, statistics of norms, the softmax and the head are float32.
       remat: recompute blocks in the backward pass to save memory.
@@ -114,7 +114,7 @@ class _ViT(nn.Module):
     block: dict
 
     @nn.compact
-    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> jax.Array | Learned:
+    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> jax.Array | WithVariance:
         _, *size, channels = xt.shape
         dtype = self.block["dtype"]
         shape = geometry(size, self.patch_size, self.stride)
@@ -153,7 +153,7 @@ class _ViT(nn.Module):
         width = _prod(shape.patch) * channels * (1 + learned)
         z = nn.Dense(width, kernel_init=_ZERO, name="head")(z.astype(jnp.float32))  # (B, N, D)
         pred = unpatchify(z, size, self.patch_size, self.stride)
-        return Learned(*jnp.split(pred, 2, -1)) if learned else pred
+        return WithVariance(*jnp.split(pred, 2, -1)) if learned else pred
 
 
 class _Block(nn.Module):

@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from diffusion import sample as sampling
-from diffusion.geometry import geometry
+from diffusion.patch.geometry import geometry
 from experiments import build, drawing, session
 from experiments.bench import ours, timing
 from experiments.config import Config

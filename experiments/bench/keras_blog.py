@@ -16,8 +16,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from diffusion.geometry import geometry
-from diffusion.patch_numpy import patchify
+from diffusion.patch.geometry import geometry
+from diffusion.patch.views import patchify
 
 
 class Positions(keras.layers.Layer):

@@ -13,8 +13,9 @@ import numpy as np
 from numba import float32, guvectorize, njit
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
-from diffusion import patch, patch_numba, patch_numpy
-from diffusion.geometry import geometry
+from diffusion import patch
+from diffusion.patch import compiled, views
+from diffusion.patch.geometry import geometry
 
 
 class Case(NamedTuple):
@@ -60,7 +61,7 @@ def host_rivals(case: Case) -> tuple[dict[str, Callable[[], Any]], dict[str, str
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (b, *size, c), np.uint8)
     x = pixels.astype(np.float32)
-    expected = patch_numpy.patchify(x, p, s)
+    expected = views.patchify(x, p, s)
     out, image = np.zeros_like(expected), np.zeros_like(x)
     pool = ThreadPoolExecutor(THREADS - 1)
 
@@ -71,22 +72,22 @@ def host_rivals(case: Case) -> tuple[dict[str, Callable[[], Any]], dict[str, str
         other.result()
 
     def numba(threads: int) -> Callable[[], np.ndarray]:
-        return lambda: patch_numba.patchify(x, p, s, out=out, threads=threads)
+        return lambda: compiled.patchify(x, p, s, out=out, threads=threads)
 
     def fused(threads: int) -> Callable[[], np.ndarray]:
-        return lambda: patch_numba.patchify(pixels, p, s, scale=1 / 127.5, shift=-1, out=out, threads=threads)
+        return lambda: compiled.patchify(pixels, p, s, scale=1 / 127.5, shift=-1, out=out, threads=threads)
 
     rivals: dict[str, Callable[[], Any]] = {
         COPY: lambda: np.copyto(out, expected),
         COPIES: copies,
         NUMBA: numba(1),
         NUMBAS: numba(THREADS),
-        "Numba, new array": lambda: patch_numba.patchify(x, p, s, threads=THREADS),
+        "Numba, new array": lambda: compiled.patchify(x, p, s, threads=THREADS),
         FUSED: fused(1),
         FUSEDS: fused(THREADS),
-        "Numba unpatchify": lambda: patch_numba.unpatchify(expected, size, p, s, out=image, threads=THREADS),
-        "NumPy views, copied": lambda: patch_numpy.patchify(x, p, s),
-        VIEW: lambda: patch_numpy.windows(x, p, s),
+        "Numba unpatchify": lambda: compiled.unpatchify(expected, size, p, s, out=image, threads=THREADS),
+        "NumPy views, copied": lambda: views.patchify(x, p, s),
+        VIEW: lambda: views.windows(x, p, s),
     }
     more, skipped = other_libraries(case, x)
     rivals |= more
@@ -263,7 +264,7 @@ def generators() -> dict[str, Callable[[], Any]]:
     def single(eps: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         eps = next(seeds) if eps is None else eps
         alpha = ALPHA ** rng.integers(0, STEPS + 1, BATCH * REPEAT)
-        return patch_numba.noised_patches(pixels[..., None], eps, alpha, 1 - alpha, p, s, scale=1 / 255, out=out)
+        return compiled.noised_patches(pixels[..., None], eps, alpha, 1 - alpha, p, s, scale=1 / 255, out=out)
 
     return {
         "blog generator": separate,

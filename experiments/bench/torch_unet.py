@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion import interop
+from diffusion.pretrained import layouts
 from diffusion.models import Model
-from diffusion.sample import uniform_grid
+from diffusion.grids import uniform_grid
 from experiments.bench import torch_vit
 
 # Outputs and gradients of the two networks, in float32, relative to the largest output and the gradient's norm.
@@ -80,7 +80,7 @@ def parity(module: nn.Module, model: Model, like: Any, size: int, channels: int)
     clock = np.array([0.2, 0.7], np.float32)
 
     def ours(arrays: dict[str, Tensor]) -> Any:
-        return interop.from_torch({k: v.cpu().numpy() for k, v in arrays.items()}, like, interop.patch_unet())
+        return layouts.from_torch({k: v.cpu().numpy() for k, v in arrays.items()}, like, layouts.patch_unet())
 
     def error(params: Any) -> tuple[jax.Array, jax.Array]:
         pred = model.apply(params, xt, clock)

@@ -16,7 +16,7 @@ from math import prod
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from diffusion.geometry import array_geometry, check_summable, coverage, token_geometry
+from diffusion.patch.geometry import array_geometry, check_summable, coverage, token_geometry
 
 
 def windows(

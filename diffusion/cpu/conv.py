@@ -1,4 +1,4 @@
-"""Convolutions that train fast on a CPU too: where pictures are large they are taken in strips of rows.
+"""Convolutions for XLA's CPU backend: large images are convolved in strips of rows.
 
     y[p] = sum_d x[p + d] k[d]        dL/dk[d] = sum_s sum_{p in strip s} x[p + d]^T dL/dy[p]        (1)
 

@@ -5,13 +5,13 @@
     x = P^T tokens * (1 / P^T 1)     unpatchify: windows averaged where they overlap               (3)
 
 P is linear and made of slices, reshapes and transposes, so its adjoint, which JAX derives, is pads and adds rather than
-scatters; sums run over windows in ascending order, last axis first. (On a CPU the values of P x are looked up instead,
-see `_cut`.) (3) is the left inverse of (1): exact where one or two windows meet along an axis, to rounding elsewhere.
+scatters; sums run over windows in ascending order, last axis first. (On a CPU the values of P x are looked up in a table
+instead, see `diffusion.cpu.lookup`.) (3) is the left inverse of (1): exact where one or two windows meet along an axis, to rounding elsewhere.
 It multiplies by the reciprocal because XLA would make that of a division anyway, and so the result is the same in and
 out of jit. For the 2-D overlapping case (3) is the `recompose` of Piantedosi, "Diffusion model"
 (piantedosi.github.io/diffusion_model). Windows are in row-major order; inside a token values are ordered (*patch, C),
-channels fastest (DiT, JiT, space-to-depth), or (C, *patch) with layout="chw" (PixelUnshuffle). `diffusion.patch_numpy`
-and `diffusion.patch_numba` do the same on the host, bit for bit.
+channels fastest (DiT, JiT, space-to-depth), or (C, *patch) with layout="chw" (PixelUnshuffle). `diffusion.patch.views`
+and `diffusion.patch.compiled` do the same on the host, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.geometry import Geometry, array_geometry, check_summable, coverage, token_geometry
+from diffusion.cpu import lookup
+from diffusion.patch.geometry import Geometry, array_geometry, check_summable, coverage, token_geometry
 
-_TABLE = 1 << 20  # entries of a lookup table: 4 MiB in the program, and in cache
 _BLOCKS = 64  # terms of one fused sum or concatenation; more are split axis by axis, since programs grow with them
 
 
@@ -102,25 +102,11 @@ def unpatchify(
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 @partial(jax.jit, static_argnums=(1, 2))
 def _cut(x: jax.Array, cut: Geometry, layout: str) -> jax.Array:
-    """Eq. (1) for windows that tile x.
-
-    On a CPU one flat loop that looks values up in a table runs at 0.8 to 1.1 times the speed of a copy, where the short
-    nested loops of `_slices` reach 0.6 for overlapping and 0.7 for large windows. The adjoint of a lookup is a scatter,
-    so derivatives are those of `_slices`, which is also what accelerators run.
-    """
-    b, c = x.shape[0], x.shape[-1]
-    n, d = prod(cut.grid), prod(cut.patch) * c
-
-    def look_up(x: jax.Array) -> jax.Array:
-        rank = len(cut.size)
-        *at, channel = np.ogrid[tuple(slice(length) for length in (*cut.grid, *cut.patch, c))]
-        places = [window * s + within for window, within, s in zip(at[:rank], at[rank:], cut.stride, strict=True)]
-        table = np.ravel_multi_index((*places, channel), (*cut.size, c)).astype(np.int32)  # [*grid, *patch, C]
-        table = np.moveaxis(table, -1, rank) if layout == "chw" else table
-        return x.reshape(b, prod(cut.size) * c).at[:, table.reshape(-1)].get(mode="promise_in_bounds").reshape(b, n, d)
-
+    """Eq. (1) for windows that tile x; on a CPU by a lookup table, whose derivatives are those of `_slices`."""
     slices = partial(_slices, cut=cut, layout=layout)
-    return jax.lax.platform_dependent(x, cpu=look_up, default=slices) if 0 < n * d <= _TABLE else slices(x)
+    if not lookup.is_faster(x, cut):
+        return slices(x)
+    return jax.lax.platform_dependent(x, cpu=partial(lookup.look_up, cut=cut, layout=layout), default=slices)
 
 
 @_cut.defjvp

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion.files import atomic_write, check_writable
+from diffusion.io.files import atomic_write, check_writable
 
 CONFIG = "config.json"
 

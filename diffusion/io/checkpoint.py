@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.files import atomic_write
+from diffusion.io.files import atomic_write
 
 DIGESTS = "digests.json"
 LISTED = 20  # leaves of each kind in the message about a state that does not fit

@@ -30,10 +30,10 @@ from operator import index
 
 import numpy as np
 
-from diffusion import patch_kernels as kernels
-from diffusion import patch_numpy
-from diffusion.geometry import array_geometry, check_summable, coverage, token_geometry
-from diffusion.patch_random import gauss_kernel
+from diffusion.patch import kernels as kernels
+from diffusion.patch import views
+from diffusion.patch.geometry import array_geometry, check_summable, coverage, token_geometry
+from diffusion.patch.random_numbers import gauss_kernel
 
 _LEAD = 8192  # bytes to prefetch beyond the rows that a line of windows spans
 _STREAM = 1 << 24  # bytes read and written from which the caches are no help
@@ -81,7 +81,7 @@ def patchify(
     dtype = np.dtype(dtype) if dtype is not None else out.dtype if isinstance(out, np.ndarray) else x.dtype
     affine = _affine(x.dtype, dtype, scale, shift)
     out = _output("out", out, (b, prod(cut.grid), prod(cut.patch) * c), dtype, x)
-    _copy(patch_numpy.token_view(x, patch_size, stride, layout), out, x.flags.c_contiguous, affine, threads)
+    _copy(views.token_view(x, patch_size, stride, layout), out, x.flags.c_contiguous, affine, threads)
     return out
 
 
@@ -227,11 +227,11 @@ def _join(tokens, size, patch_size, stride, layout, average, out, threads) -> np
     b, cut, c = token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
     out = _output("out", out, (b, *cut.size, c), tokens.dtype, tokens)
     if cut.patch == cut.stride:
-        view = patch_numpy.image_view(patch_numpy.split_tokens(tokens, b, cut, c, layout))
+        view = views.image_view(views.split_tokens(tokens, b, cut, c, layout))
         _copy(view, out, tokens.flags.c_contiguous, None, threads)
         return out
     if tokens.dtype.name not in _SUMMABLE or not tokens.dtype.isnative or len(cut.size) > 3:
-        join = patch_numpy.unpatchify if average else patch_numpy.fold
+        join = views.unpatchify if average else views.fold
         out[...] = join(tokens, size, patch_size, stride, layout=layout)
         return out
     if not out.size:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffusion.files import atomic_write
+from diffusion.io.files import atomic_write
 
 # Small pictures are enlarged until they reach this many pixels, so that a grid of digits can be looked at.
 _READABLE = 56

@@ -1,0 +1,113 @@
+"""Time grids: the falling times [T + 1] that a sampler steps through, as NumPy arrays in float64.
+
+    uniform     t_i = start (1 - i / T)
+    shifted     t -> shift t / (1 + (shift - 1) t)             Esser et al. 2024 (2403.03206)
+    respaced    some of the steps of a training chain          Nichol & Dhariwal 2021 (2102.09672)
+    logsnr      even steps in log SNR                          Lu et al. 2022 (2211.01095)
+"""
+
+import itertools
+
+import numpy as np
+
+from diffusion.process import Path, times_of_snr
+
+
+def uniform_grid(steps: int, start: float = 1.0, last: float | None = None) -> np.ndarray:
+    """Times [steps + 1] from `start` to 0 in equal steps.
+
+    With `last` they are equal down to there, and the last step goes from `last` to 0 at once: the result is then x0_hat
+    at time `last`. That helps a network that saw few times near 0 in training.
+    """
+    return shifted_grid(steps, 1.0, start, last)
+
+
+def shifted_grid(steps: int, shift: float = 1.0, start: float = 1.0, last: float | None = None) -> np.ndarray:
+    """`uniform_grid` mapped by t -> shift t / (1 + (shift - 1) t): a shift above 1 takes more steps at high noise.
+
+    `start` is the first time before that map, `last` a time after it.
+
+    Raises:
+      ValueError: an argument is out of range; the message names it.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+    if not 0 < start <= 1:
+        raise ValueError(f"start={start} must lie in (0, 1]")
+    if not shift > 0:
+        raise ValueError(f"shift={shift} must be positive")
+    end = 0.0
+    if last is not None:
+        end = last / (shift - (shift - 1) * last)
+        if not 0 < end < start:
+            raise ValueError(f"last={last} must lie between 0 and where the times start")
+        if steps == 1:
+            raise ValueError(f"steps=1 go from start={start} to 0 at once: leave out last={last}")
+    t = np.linspace(start, end, steps + (last is None))
+    t = shift * t / (1 + (shift - 1) * t)
+    return t if last is None else np.append(t, 0.0)
+
+
+def respaced_grid(spec: str, steps: int) -> np.ndarray:
+    """Falling times that keep some of the `steps` of a chain, i / steps, and end at 0; `sample` then takes these steps.
+
+    "250" keeps 250 evenly spaced ones; "10,15,20" cuts the chain, from data to noise, into equal sections and keeps so
+    many of each (Nichol & Dhariwal 2021, 2102.09672); "ddim25" keeps 25 at one integer stride (Song et al. 2020,
+    2010.02502); "" keeps all.
+
+    Raises:
+      ValueError: that many steps cannot be kept.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+    if spec.startswith("ddim"):
+        wanted = spec.removeprefix("ddim")
+        strides = [n for n in range(1, steps + 1) if str(-(-steps // n)) == wanted]
+        if not strides:
+            raise ValueError(f"respacing={spec!r}: no integer stride keeps {wanted!r} of {steps} steps")
+        kept = np.arange(0, steps, strides[0])
+    else:
+        counts = spec.split(",") if spec else [str(steps)]
+        if not all(count.strip().isdecimal() and int(count) for count in counts):
+            raise ValueError(f"respacing={spec!r} is neither counts as in '250' or '10,15,20' nor 'ddim25'")
+        sizes = [steps // len(counts) + (i < steps % len(counts)) for i in range(len(counts))]
+        kept = [
+            start + _spread(int(count), size, spec)
+            for start, size, count in zip(itertools.accumulate(sizes, initial=0), sizes, counts, strict=False)
+        ]
+        kept = np.concatenate(kept)
+    return np.append((kept[::-1] + 1) / steps, 0.0)
+
+
+def logsnr_grid(
+    path: Path, steps: int, high: float, low: float, span: tuple[float, float] = (0.0, 1.0)
+) -> np.ndarray:
+    """Times [steps + 1]: the first `steps` even in log SNR, from `low` (noise) up to `high`, then 0.
+
+    Args:
+      high, low: 2 log(alpha / sigma), `process.logsnr`, at the last and at the first of these times.
+      span: the range of times of the path, in which its SNR falls.
+
+    Raises:
+      ValueError: steps < 2, high is not above low, or the path does not reach one of them inside `span`.
+    """
+    if steps < 2:
+        raise ValueError(f"steps={steps} must be at least 2: one at each end of the range of log SNR")
+    if not low < high:
+        raise ValueError(f"low={low} must be below high={high}: log SNR grows from noise to data")
+    wanted = np.linspace(low, high, steps)
+    times = times_of_snr(path, np.exp(wanted), span).astype(np.float64)
+    if times[-1] <= span[0] or not (np.diff(times) < 0).all():
+        raise ValueError(
+            f"log SNR from low={low} to high={high} in {steps} steps cannot be told apart between the times "
+            f"{span[0]:g} and {span[1]:g} of this path: lower high={high}, or raise low={low}"
+        )
+    return np.append(times, span[0])
+
+
+def _spread(count: int, size: int, spec: str) -> np.ndarray:
+    """`count` of 0..size - 1 from end to end, as evenly as whole numbers can be."""
+    if count > size:
+        raise ValueError(f"respacing={spec!r} keeps {count} of a section of {size} steps")
+    stride = (size - 1) / (count - 1) if count > 1 else 1.0
+    return np.round(np.cumsum([0.0] + [stride] * (count - 1))).astype(int)
