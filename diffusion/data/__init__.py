@@ -3,10 +3,10 @@
     source = data.load("mnist5k")                       # or "cifar10", "folder:PATH", or data.from_arrays(images)
     data.batch(source, seed=0, step=17, batch_size=64)  # {"x": uint8 [64, 28, 28, 1], "y": int32 [64]}
 
-`load` is the one door for all data sets; what it opens is a `Source`. Behind it are a module for folders (`folder`) and
-one for the data sets of TFDS (`tfds`), among them our own digits (`mnist5k`); `pictures` decodes for both. TFDS and
-Pillow are imported when a data set is opened, not before. Values stay uint8 here; the training step maps them to
-floats, once, on the device.
+`load` reads every data set and returns a `Source`. It calls `folder` for "folder:PATH" and `tfds` for the data sets of
+TFDS, which include the digits that this package builds itself (`mnist5k`); `images` decodes the files of both. TFDS and
+Pillow are imported by the first call of `load`. Values stay uint8; the training step converts them to floats, on the
+device.
 """
 
 import os
@@ -30,23 +30,24 @@ def load(
     data_dir: str | os.PathLike | None = None,
     memory_limit: int = 4 << 30,
 ) -> Source:
-    """Opens a data set: "mnist5k", any image data set of TFDS ("cifar10", "name/config:version"), or "folder:PATH".
+    """Loads a data set as a `Source` of N images, uint8 [N, H, W, C].
 
-    `diffusion.data.tfds` says what TFDS needs and when, `diffusion.data.folder` how a folder is split and labelled.
+    `name` is "mnist5k", any image data set of TFDS ("cifar10", "name/config:version"), or "folder:PATH".
+    `diffusion.data.tfds` documents what TFDS needs, `diffusion.data.folder` how a folder is split and labelled.
 
     Args:
-      split: "train", "test", or another name or slice of TFDS ("train[:10%]"); of a folder also "all".
-      size: height and width (one integer: both) of the pictures; None keeps them, and then all must agree.
-      crop: what happens to a picture of another size: "center" scales it until it covers `size` and cuts out the
-        middle, "resize" scales both sides separately, "none" refuses it.
-      channels: 1 or 3; None takes a TFDS data set as it is, and a folder as 1 if all its pictures are grey, else 3.
-        Transparency is laid over white, 16-bit grey is scaled to 8 bits, the EXIF orientation is obeyed.
+      split: "train", "test", or another name or slice of TFDS ("train[:10%]"); for a folder also "all".
+      size: height and width of the images (one integer: both). None keeps their size, which must then be the same.
+      crop: what to do with an image of another size. "center" scales it to cover `size` and cuts out the middle,
+        "resize" scales both sides separately, "none" raises an error.
+      channels: 1 or 3. None keeps those of a TFDS data set, and gives a folder 1 if all its images are grey, else 3.
+        Transparent pixels are blended with white, 16-bit grey is scaled to 8 bits, the EXIF orientation is applied.
       data_dir: where TFDS keeps its data sets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets).
-      memory_limit: bytes of pixels up to which a data set is decoded into memory; a larger one is decoded when used.
+      memory_limit: bytes. Pixels up to this limit are decoded into memory at once; more are decoded when indexed.
 
     Raises:
-      ValueError: unknown name or split, pictures that differ in size or cannot be read, labels out of range.
-      OSError: nothing at this path, or a TFDS data set that is not prepared, with the commands that prepare it.
+      ValueError: unknown name or split, images that differ in size or cannot be read, labels out of range.
+      OSError: nothing at this path, or a TFDS data set that is not prepared; the message gives the commands.
     """
     size = _size(size)
     if crop not in CROPS:

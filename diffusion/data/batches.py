@@ -1,14 +1,14 @@
-"""Sources of pictures, and batches of them that are a pure function of (seed, step).
+"""Sources of images, and batches of them that are a pure function of (seed, step).
 
-A `Source` is N pictures of one shape with a label each. Sample number n of a run, n = 0, 1, 2, ..., is picture
+A `Source` is N images of one shape with a label each. Sample number n of a run, n = 0, 1, 2, ..., is image
 
     pi_e[n mod N],   e = floor(n / N),                                                             (1)
 
-where pi_e is a permutation of 0 .. N-1 drawn by the counter-based generator Philox with key (seed, e). Batch number
-`step` holds samples step * B .. step * B + B - 1, so each epoch shows every picture once, whatever B is, and a run is
-continued by its step number alone. Sample n is mirrored and moved by the n-th block of Philox with key
-(seed, 2^64 - 1): its augmentation does not depend on B either. Only raw generator words are used, which NumPy promises
-not to change.
+where pi_e is a random permutation of 0 .. N-1 from the counter-based generator Philox with key (seed, e). Batch number
+`step` holds samples step * B .. step * B + B - 1. So each epoch contains every image once for any B, and a run resumes
+from its step number alone. The n-th block of Philox with key (seed, 2^64 - 1) decides how sample n is flipped and
+shifted, so its augmentation does not depend on B either. Only raw generator words are used, because NumPy guarantees
+that these stay the same in later versions.
 """
 
 import functools
@@ -22,14 +22,14 @@ import numpy as np
 
 T = TypeVar("T")
 
-AUGMENTATION = 2**64 - 1  # Philox key word no epoch reaches
+AUGMENTATION = 2**64 - 1  # a Philox key word that no epoch reaches
 
 
 class Source(NamedTuple):
-    """N pictures of one shape: `images` uint8 [N, H, W, C], `labels` int32 [N], the name of each class.
+    """N images of one shape: `images` uint8 [N, H, W, C], `labels` int32 [N], the name of each class.
 
-    `images` is an array, or an object that decodes on demand with the same contract: `images[indices]`, `shape`, `len`.
-    Without labels `class_names` is empty and every label is 0.
+    `images` is an array, or an object that decodes on demand with the same interface: `images[indices]`, `shape`,
+    `len`. Without labels `class_names` is empty and every label is 0.
     """
 
     name: str
@@ -46,11 +46,37 @@ class Source(NamedTuple):
 def from_arrays(
     images: np.ndarray, labels: Sequence[int] | np.ndarray | None = None, class_names: Sequence[str] = ()
 ) -> Source:
-    """A source of your own arrays: images uint8 [N, H, W, C], labels [N] integers or None, names "0", "1", ... if none.
+    """A source of images uint8 [N, H, W, C] and labels [N] (integers) from memory.
+
+    Labels may be None; class names default to "0", "1", ...
 
     Raises:
       TypeError: images are not uint8, or labels are not integers; the message says how to convert.
-      ValueError: wrong shape, no pictures, NaN or infinite values, or labels outside 0 .. number of classes - 1.
+      ValueError: wrong shape, no images, NaN or infinite values, or labels outside 0 .. number of classes - 1.
+    """
+    return checked_source("arrays", checked_images(images), labels, class_names)
+
+
+def checked_source(
+    name: str, images: Any, labels: Sequence[int] | np.ndarray | None, class_names: Sequence[str]
+) -> Source:
+    """A source of `images` whose labels were checked against the number of images and the classes."""
+    n = len(images)
+    if labels is None:
+        if len(class_names):
+            raise ValueError(f"{name} has class_names={tuple(class_names)} but no labels; pass both or neither")
+        return Source(name, images, np.zeros(n, np.int32))
+    labels = checked_labels(labels, n, len(class_names) or None, f"of {name} ")
+    class_names = tuple(class_names) or tuple(str(i) for i in range(int(labels.max()) + 1))
+    return Source(name, images, labels.astype(np.int32), class_names)
+
+
+def checked_images(images: np.ndarray) -> np.ndarray:
+    """`images` as an array, if it is uint8 [N, H, W, C] with N >= 1.
+
+    Raises:
+      TypeError: another dtype; the message says how to convert.
+      ValueError: another shape, no images, or float values that are NaN or infinite.
     """
     images = np.asarray(images)
     remedy = "images.astype(np.uint8) if they lie in 0 .. 255"
@@ -58,41 +84,38 @@ def from_arrays(
         if not (finite := np.isfinite(images)).all():
             where = tuple(int(i) for i in np.argwhere(~finite)[0])
             raise ValueError(
-                f"images hold {(~finite).sum()} values that are NaN or infinite, the first at index {where}"
+                f"images contain {(~finite).sum()} values that are NaN or infinite, the first at index {where}"
             )
         remedy = "np.rint(images * 255).astype(np.uint8) if they lie in [0, 1]"
     if images.dtype != np.uint8:
         raise TypeError(f"images must be uint8, not {images.dtype}: pass {remedy}")
-    if images.ndim != 4:
-        remedy = ": pass images[..., None] for grey pictures [N, H, W]" if images.ndim == 3 else ""
-        raise ValueError(f"images must have shape [N, H, W, C], not {images.shape}{remedy}")
-    return checked_source("arrays", images, labels, class_names)
+    if images.ndim != 4 or not images.size:
+        remedy = ": pass images[..., None] for grey images [N, H, W]" if images.ndim == 3 else ""
+        raise ValueError(f"images must have shape [N, H, W, C] with N >= 1, not {images.shape}{remedy}")
+    return images
 
 
-def checked_source(
-    name: str, images: Any, labels: Sequence[int] | np.ndarray | None, class_names: Sequence[str]
-) -> Source:
-    """A source whose labels fit its pictures and its classes, or the error that says which do not."""
-    n = len(images)
-    if 0 in images.shape:
-        raise ValueError(f"{name} holds no pictures: its shape is {tuple(images.shape)}")
-    if labels is None:
-        if len(class_names):
-            raise ValueError(f"{name} has class_names={tuple(class_names)} but no labels")
-        return Source(name, images, np.zeros(n, np.int32))
+def checked_labels(
+    labels: Sequence[int] | np.ndarray, n: int, classes: int | None = None, owner: str = ""
+) -> np.ndarray:
+    """`labels` as an array, if they are n integers in 0 .. classes - 1 (None: not negative).
+
+    `owner` names where they come from, in messages: "of mnist5k ".
+
+    Raises:
+      TypeError: labels are not integers.
+      ValueError: another shape than [n], or a label outside the range.
+    """
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu":
-        raise TypeError(f"labels of {name} must be integers, not {labels.dtype}")
+        raise TypeError(f"labels {owner}must be integers, not {labels.dtype}")
     if labels.shape != (n,):
-        raise ValueError(f"labels of {name} have shape {labels.shape}, but there are {n} pictures: expected ({n},)")
-    class_names = tuple(class_names) or tuple(str(i) for i in range(int(labels.max()) + 1))
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+        raise ValueError(f"labels {owner}have shape {labels.shape}, but there are {n} images: expected ({n},)")
+    wrong = np.flatnonzero((labels < 0) | (labels >= (np.inf if classes is None else classes)))
     if len(wrong):
-        raise ValueError(
-            f"label {labels[wrong[0]]} of picture {wrong[0]} of {name} is outside 0 .. {len(class_names) - 1} "
-            f"({len(wrong)} such labels)"
-        )
-    return Source(name, images, labels.astype(np.int32), class_names)
+        allowed = "negative" if classes is None else f"outside 0 .. {classes - 1}"
+        raise ValueError(f"label {labels[wrong[0]]} of image {wrong[0]} {owner}is {allowed} ({len(wrong)} such labels)")
+    return labels
 
 
 def batch(
@@ -100,8 +123,8 @@ def batch(
 ) -> dict[str, np.ndarray]:
     """Batch number `step` of the run `seed`, eq. (1): {"x": uint8 [B, H, W, C], "y": int32 [B]}.
 
-    `flip` mirrors every other sample on average; `shift` moves each by -shift .. shift pixels down and across,
-    repeating its edge pixels into the space left free (a constant background stays itself).
+    `flip` mirrors each sample left to right with probability 1/2. `shift` moves each by -shift .. shift pixels
+    vertically and horizontally, and fills the free space by repeating the edge pixels.
 
     Raises:
       ValueError: batch_size < 1, step < 0, seed outside 0 .. 2^64 - 1, or shift not within 0 .. the shorter side - 1.
@@ -111,10 +134,10 @@ def batch(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if step < 0 or not 0 <= seed < 2**64:
-        raise ValueError(f"step={step} must not be negative and seed={seed} must lie in 0 .. 2^64 - 1")
+        raise ValueError(f"step={step} must be at least 0 and seed={seed} must lie in 0 .. 2^64 - 1")
     _, height, width, _ = source.images.shape
     if not 0 <= shift < min(height, width):
-        raise ValueError(f"shift={shift} must lie in 0 .. {min(height, width) - 1} for pictures {height}x{width}")
+        raise ValueError(f"shift={shift} must lie in 0 .. {min(height, width) - 1} for images of {height}x{width}")
     first = step * batch_size
     epoch, place = np.divmod(np.arange(first, first + batch_size), n)
     picked = np.empty(batch_size, np.int64)
@@ -131,7 +154,7 @@ def batch(
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
     order = np.argsort(words, kind="stable")
-    order.flags.writeable = False  # shared by every batch of the epoch
+    order.flags.writeable = False  # the cached array is shared by all batches of the epoch
     return order
 
 
@@ -147,15 +170,15 @@ def _augment(x: np.ndarray, seed: int, first: int, flip: bool, shift: int) -> np
         columns = np.where(mirrored[:, None], width - 1 - columns, columns)
     moved = np.empty_like(x)
     for i in range(b):  # two takes per sample: four times faster than one gather over the batch at 256x256x3
-        np.take(x[i].take(rows[i], 0), columns[i], 1, out=moved[i], mode="clip")  # "clip" only spares a buffer
+        np.take(x[i].take(rows[i], 0), columns[i], 1, out=moved[i], mode="clip")  # mode="clip" avoids a buffer
     return moved
 
 
 def prefetch(make_batch: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, T]]:
-    """Yields (step, make_batch(step)) for start <= step < stop, computed up to `depth` ahead by one thread.
+    """Yields (step, make_batch(step)) for start <= step < stop, computed up to `depth` steps ahead by one thread.
 
-    An exception of `make_batch` is raised here, after the batches before it. The thread ends with the iterator: at its
-    end, when it is closed, or when it is dropped.
+    An exception of `make_batch` is raised here, after the batches before it. The thread ends with the iterator: when it
+    is exhausted, closed, or garbage collected.
 
     Raises:
       ValueError: depth < 1.
@@ -175,7 +198,7 @@ def _prefetch(make_batch, steps, depth):
                 return
             try:
                 done.put((step, make_batch(step), None))
-            except BaseException as error:  # noqa: B036 - handed to the consumer, whatever it is
+            except BaseException as error:  # noqa: B036 - passed to the consumer, which raises it
                 done.put((step, None, error))
                 return
 

@@ -1,13 +1,14 @@
 """`folder:PATH`: the images below a folder, their classes and their splits.
 
-PNG, JPEG and WebP files are found in all sub-folders; names that begin with a dot are passed over. The first sub-folder
-below PATH names the class; files directly in PATH have no label. If PATH holds "train" and one of "test", "val" or
-"validation", these are the splits, and classes begin below them. If not, with h the SHA-256 of the file's path below
-PATH, read as a fraction of its largest value,
+PNG, JPEG and WebP files are found in all sub-folders; names that begin with a dot are ignored. The first sub-folder
+below PATH is the class; files directly in PATH have no label. If PATH contains "train" and one of "test", "val" or
+"validation", these are the splits, and the classes are the folders below them. If not, with h the SHA-256 of the file's
+path below PATH, as a fraction of its largest value,
 
     a file is in "test" when h <= 1/10, else in "train",                                           (1)
 
-except that each gets at least one file: whether a file is held out does not depend on the others. "all" is both.
+except that each split gets at least one file. Whether a file is held out does not depend on the other files. "all" is
+both splits.
 """
 
 import hashlib
@@ -27,13 +28,13 @@ TEST_FOLDERS = ("test", "val", "validation")
 def load(
     name: str, split: str, size: tuple[int, int] | None, crop: str, channels: int | None, memory_limit: int
 ) -> Source:
-    """The images of a split of `name`, "folder:PATH"; `diffusion.data.load` explains the rest."""
+    """The images of a split of `name`, "folder:PATH"; `diffusion.data.load` documents the other arguments."""
     root = Path(name.removeprefix("folder:")).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"{name}: there is no folder {root} (set by --config.data.name=folder:PATH)")
     files = _find(root)
     if not files:
-        raise ValueError(f"{name} holds no {', '.join(SUFFIXES)} file, not in any sub-folder either")
+        raise ValueError(f"{name} contains no {', '.join(SUFFIXES)} file, and neither do its sub-folders")
     tops = {file.parts[0] for file in files if len(file.parts) > 1}
     held_out = next((folder for folder in TEST_FOLDERS if folder in tops), None)
     if "train" in tops and held_out:
@@ -50,7 +51,7 @@ def load(
         raise ValueError(f"split={split!r} of {name} is not one of {tuple(splits)}")
     rows = [i for i, which in enumerate(part) if which in splits[split]]
     if not rows:
-        raise ValueError(f"split={split!r} of {name} is empty: {len(files)} picture is too few to hold one out")
+        raise ValueError(f"split={split!r} of {name} is empty: one image cannot be split; use split='train' or 'all'")
 
     if size is None or channels is None:  # found from all splits, so that they agree
         everything = _encoded(name, [root / file for file in files])
@@ -58,10 +59,10 @@ def load(
         channels = channels or (1 if all(header.grey for header in headers) else 3)
         size = size or images.common_size(everything, headers)
     encoded = _encoded(name, [root / files[i] for i in rows])
-    images = images.images(encoded, size, crop, channels, memory_limit)
-    if not isinstance(images, np.ndarray):
+    decoded = images.decode(encoded, size, crop, channels, memory_limit)
+    if not isinstance(decoded, np.ndarray):
         images.verify(encoded)  # now, not in the middle of a training
-    return checked_source(name, images, classes and [classes[i] for i in rows], class_names)
+    return checked_source(name, decoded, classes and [classes[i] for i in rows], class_names)
 
 
 def _encoded(name: str, files: Sequence[Path]) -> images.Encoded:
@@ -71,7 +72,7 @@ def _encoded(name: str, files: Sequence[Path]) -> images.Encoded:
 
 
 def _find(root: Path) -> list[Path]:
-    """Picture files below `root`, as sorted relative paths; links to folders are followed, each folder once."""
+    """Image files below `root`, as sorted relative paths; links to folders are followed, each folder once."""
     files, seen = [], set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
         real = os.path.realpath(folder)
@@ -100,14 +101,14 @@ def _hashed_split(files: Sequence[Path]) -> list[str]:
 def _classes(
     name: str, files: Sequence[Path], below: Sequence[tuple[str, ...]]
 ) -> tuple[tuple[str, ...], list[int] | None]:
-    """Sorted names of the first folders, and the class of each file; ((), None) when all files lie at the top."""
+    """Sorted names of the first folders, and the class of each file; ((), None) if all files are directly in PATH."""
     loose = [file for file, parts in zip(files, below, strict=True) if len(parts) == 1]
     if len(loose) == len(files):
         return (), None
     if loose:
         labelled = next(file for file, parts in zip(files, below, strict=True) if len(parts) > 1)
         raise ValueError(
-            f"{name} mixes files with and without a class: {labelled} lies in a sub-folder, {loose[0]} does not "
+            f"{name} mixes files with and without a class: {labelled} is in a sub-folder, {loose[0]} is not "
             f"({len(loose)} such files). Move them into sub-folders, one per class, or all into one folder"
         )
     class_names = tuple(sorted({parts[0] for parts in below}))

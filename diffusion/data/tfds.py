@@ -1,8 +1,8 @@
 """Image data sets of TFDS, read from a folder where they were prepared once.
 
-Reading needs neither TensorFlow nor a network, and neither does preparing our own `mnist5k`. Other data sets are
-prepared by TFDS with TensorFlow and a network: what is missing for that is said at once, before TFDS tries for minutes.
-Both formats in which TFDS stores records are read at random: array_record, and its default, tfrecord.
+Reading needs neither TensorFlow nor a network, and nor does preparing our own `mnist5k`. TFDS prepares other data sets
+with TensorFlow and a network; if one of these is missing, an error says so within seconds, before TFDS retries for
+minutes. Records are read by random access in both formats of TFDS: array_record, and its default, tfrecord.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from diffusion.data import mnist5k, images
+from diffusion.data import images, mnist5k
 from diffusion.data.batches import Source, checked_source
 
 Reader = Callable[[Sequence[int]], list[bytes]]
@@ -35,7 +35,7 @@ def load(
     data_dir: str | os.PathLike | None,
     memory_limit: int,
 ) -> Source:
-    """A split of the data set `name`, prepared first if it must be; `diffusion.data.load` explains the rest."""
+    """A split of the data set `name`, prepared first if need be; `diffusion.data.load` documents the arguments."""
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     with mnist5k.quiet():
         builder = _open(name, root)
@@ -52,24 +52,24 @@ def load(
 
     parse_image = parser(image_key, decoders={image_key: tfds.decode.SkipDecoding()})
     encoded = images.Encoded(
-        name, n, lambda ids: list(map(parse_image, read_records(ids))), lambda i: f"picture {i} of {name}/{split}"
+        name, n, lambda ids: list(map(parse_image, read_records(ids))), lambda i: f"image {i} of {name}/{split}"
     )
     *fixed, found = features[image_key].shape
     channels = channels or found or 3
     if channels not in (1, 3):
-        raise ValueError(f"{name} has {channels} channels: set --config.data.channels=1 or 3")
+        raise ValueError(f"{name} has {channels} channels: convert them to 1 or 3 with --config.data.channels=1 or 3")
     if size is None:
         size = tuple(fixed) if None not in fixed else images.common_size(encoded, images.headers(encoded))
-    images = images.images(encoded, size, crop, channels, memory_limit)
+    decoded = images.decode(encoded, size, crop, channels, memory_limit)
     if label_key is None:
-        return checked_source(name, images, None, ())
+        return checked_source(name, decoded, None, ())
     parse_label, labels = parser(label_key), np.empty(n, np.int32)
     for start in range(0, n, 1024):
         ids = range(start, min(start + 1024, n))
         labels[start : ids.stop] = [parse_label(record) for record in read_records(ids)]
-    if (labels == -1).all():  # a split whose labels are kept secret
-        return checked_source(name, images, None, ())
-    return checked_source(name, images, labels, features[label_key].names)
+    if (labels == -1).all():  # a test split whose labels were not published
+        return checked_source(name, decoded, None, ())
+    return checked_source(name, decoded, labels, features[label_key].names)
 
 
 def _open(name: str, root: Path) -> tfds.core.DatasetBuilder:
@@ -79,7 +79,8 @@ def _open(name: str, root: Path) -> tfds.core.DatasetBuilder:
         raise _unknown(name) from None
     if reference.namespace:
         raise ValueError(
-            f"{name} belongs to the community data sets of {reference.namespace!r}; only TFDS's own can be read"
+            f"{name} is a community data set (of {reference.namespace!r}); only TFDS's own can be read. Save its "
+            "images as files and pass --config.data.name=folder:PATH"
         )
     ours = mnist5k.Mnist5k
     if reference.name == ours.name and ours.VERSION.match(options.get("version", "*.*.*")):
@@ -97,46 +98,49 @@ def _unknown(name: str) -> ValueError:
     near = difflib.get_close_matches(base, tfds.list_builders(with_community_datasets=False), 3, 0.5)
     hint = f"nearest names: {', '.join(near)}; " if near else ""
     return ValueError(
-        f"TFDS has no data set named {base!r} ({hint}images of your own: --config.data.name=folder:PATH)"
+        f"TFDS has no data set named {base!r} ({hint}for your own images: --config.data.name=folder:PATH)"
     )
 
 
 def _keys(name: str, features: tfds.features.FeatureConnector) -> tuple[str, str | None]:
     """Names of the image and of the label among the features of a data set."""
     items = dict(features.items()) if hasattr(features, "items") else {}
-    images = [key for key, feature in items.items() if type(feature) is tfds.features.Image]
-    labels = [key for key, feature in items.items() if type(feature) is tfds.features.ClassLabel]
-    if not images or (len(images) > 1 and "image" not in images):
-        raise ValueError(f"{name} is no data set of single images: its features are {sorted(items) or features}")
-    image = "image" if "image" in images else images[0]
+    image_keys = [key for key, feature in items.items() if type(feature) is tfds.features.Image]
+    label_keys = [key for key, feature in items.items() if type(feature) is tfds.features.ClassLabel]
+    if not image_keys or (len(image_keys) > 1 and "image" not in image_keys):
+        raise ValueError(
+            f"{name} cannot be used: an example must have one image (or one named 'image'), and its features are "
+            f"{sorted(items) or features}"
+        )
+    image = "image" if "image" in image_keys else image_keys[0]
     if items[image].np_dtype != np.uint8:
-        raise ValueError(f"pictures of {name} are {np.dtype(items[image].np_dtype)}; only uint8 can be read")
-    label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+        raise ValueError(f"images of {name} are {np.dtype(items[image].np_dtype)}; only uint8 can be read")
+    label = "label" if "label" in label_keys else label_keys[0] if len(label_keys) == 1 else None
     return image, label
 
 
 def _prepare(name: str, builder: tfds.core.DatasetBuilder, root: Path) -> None:
-    """Downloads and prepares a data set of TFDS, or says within seconds what is missing for it."""
+    """Downloads and prepares a data set of TFDS, or raises within seconds an error that names what is missing."""
     other = "--config.data.name=mnist5k and folder:PATH need neither network nor TensorFlow"
     subject = f"{name} is not prepared in {root} (--config.data.data_dir)"
     manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-    by_hand = f". Before, by hand, into {root}/downloads/manual: {' '.join(manual.split())}" if manual else ""
+    by_hand = f". First download by hand, into {root}/downloads/manual: {' '.join(manual.split())}" if manual else ""
     if importlib.util.find_spec("tensorflow") is None:
         raise FileNotFoundError(
-            f"{subject}, and TFDS prepares it with TensorFlow, which is not installed. Once, with a network:\n"
+            f"{subject}, and TFDS prepares it with TensorFlow, which is not installed. Run once, with a network:\n"
             f"  pip install tensorflow-cpu\n"
             f"  tfds build {name} --file_format=array_record --data_dir={root}\n"
-            f"after that TensorFlow is not needed any more; {other}{by_hand}"
+            f"TensorFlow is not needed after that; {other}{by_hand}"
         )
     urls = [url for url in (builder.url_infos or {}) if url.startswith("http")]
-    trouble = _unreachable(urls[0]) if urls else None
-    if trouble:
-        raise ConnectionError(f"{subject} and cannot be downloaded from here: {trouble}; {other}")
+    problem = _unreachable(urls[0]) if urls else None
+    if problem:
+        raise ConnectionError(f"{subject} and cannot be downloaded from here: {problem}; {other}")
     try:
         builder.download_and_prepare(
             file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
-    except AssertionError as error:  # how TFDS reports files behind a licence that are not there
+    except AssertionError as error:  # TFDS raises this for missing files that only a person may download
         if not manual:
             raise
         raise FileNotFoundError(f"{subject} and its files must be downloaded by hand: {error}") from error
@@ -156,7 +160,7 @@ def _unreachable(url: str, seconds: float = 4.0) -> str | None:
         except Exception as error:
             found.put(f"{host} does not answer ({error})")
 
-    # Looking up a name has no time limit of its own, so the question is asked in a thread that may be left behind.
+    # A name look-up has no time limit of its own, so the request runs in a thread that may be abandoned.
     threading.Thread(target=ask, name="reachable", daemon=True).start()
     try:
         return found.get(timeout=seconds)
@@ -174,11 +178,11 @@ def _records(name: str, builder: tfds.core.DatasetBuilder, split: str) -> tuple[
         ) from error
     if not shards:
         counts = {key: value.num_examples for key, value in builder.info.splits.items()}
-        raise ValueError(f"split={split!r} of {name} is empty; there are {counts} images")
+        raise ValueError(f"split={split!r} of {name} is empty; the splits have {counts} images")
     missing = [shard.filename for shard in shards if not os.path.exists(shard.filename)]
     if missing:
         raise FileNotFoundError(
-            f"{missing[0]} is missing ({len(missing)} files): delete {builder.data_dir}, prepare again"
+            f"{missing[0]} is missing ({len(missing)} such files): delete {builder.data_dir} and prepare it again"
         )
     kind = builder.info.file_format.value
     if kind == "array_record":
@@ -190,7 +194,7 @@ def _records(name: str, builder: tfds.core.DatasetBuilder, split: str) -> tuple[
 
 
 def _tfrecords(shards: Sequence) -> tuple[int, Reader]:
-    """Random access to TFRecord files, each record being: length uint64, its CRC, the bytes, their CRC."""
+    """Random access to TFRecord files. A record is: length uint64, its CRC, the bytes, their CRC."""
     places: list[tuple[str, int, int]] = []
     for shard in shards:
         end, offset, spans = os.path.getsize(shard.filename), 0, []

@@ -1,0 +1,1 @@
+"""Files of a run: checkpoints, the stored config, and writes that are atomic."""

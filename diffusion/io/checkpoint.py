@@ -1,22 +1,22 @@
-"""Checkpoints that resume bit for bit.
+"""Checkpoints from which training resumes bit for bit.
 
 A training state is a NamedTuple of pytrees, `State(step, params, ema, opt)`. One checkpoint is one directory:
 
     directory/<step>/<field>/...        the arrays of one field, written by Orbax                      (1)
     directory/<step>/digests.json       digests of every leaf and of every file of (1)                 (2)
 
-so a sampler reads `ema` without touching `params` or `opt`. The digest of a leaf is
+so a sampler reads `ema` without `params` and `opt`. The digest of a leaf is
 
     SHA-256(path, shape, dtype, key implementation, bytes)                                             (3)
 
-because the array format has no checksum of its contents: a flipped byte would come back as another number. `restore`
-checks the files before Orbax parses them (damaged ones must not reach a parser) and then (3), which holds from the
-state that was saved to the state that is returned, whatever lies between. It falls back to the newest step that agrees.
+because the array format has no checksum of its contents: a flipped byte would be restored as another number. `restore`
+verifies the files before Orbax parses them, so that no damaged file reaches a parser, and then (3), which covers
+everything from the saved state to the restored one. If a checkpoint is damaged, the newest undamaged one is restored.
 
-A checkpoint gets its name by one rename and loses it by one rename. A process killed at any moment therefore leaves
-whole checkpoints and at worst a directory of another name (`<step>.saving*`, `<step>.old`), which the next `save`
-removes. Directories are local or mounted paths. Where several JAX processes train together each calls `save` and
-`restore`; the first writes.
+A checkpoint is created by one rename and removed by one rename. So a process that is killed at any moment leaves
+complete checkpoints, and at worst a directory of another name (`<step>.saving*`, `<step>.old`), which the next `save`
+removes. Directories are local or mounted paths. If several JAX processes train together, each calls `save` and
+`restore`; the first one writes.
 """
 
 import errno
@@ -41,27 +41,28 @@ import numpy as np
 from diffusion.io.files import atomic_write
 
 DIGESTS = "digests.json"
-LISTED = 20  # leaves of each kind in the message about a state that does not fit
+LISTED = 20  # leaves of each kind that an error lists
 
-Leaves = dict[tuple[str, ...], Any]  # the names along the way to a leaf -> the leaf
+Leaves = dict[tuple[str, ...], Any]  # path of a leaf (its names from the root) -> the leaf
+ARRAYS = jax.Array | np.ndarray | np.generic
 
 
 def save(directory: str | os.PathLike, step: int, state: Any, *, keep: int = 3) -> None:
     """Writes `state`, a NamedTuple of pytrees of arrays, as checkpoint `step`; then removes all but the newest `keep`.
 
-    Saving makes `step` the newest: the same step is replaced, and later steps, which exist only where a run was taken
-    up again from before them, are renamed `<step>.aside` and never read. Leaves are JAX or NumPy arrays, typed keys
-    included. Returns when all is on disk.
+    `step` becomes the newest checkpoint: one of the same step is replaced, and later ones, which exist only if a run
+    was resumed from before them, are renamed `<step>.aside` and never read. Leaves are JAX or NumPy arrays, including
+    typed keys. Returns when everything is on disk.
 
     Raises:
       TypeError: `state` is not a NamedTuple, or a leaf is not an array of numbers.
       ValueError: `step` is negative, `keep` < 1, or two leaves have the same dotted path.
-      OSError: the checkpoint could not be written; those before it are as they were.
+      OSError: the checkpoint could not be written; earlier ones are unchanged.
     """
     step, keep = index(step), index(keep)
     if step < 0 or keep < 1:
         raise ValueError(f"step={step} must be at least 0 and keep={keep} at least 1")
-    leaves = _state_leaves(state, jax.Array | np.ndarray | np.generic)
+    leaves = _state_leaves(state, ARRAYS)
     arrays = _on_host(leaves)
     digests = [_digest(path, _key_impl(leaf), arrays[path]) for path, leaf in leaves.items()]
     directory = Path(directory).absolute()
@@ -108,41 +109,43 @@ def restore(
     *,
     report: Callable[[str], object] = warnings.warn,
 ) -> tuple[Any, int]:
-    """The newest undamaged checkpoint, or checkpoint `step`, in the form of `like`, bit for bit; and its step.
+    """The state of the newest undamaged checkpoint, or of `step`, bit for bit in the structure of `like`; and its step.
 
-    `like` is a state of arrays or `jax.ShapeDtypeStruct`s: it gives structure, shapes, dtypes and, where a leaf has
-    one, the sharding. NumPy leaves come back as NumPy, the others as JAX arrays (never weakly typed). `report` is told
-    of every damaged checkpoint that is passed over.
+    `like` is a state of arrays or `jax.ShapeDtypeStruct`s. It gives the structure, shapes, dtypes and, if a leaf has
+    one, the sharding. Where `like` has NumPy leaves they are restored as NumPy, the others as JAX arrays (never weakly
+    typed). `report` is called with a message for every damaged checkpoint that is skipped.
 
     Raises:
       FileNotFoundError: there is no checkpoint, or none of `step`.
-      OSError: all checkpoints tried are damaged; the message lists them.
-      ValueError: the leaves saved are not those of `like`; the message lists the missing, surplus and misshapen ones.
+      OSError: all checkpoints that were tried are damaged; the message lists them.
+      ValueError: the checkpoint has other leaves than `like`; the message lists missing keys, unexpected keys, and
+        shapes and dtypes that differ.
     """
-    wanted = _state_leaves(like, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    wanted = _state_leaves(like, ARRAYS | jax.ShapeDtypeStruct)
     found, step = _newest(directory, step, None, report)
-    differences = _mismatch(wanted, found)
-    if differences:
-        raise ValueError(
-            "\n  ".join([f"checkpoint {Path(directory) / str(step)} does not fit this state:", *differences])
-        )
-    leaves = [_place(path, found[path], leaf) for path, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), step
+    return _like(like, wanted, found, f"checkpoint {Path(directory) / str(step)} does not fit this state"), step
 
 
 def restore_ema(
-    directory: str | os.PathLike, step: int | None = None, *, report: Callable[[str], object] = warnings.warn
+    directory: str | os.PathLike,
+    step: int | None = None,
+    *,
+    like: Any = None,
+    report: Callable[[str], object] = warnings.warn,
 ) -> tuple[Any, int]:
-    """The averaged parameters of the newest undamaged checkpoint, or of `step`, as a nested dict; and the step.
+    """The averaged parameters of the newest undamaged checkpoint, or of `step`; and the step. Reads no other field.
 
-    Needs no model and reads no other field. Sequences inside `ema` come back as dicts with keys "0", "1", ...
+    `like` is a pytree of arrays or `jax.ShapeDtypeStruct`s, as for `restore`. Without it, which needs no model, the
+    averages are nested dicts of JAX arrays, and sequences inside `ema` become dicts with keys "0", "1", ...
 
     Raises:
-      FileNotFoundError: there is no checkpoint, or none of `step`.
-      OSError: all checkpoints tried are damaged; the message lists them.
+      FileNotFoundError, OSError, ValueError: as `restore`.
     """
+    wanted = {} if like is None else _checked_leaves({"ema": like}, "like", ARRAYS | jax.ShapeDtypeStruct)
     found, step = _newest(directory, step, "ema", report)
-    return _nest({path: _place(path, leaf) for path, leaf in found.items()})["ema"], step
+    if like is None:
+        return _nest({path: _place(path, leaf) for path, leaf in found.items()})["ema"], step
+    return _like(like, wanted, found, f"ema of checkpoint {Path(directory) / str(step)} does not fit `like`"), step
 
 
 def steps(directory: str | os.PathLike) -> list[int]:
@@ -181,23 +184,25 @@ def _state_leaves(state: Any, kinds: Any) -> Leaves:
         raise TypeError(
             f"the state must be a NamedTuple such as State(step, params, ema, opt), not {type(state).__name__}"
         )
-    leaves = _paths(state)
+    return _checked_leaves(state, "the state", kinds)
+
+
+def _checked_leaves(tree: Any, name: str, kinds: Any) -> Leaves:
+    leaves = _paths(tree)
     for path, leaf in leaves.items():
         if not isinstance(leaf, kinds):
-            raise TypeError(
-                f"leaf {_dotted(path)}={leaf!r:.80} of the state must be an array, not {type(leaf).__name__}"
-            )
+            raise TypeError(f"leaf {_dotted(path)}={leaf!r:.80} of {name} must be an array, not {type(leaf).__name__}")
         if not (_is_key(leaf) or leaf.dtype == bool or jnp.issubdtype(leaf.dtype, np.number)):
-            raise TypeError(f"leaf {_dotted(path)} of the state has dtype {leaf.dtype}; only numbers can be kept")
+            raise TypeError(f"leaf {_dotted(path)} of {name} has dtype {leaf.dtype}; only numbers can be saved")
     names = [_dotted(path) for path in leaves]
-    if len(set(names)) < len(names):  # Orbax joins names with dots as well, and would write one array over the other.
+    if len(set(names)) < len(names):  # Orbax joins names with dots too, and would write one array over the other.
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"two leaves of the state have the same dotted path {twice}; take the dots out of their names")
+        raise ValueError(f"two leaves of {name} have the same dotted path {twice}; remove the dots from their names")
     return leaves
 
 
 def _on_host(leaves: Leaves) -> dict[tuple[str, ...], np.ndarray]:
-    """Leaves as contiguous NumPy arrays in this machine's byte order, keys as their words."""
+    """Leaves as contiguous NumPy arrays in this machine's byte order; keys become their key data."""
     leaves = {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()}
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
@@ -221,7 +226,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _write_arrays(path: Path, arrays: Leaves) -> None:
-    # Orbax refuses arrays without elements; their shape and dtype in DIGESTS say all there is to say.
+    # Orbax cannot write arrays without elements; DIGESTS has their shape and dtype, from which they are restored.
     tree = _nest({path: x for path, x in arrays.items() if x.size})
     with _orbax() as ocp, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         items = {field: ocp.args.PyTreeSave({field: value}) for field, value in tree.items()}
@@ -233,7 +238,7 @@ def _read(path: Path, only: str | None) -> Leaves:
     digests = json.loads((path / DIGESTS).read_text(encoding="utf-8"))
     entries = {tuple(e["path"]): e for e in digests["leaves"] if only in (None, e["path"][0])}
     if only and not entries:
-        raise ValueError(f"it holds no {only}")
+        raise ValueError(f"it has no {only}")
     fields = {p[0] for p, e in entries.items() if 0 not in e["shape"]}
     for name, digest in digests["files"].items():
         field, nested, _ = name.partition("/")
@@ -244,7 +249,7 @@ def _read(path: Path, only: str | None) -> Leaves:
     arrays = {p: np.zeros(e["shape"], jnp.dtype(e["dtype"])) for p, e in entries.items() if 0 in e["shape"]}
     arrays |= _paths({f: trees[f][f] for f in fields})
     for p in entries.keys() ^ arrays.keys():
-        raise ValueError(f"leaf {_dotted(p)} is in only one of {DIGESTS} and the arrays")
+        raise ValueError(f"leaf {_dotted(p)} is only in one of {DIGESTS} and the arrays")
     for p, e in entries.items():
         if _digest(p, e["key"], arrays[p]) != e:
             raise ValueError(f"leaf {_dotted(p)} does not match its digest")
@@ -269,41 +274,50 @@ def _newest(
     for n, earlier in zip(tried, [*tried[1:], None], strict=True):
         try:
             return _read(directory / str(n), only), n
-        except Exception as e:  # Damaged files make the readers below raise nearly anything.
+        except Exception as e:  # Damaged files make Orbax raise almost any exception.
             problems.append(f"{n}: {_brief(e)}")
             if earlier is not None:
                 report(f"checkpoint {directory / str(n)} cannot be read ({_brief(e)}); going back to step {earlier}")
     raise OSError("\n  ".join([f"no checkpoint in {directory} can be read; tried", *problems]))
 
 
-def _mismatch(wanted: Leaves, found: Leaves) -> list[str]:
+def _like(like: Any, wanted: Leaves, found: Leaves, problem: str) -> Any:
+    """The leaves `found` in the structure and placement of `like`, whose leaves are `wanted`; or the error `problem`."""
+
     def described(leaf):
         return f"{leaf.dtype}{list(leaf.shape)}"
 
+    def differing(field):
+        return [
+            f"{_dotted(p)} is {described(found[p])}, must be {described(leaf)}"
+            for p, leaf in wanted.items()
+            if p in found and field(found[p]) != field(leaf)
+        ]
+
     kinds = {
-        "missing": [f"{_dotted(p)} {described(wanted[p])}" for p in wanted if p not in found],
-        "surplus": [f"{_dotted(p)} {described(found[p])}" for p in found if p not in wanted],
-        "misshapen": [
-            f"{_dotted(p)} is {described(found[p])}, must be {described(wanted[p])}"
-            for p in wanted
-            if p in found and (found[p].shape, found[p].dtype) != (wanted[p].shape, wanted[p].dtype)
-        ],
+        "missing key": [f"{_dotted(p)} {described(wanted[p])}" for p in wanted if p not in found],
+        "unexpected key": [f"{_dotted(p)} {described(found[p])}" for p in found if p not in wanted],
+        "shape mismatch": differing(lambda leaf: leaf.shape),
+        "dtype mismatch": differing(lambda leaf: leaf.dtype),
     }
     lines = []
     for kind, names in kinds.items():
         lines += [f"{kind}: {name}" for name in names[:LISTED]]
         lines += [f"{kind}: and {len(names) - LISTED} more"] * (len(names) > LISTED)
-    return lines
+    if lines:
+        raise ValueError("\n  ".join([f"{problem}:", *lines]))
+    leaves = [_place(path, found[path], leaf) for path, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _place(path: tuple[str, ...], value: Any, like: Any = None) -> Any:
-    """`value` where `like` is: in NumPy, on devices with its sharding, or on the default device."""
+    """`value` as `like` is: as a NumPy array, on devices with its sharding, or on the default device."""
     if isinstance(like, np.ndarray | np.generic):
         return value[()] if isinstance(like, np.generic) else value
     committed = like.committed if isinstance(like, jax.Array) else getattr(like, "sharding", None) is not None
     placed = jax.device_put(value, like.sharding) if committed else jnp.asarray(value)
     if placed.dtype != value.dtype:
-        raise ValueError(f"leaf {_dotted(path)} is {value.dtype}, which JAX reads only with jax_enable_x64")
+        raise ValueError(f"leaf {_dotted(path)} is {value.dtype}, which JAX keeps only with jax_enable_x64=True")
     return placed
 
 
@@ -325,17 +339,17 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _brief(e: Exception) -> str:
-    """One line for an error: tensorstore's go on for pages, with the cause somewhere between address and options."""
+    """One line for an error: those of tensorstore fill pages, with the cause between the address and the options."""
     line = str(e).strip().partition("\n")[0].partition(" [tensorstore_spec=")[0]
     return f"{type(e).__name__}: {line if len(line) <= 300 else f'{line[:100]} ... {line[-200:]}'}"
 
 
 @contextmanager
 def _orbax() -> Iterator[Any]:
-    """Orbax without its log: what goes wrong comes as an exception, and the log repeats it in pages of traceback.
+    """Orbax without its log, which repeats every exception with pages of traceback.
 
-    After an error Orbax leaves its other threads behind. They are given ten seconds to end, lest one write into a
-    directory that is about to be removed, or to the log.
+    After an error Orbax does not wait for its other threads. They get ten seconds to end, so that none writes to the
+    log, or into a directory that is about to be removed.
     """
     import orbax.checkpoint as ocp
 

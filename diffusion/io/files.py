@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and directories proven writable before work starts."""
+"""Atomic writes, and a check that a directory is writable before work starts."""
 
 import os
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import BinaryIO
 
 
 def check_writable(directory: str | os.PathLike) -> None:
-    """Creates `directory` and proves, by writing a file and removing it, that results can be kept there.
+    """Creates `directory` and checks that it is writable, by writing a file and removing it.
 
     Raises:
-      OSError: they cannot (read-only or full disk, no permission, a file in the way).
+      OSError: it is not (read-only or full disk, no permission, a file of that name).
     """
     directory = Path(directory)
     probe = directory / f".writable.{os.getpid()}"
@@ -20,12 +20,12 @@ def check_writable(directory: str | os.PathLike) -> None:
         probe.unlink()
     except OSError as e:
         raise OSError(
-            e.errno, f"cannot write in {directory} ({type(e).__name__}: {e}); pass a directory that can be written"
+            e.errno, f"cannot write in {directory} ({type(e).__name__}: {e}); pass a writable directory"
         ) from e
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write(file)` on a temporary neighbour of `path` and renames it: `path` is whole, new or as it was."""
+    """Calls `write(file)` on a temporary file next to `path` and renames it: `path` is never partly written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

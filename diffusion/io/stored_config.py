@@ -1,4 +1,4 @@
-"""The config of a run as JSON in its work directory: written, read, compared."""
+"""Writes, reads and compares the config of a run, stored as JSON in its work directory."""
 
 import json
 import os
@@ -15,9 +15,9 @@ def write_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Writes `config`, a nested dict of plain values, as config.json in `workdir`, which is created if need be.
 
     Raises:
-      TypeError: a value is not one of JSON's; the message names the field.
-      ValueError: a number is not finite (JSON has no such number: use None); the message names the field.
-      OSError: `workdir` cannot be written.
+      TypeError: JSON has no such type; the message names the field.
+      ValueError: a number is not finite, which JSON does not allow (use None); the message names the field.
+      OSError: `workdir` is not writable.
     """
     text = json.dumps(_plain(config), indent=2) + "\n"
     check_writable(workdir)
@@ -28,7 +28,7 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     """The config of the run in `workdir`.
 
     Raises:
-      FileNotFoundError: `workdir` does not exist or is not the directory of a run; the message says what to pass.
+      FileNotFoundError: `workdir` does not exist or is not the work directory of a run; the message says what to pass.
       ValueError: the stored config is damaged.
     """
     workdir = Path(workdir)
@@ -36,7 +36,7 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        problem = f"holds no {CONFIG}" if workdir.exists() else "does not exist"
+        problem = f"has no {CONFIG}" if workdir.exists() else "does not exist"
         around = [*sorted(workdir.glob("*")), *workdir.parents[:2]]
         runs = [str(p) for p in around if (p / CONFIG).is_file()][:3]
         hint = f", such as {', '.join(runs)}" if runs else ""
@@ -46,12 +46,12 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}); put back a copy or pass the directory of another run") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {config!r:.40}, not the config of a run; pass the directory of another run")
+        raise ValueError(f"{path} has {config!r:.40}, not the config of a run; pass the directory of another run")
     return config
 
 
 def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The fields in which configs `a` and `b` differ, sorted by path; a config equals what was written and read of it.
+    """The fields in which configs `a` and `b` differ, sorted by path. Values compare as JSON stores them.
 
     >>> config_differences({"model": {"depth": 6}, "seed": 0}, {"model": {"depth": 8, "width": 4}, "seed": 0})
     ['model.depth: 6 -> 8', 'model.width: (absent) -> 4']
@@ -76,7 +76,7 @@ def _fields(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple
 
 
 def _plain(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`config` as JSON gives it back (tuples are lists), or an error that names the field JSON cannot hold."""
+    """`config` after a round trip through JSON (tuples become lists); an error names a field that JSON cannot store."""
     plain = {}
     for name, value in config.items():
         here = (*path, str(name))

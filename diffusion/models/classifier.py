@@ -1,10 +1,10 @@
-"""A small convolutional classifier of 28x28 digits: the eyes of `evaluate`, not a diffusion model.
+"""A small convolutional classifier of 28x28 digits, used by `metrics.features.digits`. It is not a diffusion model.
 
     h_l = maxpool(relu(conv_l(h_{l-1}))),   features = gelu(W h + b),   logits = V features + c     (1)
 
-Three convolutions with 16, 32 and 64 channels, the first two pooled by 2. The features are what distances are measured
-in. GELU makes them, because a ReLU leaves some constantly zero and then their covariance is singular. Every product is
-taken in full float32: a GPU's shorter formats would move the features, and with them the numbers that are compared.
+Three convolutions with 16, 32 and 64 channels, the first two followed by 2x2 pooling. The features use GELU, because
+after a ReLU some of them are always zero, which makes their covariance singular. All products use full float32
+precision: the reduced precision that is the default on a GPU would change the features, and so the distances.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def init(key: jax.Array) -> Params:
 
 
 def apply(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits [B, 10] and features [B, 64] of x float [B, 28, 28, 1] with values in [0, 1], 0 being background."""
+    """Logits [B, 10] and features [B, 64] of x float [B, 28, 28, 1] with values in [0, 1], background 0."""
     return _Classifier().apply({"params": params}, x)
 
 
@@ -61,6 +61,6 @@ class _Classifier(nn.Module):
 
 
 def _halve(x: jax.Array) -> jax.Array:
-    """Largest of each 2x2 block; on a CPU the gradient of this form costs half that of a windowed maximum."""
+    """Maximum of each 2x2 block; on a CPU the gradient of this form costs half that of `nn.max_pool`."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))

@@ -2,16 +2,16 @@
 
     file (.safetensors, .npz, .pt)  --read-->  {name: array}  --from_torch-->  params                 (1)
 
-A layout says, for each of our parameters, which entry of a state dict it is: under what name, in what shape, and how
-that array becomes ours. The network itself is described once, by the fields of its constructor: the shapes of our
-parameters, which `jax.eval_shape(model.init, ...)` knows, decide what must be in the file, and a file either fits
-entirely or is refused with everything that does not.
+A layout gives the entry of a state dict for each of our parameters: its name, its shape, and how the array is converted
+to ours. The network is described once, by the arguments of its constructor: the shapes of our parameters, from
+`jax.eval_shape(model.init, ...)`, determine what the file must contain. If a file does not fit, the error lists
+everything that differs.
 
     patch_unet   Patch Diffusion (2207.04316): unet(...)
     adm_unet     guided-diffusion (2105.05233), its upsamplers too: unet(**ADM, ...)
     dit          DiT (2212.09748): vit(...)
 
-PyTorch keeps a linear map as [out, in] and a convolution as [out, in, h, w]; ours are [in, out] and [h, w, in, out].
+PyTorch stores a linear map as [out, in] and a convolution as [out, in, h, w]; ours are [in, out] and [h, w, in, out].
 """
 
 import math
@@ -32,7 +32,7 @@ _SAFETENSORS |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int
 
 
 class Entry(NamedTuple):
-    """An entry of a state dict: its name, its shape, and what makes our parameter of it."""
+    """An entry of a state dict: its name, its shape, and the function that converts it to our parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,10 +43,10 @@ ParamPath = tuple[str, ...]
 
 
 class Layout(NamedTuple):
-    """How published parameters are named and shaped.
+    """Names and shapes of published parameters.
 
-    entries: shapes of our parameters by path -> their entries by path; ValueError if the layout has none for one.
-    fixed: entries that hold no parameters: what is wrong with such an array, None if nothing is.
+    entries: maps the shapes of our parameters by path to their entries by path; ValueError if one has no entry.
+    fixed: entries that are constants, not parameters: a function that describes what is wrong with the array, or None.
     """
 
     entries: Callable[[Mapping[ParamPath, tuple[int, ...]]], dict[ParamPath, Entry]]
@@ -54,13 +54,13 @@ class Layout(NamedTuple):
 
 
 def read(path: str | os.PathLike, entry: str | None = None) -> dict[str, np.ndarray]:
-    """The arrays in a .safetensors, .npz, .pt or .pth file, by name; no code of the file is run and no PyTorch needed.
+    """The arrays in a .safetensors, .npz, .pt or .pth file, by name. Runs no code from the file and needs no PyTorch.
 
-    `entry` picks one dict out of a training checkpoint that holds several, such as "ema".
+    `entry` selects one dict of a training checkpoint that has several, such as "ema".
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is of another kind, damaged, asks for anything but tensors, or holds something else.
+      ValueError: another format, a damaged file, or content other than named arrays.
     """
     kind = Path(path).suffix
     if kind in (".pt", ".pth"):
@@ -73,12 +73,12 @@ def read(path: str | os.PathLike, entry: str | None = None) -> dict[str, np.ndar
         raise ValueError(f"{path} must end in .safetensors, .npz, .pt or .pth")
     if entry is not None:
         if not isinstance(arrays, dict) or entry not in arrays:
-            raise ValueError(f"{path} holds no entry {entry!r}; there are {_brief(arrays)}")
+            raise ValueError(f"{path} has no entry {entry!r}; there are {_brief(arrays)}")
         arrays = arrays[entry]
     if not isinstance(arrays, dict) or not all(isinstance(x, np.ndarray) for x in arrays.values()):
         inner = [k for k, v in arrays.items() if isinstance(v, dict)] if isinstance(arrays, dict) else []
-        remedy = f"; name one of {inner} as the entry to read" if inner else ""
-        raise ValueError(f"{path} holds more than named arrays: {_brief(arrays)}{remedy}")
+        remedy = f"; pass one of {inner} as the entry to read" if inner else ""
+        raise ValueError(f"{path} has other content than named arrays: {_brief(arrays)}{remedy}")
     return arrays
 
 
@@ -86,24 +86,24 @@ def from_torch(arrays: Mapping[str, np.ndarray], like: Any, layout: Layout) -> A
     """Our parameters, a nested dict of float32 arrays shaped like `like`, from the arrays of a state dict.
 
     Raises:
-      ValueError: an entry is missing, surplus, misshapen or not of floating point, all of which are listed; or `like`
-        has parameters that the layout knows no entry for.
+      ValueError: missing or unexpected keys, shapes that differ, dtypes that are not floating point, all of which are
+        listed; or `like` has a parameter for which the layout has no entry.
     """
     paths = jax.tree_util.tree_flatten_with_path(like)[0]
     shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in paths}
     entries = layout.entries(shapes)
     expected = {entry.name: entry for entry in entries.values()}
-    lines = [f"missing: {e.name} {list(e.shape)}" for e in expected.values() if e.name not in arrays]
+    lines = [f"missing key: {e.name} {list(e.shape)}" for e in expected.values() if e.name not in arrays]
     for name, x in arrays.items():
         if name in layout.fixed:
             problem = layout.fixed[name](np.asarray(x, np.float32))
-            lines += [f"differs: {name} {problem}"] * (problem is not None)
+            lines += [f"wrong value: {name} {problem}"] * (problem is not None)
         elif name not in expected:
-            lines.append(f"surplus: {name} {list(x.shape)}")
+            lines.append(f"unexpected key: {name} {list(x.shape)}")
         elif x.shape != expected[name].shape:
-            lines.append(f"misshapen: {name} is {list(x.shape)}, must be {list(expected[name].shape)}")
+            lines.append(f"shape mismatch: {name} is {list(x.shape)}, must be {list(expected[name].shape)}")
         elif not jnp.issubdtype(x.dtype, jnp.floating):
-            lines.append(f"misshapen: {name} is of dtype {x.dtype}, must be of floating point")
+            lines.append(f"dtype mismatch: {name} is {x.dtype}, must be floating point")
     if lines:
         raise ValueError("\n  ".join(["the file does not fit this network:", *lines]))
     params: dict[str, Any] = {}
@@ -121,8 +121,8 @@ def patch_unet(*, new_attention_order: bool = False, null_class: bool = True) ->
     """Patch Diffusion's U-Net, as `unet` is by default.
 
     Args:
-      new_attention_order: the published `use_new_attention_order`; parameters do not tell.
-      null_class: whether the classes have a row for none of them (`classifier_free`); else it becomes zero.
+      new_attention_order: the published `use_new_attention_order`, which cannot be seen from the parameters.
+      null_class: whether the class embedding has a row for "no class" (`classifier_free`); else this row is zero.
     """
     blocks = {"film": "emb_layers", "gate": "classemb_proj", "conv_out": "out_layers.2"}
     outer = {"classes": "label_embs", "variance_time": "variance_output_t_emb"}
@@ -156,7 +156,7 @@ def dit(patch_size: int, *, null_class: bool = True) -> Layout:
                 case (name,) if name in outer:
                     name = outer[name]
                 case _:
-                    raise _foreign(path)
+                    raise _no_entry(path)
             if module == ("embed",) and leaf == "kernel":
                 # Ours is a linear map of patches (ph, pw, c), theirs a convolution whose stride is its size.
                 size, width = shape
@@ -177,14 +177,14 @@ def _unet_entries(
     new_attention_order: bool,
     null_class: bool,
 ) -> dict[ParamPath, Entry]:
-    """Entries of either U-Net: `blocks` and `outer` name the modules in which they differ."""
+    """Entries of both U-Nets: `blocks` and `outer` name the modules that differ between them."""
     blocks = {"norm_in": "in_layers.0", "conv_in": "in_layers.2", "skip": "skip_connection", **blocks}
     blocks |= {"norm": "norm", "qkv": "qkv", "out": "proj_out"}
     outer = {"time_in": "time_embed.0", "time_out": "time_embed.2", "head_norm": "out.0", "head": "out.2", **outer}
     modules = {path[0] for path in shapes}
 
     def prefix(module: str) -> str | None:
-        """input_2_attention -> input_blocks.2.1: in a block the layers are counted."""
+        """input_2_attention -> input_blocks.2.1: the last number is the layer's index in its block."""
         numbered = re.fullmatch(r"(input|middle|output)_(\d+)(?:_(attention|down|up))?", module)
         if not numbered:
             return None
@@ -199,7 +199,7 @@ def _unet_entries(
         module, *inner, _ = path
         name = prefix(module)
         if not inner:
-            # Of the numbered ones these are the convolutions at the entry and where the size changes.
+            # Numbered modules without inner ones are the first convolution and those that change the size.
             ending = {"down": ".op", "up": ".conv"}.get(module.rpartition("_")[2], "")
             name = outer.get(module) if name is None else name + ending
         elif name is not None and inner[0] in blocks:
@@ -207,8 +207,8 @@ def _unet_entries(
         else:
             name = None
         if name is None:
-            raise _foreign(path)
-        # Linear maps that PyTorch has as convolutions over one position.
+            raise _no_entry(path)
+        # Linear maps that are 1x1 or 1-wide convolutions in PyTorch.
         ones = {"qkv": 1, "out": 1, "variance_time": 2}.get(path[-2], 0)
         found[path] = _entry(name, path, shape, per_head=not new_attention_order, null_class=null_class, ones=ones)
     return found
@@ -217,7 +217,7 @@ def _unet_entries(
 def _entry(
     name: str, path: ParamPath, shape: tuple[int, ...], *, per_head: bool, null_class: bool, ones: int = 0
 ) -> Entry:
-    """The entry of the parameter at `path` of our `shape`, in a module that PyTorch calls `name`."""
+    """The entry of the parameter at `path` with our `shape`, in the PyTorch module `name`."""
     *_, module, leaf = path
     trailing = (1,) * ones
     name = f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
@@ -241,23 +241,23 @@ def _entry(
     return Entry(name, shape, lambda w: w)
 
 
-def _foreign(path: ParamPath) -> ValueError:
+def _no_entry(path: ParamPath) -> ValueError:
     return ValueError(
-        f"this layout has no entry for the parameter {'.'.join(path)}: the network has fields that the published one "
-        "has not"
+        f"this layout has no entry for the parameter {'.'.join(path)}: published networks of this kind do not have it; "
+        "change the arguments of the network"
     )
 
 
 def _check_positions(x: np.ndarray) -> str | None:
-    """DiT stores its sine-cosine positions [1, N, W] although they are fixed, and ours computes them."""
+    """What is wrong with the positions [1, N, W] of a DiT, which stores these constants; `vit` computes them."""
     from diffusion.models.vit import sincos_positions
 
     side = math.isqrt(x.shape[1]) if x.ndim == 3 else 0
     if not side or x.shape != (1, side * side, x.shape[2]):
-        return f"has shape {list(x.shape)}, not that of positions on a square grid"
+        return f"has shape {list(x.shape)}, must be [1, N, W] with N a square number"
     wanted = sincos_positions((side, side), x.shape[2])
     error = np.abs(x[0] - wanted).max()
-    return None if error < 1e-3 else f"is off the fixed sine-cosine positions by {error:.2g}"
+    return None if error < 1e-3 else f"differs from the sine-cosine positions by {error:.2g}"
 
 
 def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -265,7 +265,7 @@ def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
         try:
             with np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
-        except Exception as e:  # A damaged archive makes NumPy raise nearly anything.
+        except Exception as e:  # A damaged archive makes NumPy raise almost any exception.
             raise ValueError(f"{path} is not a .npz file of arrays, or damaged ({type(e).__name__}: {e})") from None
 
 
@@ -278,14 +278,14 @@ def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is not a .safetensors file, or damaged ({e})") from None
     unknown = {e["dtype"] for _, e in entries} - set(_SAFETENSORS)
     if unknown:
-        raise ValueError(f"{path} holds tensors of {sorted(unknown)}; known are {', '.join(_SAFETENSORS)}")
+        raise ValueError(f"{path} has tensors of dtype {sorted(unknown)}; supported are {', '.join(_SAFETENSORS)}")
     return {
         name: np.frombuffer(e["data"], np.dtype(_SAFETENSORS[e["dtype"]])).reshape(e["shape"]) for name, e in entries
     }
 
 
 def _brief(value: Any) -> str:
-    """A line on what is there."""
+    """One line that describes `value`."""
     if not isinstance(value, dict):
         return type(value).__name__
     names = [f"{k} ({type(v).__name__})" for k, v in value.items()]

@@ -1,13 +1,13 @@
-"""Tensors out of a file of `torch.save`, without PyTorch and without running anything the file says.
+"""Reads tensors from a file of `torch.save`, without PyTorch and without running code from the file.
 
     archive/data.pkl        a pickle: a program for a stack machine that builds the dicts            (1)
     archive/data/<key>      the bytes of one storage                                               (2)
     tensor = storage[offset + sum_i index_i stride_i]                                              (3)
 
-A pickle may name any function of the machine and have it called. Here the program is read as data by an interpreter
-of a few opcodes: it knows dicts, lists, tuples, numbers and strings, and of names only `OrderedDict`, the storages and
-the functions that stand for (3); every other name or opcode is refused by its name. Sizes, offsets and strides are
-checked against the bytes that are there, and nothing larger than the file is ever allocated.
+Unpickling can call any function that the file names. Here an interpreter of a few opcodes reads the program as data: it
+supports dicts, lists, tuples, numbers and strings, and only the names `OrderedDict`, the storages and the functions
+that stand for (3). For every other name or opcode it raises an error. Sizes, offsets and strides are checked against
+the size of the storage, and nothing larger than the file is allocated.
 """
 
 import os
@@ -44,7 +44,7 @@ _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "S
 
 
 class _Name(str):
-    """A name of `_NAMES`, which is all that is ever known of what it names."""
+    """A name in `_NAMES`. What it names is never imported."""
 
 
 class _Storage(NamedTuple):
@@ -53,34 +53,34 @@ class _Storage(NamedTuple):
 
 
 def read(path: str | os.PathLike) -> Any:
-    """What was saved: nested dicts and lists of arrays, numbers and strings.
+    """The saved object: nested dicts and lists of arrays, numbers and strings.
 
-    Arrays are views (3), which may overlap and are not to be written; bfloat16 stays what it is.
+    Arrays are read-only views (3), which may share memory. bfloat16 tensors become arrays of the dtype of `ml_dtypes`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file asks for anything but tensors, is damaged, or has another format; the message says what.
+      ValueError: the file contains other objects than tensors, is damaged, or has another format.
     """
     with open(path, "rb") as file:
         start = file.read(len(_LEGACY))
     if start == _LEGACY:
         raise ValueError(
-            f"{path} has the format of PyTorch before 1.6, which is not read; "
+            f"{path} has the format of PyTorch before 1.6, which is not supported; "
             "load it in PyTorch and save it again with torch.save, or with safetensors"
         )
     try:
         with zipfile.ZipFile(path) as archive:
             return _Archive(archive, os.path.getsize(path)).load()
-    except _Refused as e:
+    except _Unsupported as e:
         raise ValueError(
-            f"{path} {e}: refused. Only dicts of tensors are read: save model.state_dict() by itself"
+            f"{path} {e}, which is not supported: only dicts of tensors are read, so save model.state_dict() alone"
         ) from None
-    except Exception as e:  # A damaged program or archive makes the readers raise nearly anything.
+    except Exception as e:  # A damaged program or archive makes the readers raise almost any exception.
         raise ValueError(f"{path} is not a file of torch.save, or damaged ({type(e).__name__}: {e})") from None
 
 
-class _Refused(Exception):
-    """The file asks for something that is not data."""
+class _Unsupported(Exception):
+    """The program does something other than describe data."""
 
 
 class _Archive:
@@ -88,10 +88,10 @@ class _Archive:
         self._archive, self._storages = archive, {}
         programs = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(programs) != 1:
-            raise ValueError(f"it holds {len(programs)} programs data.pkl")
+            raise ValueError(f"it has {len(programs)} programs data.pkl, must have one")
         self._root = programs[0].removesuffix("data.pkl")
         members = archive.infolist()
-        # Stored members that fill no more than the file: nothing unpacks to more than was downloaded.
+        # Members must be uncompressed, and together not larger than the file, so that none unpacks to a huge size.
         if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
             raise ValueError("its members are compressed or encrypted")
         if any(m.file_size != m.compress_size for m in members) or sum(m.file_size for m in members) > length:
@@ -113,10 +113,10 @@ class _Archive:
 
         def fill(target: Any, values: list[Any]) -> None:
             if not isinstance(target, dict) or len(values) % 2:
-                raise ValueError("the program puts items into what is no dict")
+                raise ValueError("the program sets items of an object that is not a dict")
             for k, v in zip(values[::2], values[1::2], strict=True):
                 if not isinstance(k, str | int):
-                    raise _Refused(f"has a key of type {type(k).__name__}")
+                    raise _Unsupported(f"has a key of type {type(k).__name__}")
                 target[k] = v
 
         for opcode, argument, _ in pickletools.genops(self._member("data.pkl")):
@@ -167,33 +167,33 @@ class _Archive:
                 case "REDUCE":
                     stack[-2:] = [self._call(*stack[-2:])]
                 case "BUILD":
-                    # The version numbers that a state dict carries as attributes.
+                    # The version numbers that a state dict has as attributes.
                     stack.pop()
                     if not isinstance(stack[-1], dict):
-                        raise _Refused("sets the state of an object")
+                        raise _Unsupported("sets the state of an object")
                 case "STOP":
                     return stack.pop()
                 case name:
-                    raise _Refused(f"uses the pickle instruction {name}")
-        raise ValueError("the program has no end")
+                    raise _Unsupported(f"uses the pickle instruction {name}")
+        raise ValueError("the program does not end")
 
     def _call(self, name: Any, arguments: Any) -> Any:
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
-            raise _Refused("calls what is no name")
+            raise _Unsupported("calls an object that is not a function")
         if name in _TENSORS:
             return self._tensor(*arguments[:4])
         if name == _PARAMETER:
             return arguments[0]
         if name == _DICT:
             return dict(*arguments)
-        raise _Refused(f"calls {name}")
+        raise _Unsupported(f"calls {name}")
 
     def _storage(self, reference: Any) -> _Storage:
         match reference:
             case ("storage", _Name() as kind, str(key), str(), int(numel)) if kind in _STORAGES and numel >= 0:
                 pass
             case _:
-                raise _Refused(f"refers to {reference!r:.80}, which is no storage")
+                raise _Unsupported(f"refers to {reference!r:.80} as a storage")
         if (key, kind) not in self._storages:
             values = self._member(f"data/{key}")
             dtype = np.dtype(_STORAGES[kind])
@@ -201,24 +201,24 @@ class _Archive:
             self._storages[key, kind] = (values.byteswap() if self._swap else values).view(dtype)
         values = self._storages[key, kind]
         if numel > len(values):
-            raise ValueError(f"storage {key} of {numel} {values.dtype} holds {len(values)}")
+            raise ValueError(f"storage {key} must have {numel} values of {values.dtype} and has {len(values)}")
         return _Storage(key, values[:numel])
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
         """Eq. (3)."""
         if not isinstance(storage, _Storage):
-            raise _Refused("makes a tensor of what is no storage")
+            raise _Unsupported("makes a tensor of an object that is not a storage")
         key, values = storage
         if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
             raise ValueError(f"a tensor has offset {offset!r}, size {size!r} and stride {stride!r}")
         if 0 in size:
             return np.zeros(size, values.dtype)
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-        # More elements than the storage has would be one element seen many times, at any size that the file asks for.
+        # With more elements than the storage has, a stride is 0, and the size could be anything.
         if prod(size) > len(values) or last >= len(values):
             raise ValueError(
-                f"a tensor of size {list(size)}, stride {list(stride)} and offset {offset} does not lie in its "
-                f"storage {key} of {len(values)}"
+                f"a tensor of size {list(size)}, stride {list(stride)} and offset {offset} exceeds its storage {key} "
+                f"of {len(values)} values"
             )
         strides = [s * values.itemsize for s in stride]
         return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
@@ -230,11 +230,11 @@ class _Archive:
 def _allowed(module: Any, name: Any) -> _Name:
     full = f"{module}.{name}"
     if full not in _NAMES:
-        raise _Refused(f"asks for {full!r:.80}")
+        raise _Unsupported(f"uses the name {full!r:.80}")
     return _Name(full)
 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError("the program appends to what is no list")
+        raise ValueError("the program appends to an object that is not a list")
     return value

@@ -1,0 +1,1 @@
+"""Published PyTorch networks: their layouts as our parameters, and a reader of torch files that needs no PyTorch."""
