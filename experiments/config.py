@@ -1,65 +1,37 @@
 """What a run is made of, as typed dataclasses: every field is a flag, `--config.model.depth=8`.
 
-The resolved config is stored as JSON beside the checkpoints; sampling, evaluation and resuming read that.
+`config.model` is the dataclass of the network that the config file chose: `ViT`, `UNet` or `Blog`, explained in
+`diffusion/models/`. The resolved config is stored as JSON beside the checkpoints, where sampling, evaluation and
+resuming read it.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
+
+from diffusion.models.blog import Blog
+from diffusion.models.unet import UNet
+from diffusion.models.vit import ViT
+
+Network = ViT | UNet | Blog
+VERSION = 2  # of the stored config; `stored_versions` reads the earlier ones
 
 
 @dataclass
 class Data:
-    """Pictures; `diffusion.data.load` explains name, size, crop and channels."""
+    """Images; `diffusion.data.load` explains name, size, crop and channels."""
 
     name: str = "mnist5k"  # a TFDS data set, or folder:PATH
     data_dir: str | None = None  # where TFDS keeps its data sets
     held_out: str = "test"  # the split that training leaves out; of ImageNet and LSUN it is "validation"
-    size: tuple[int, ...] | None = None  # (height, width); None keeps the pictures' own
+    size: tuple[int, ...] | None = None  # (height, width); None keeps the images' own
     crop: str = "center"
     channels: int | None = None
+    labels: bool = True  # condition the network on labels, where the data has them
     flip: bool = False  # random horizontal flips
     shift: int = 0  # random shifts by up to this many pixels
     low: float = -1.0  # value of black
     high: float = 1.0  # value of white
-
-
-@dataclass
-class Model:
-    """The network: "vit" (DiT / JiT, `diffusion.models.vit`), "unet" (Patch Diffusion / ADM, `diffusion.models.unet`)
-    or "blog" (`diffusion.models.blog`). A field that the network does not read must keep its default."""
-
-    name: str = "vit"
-    patch_size: int = 4
-    conditional: bool = True  # on labels, where the data has them
-    dropout: float = 0.0
-    clock: str = "1000 t"  # what the network sees of the time: "1000 t" (DiT), "1 - t" (JiT), "index" (DDPM's T t - 1)
-    dtype: str = "float32"  # of the computation; or bfloat16, float16 (a U-Net's, with loss scaling)
-    remat: bool = False
-    attention: str | None = None  # "cudnn" on a GPU in bfloat16
-    heads: int = 4
-    # vit; stride, depth and head_dim are the blog's too
-    stride: int | None = None
-    width: int = 128
-    depth: int = 6
-    head_dim: int = 100
-    mlp_ratio: float = 4.0
-    bottleneck: int | None = None
-    norm: str = "layer"
-    mlp: str = "gelu"
-    qk_norm: bool = False
-    positions: tuple[str, ...] = ("sincos",)
-    class_tokens: int = 0
-    class_tokens_from: int = 0
-    # unet
-    num_channels: int = 128
-    channel_mult: tuple[float, ...] = (1, 2, 2, 2)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (16, 8)  # of the patch grid
-    num_head_channels: int | None = None  # width of a head, instead of `heads`
-    use_scale_shift_norm: bool = True
-    resblock_updown: bool = False
-    adm: bool = False  # blocks as in guided-diffusion
 
 
 @dataclass
@@ -68,7 +40,7 @@ class Process:
 
     path: str = "linear"  # linear, cosine, vp (a chain of betas), geometric (the blog's)
     betas: str = "linear"  # vp: linear, linear<beta_max> (linear0.025), cosine
-    rate: float = 0.99  # geometric: data kept per step
+    rate: float = 0.99  # geometric: alpha is multiplied by this at each step
     steps: int = 1000  # T of the discrete paths, vp and geometric
     prediction: str = "x0"
     loss_in: str | None = "flow"  # prediction in whose coordinates the error is measured; None: its own
@@ -76,37 +48,37 @@ class Process:
     weighting: str | None = None  # instead of loss_in: sqrt_snr, snr, snr+1, truncated_snr, p2, min_snr, sigmoid
     weighting_gamma: float = 5.0  # min_snr
     weighting_bias: float = 2.0  # sigmoid
-    # Of an ancestral step: fixed_small, fixed_large, or what the network learns: learned_range (a second half of its
-    # last layer: ADM, DiT) or learned_sigmoid (layers of their own: Patch Diffusion). What is learned needs a bound.
+    # Of an ancestral step: fixed_small, fixed_large, or learned: learned_range (a second half of the last layer: ADM,
+    # DiT) or learned_sigmoid (layers of its own: Patch Diffusion). A learned variance needs a vlb_weight.
     variance: str = "fixed_small"
-    bound: float = 0.0  # weight of the variational term, in bits per dimension
-    bound_alone: bool = False  # nothing but the variational term (guided-diffusion's use_kl)
+    vlb_weight: float = 0.0  # of the variational term, in bits per dimension
+    vlb_only: bool = False  # the loss is the variational term alone (guided-diffusion's use_kl)
     patches: bool = False  # measure the error on overlapping patches rather than pixels (blog)
     times: str = "logit_normal"  # uniform, antithetic, logit_normal, grid (the discrete steps), loss_second_moment
     times_mean: float = 0.0
     times_std: float = 1.0
     snr_splits: tuple[float, ...] = ()  # falling thresholds: one network (expert) more than there are of these
-    split: int | None = None  # which expert this run trains, 0 the one with the cleanest pictures; --split for short
+    split: int | None = None  # which expert this run trains, 0 the one with the least noise; --split for short
 
 
 @dataclass
 class Condition:
-    """A smaller picture that the network also sees: super-resolution."""
+    """A low-resolution image as conditioning input: super-resolution."""
 
     size: tuple[int, ...] | None = None  # (height, width) of it; None for no condition
-    noise: float = 0.0  # noise on it in training has a deviation drawn from 0 to this, which the network is told
-    sample_noise: float = 0.0  # the deviation when pictures are drawn
+    noise: float = 0.0  # largest standard deviation of noise on it in training; the network is told the value
+    sample_noise: float = 0.0  # standard deviation of that noise in sampling
 
 
 @dataclass
 class Train:
-    """Optimisation, and how often to look at it (in steps)."""
+    """Optimisation, and how often to log, sample and save (in steps)."""
 
     steps: int = 2000
     batch_size: int = 64
-    microbatch: int | None = None  # pictures to differentiate at a time, to save memory; the same step
-    repeat: int = 1  # noisings of each picture in a batch
-    optimizer: str = "adamw"  # or muon, for a ViT's matrices, beside NAdam for all else (`diffusion.optimize`)
+    microbatch: int | None = None  # examples to differentiate at a time, to save memory; the same step
+    repeat: int = 1  # noise samples per image in a batch
+    optimizer: str = "adamw"  # or muon, for a ViT's matrices, with NAdam for all else (`diffusion.optimize`)
     learning_rate: float = 1e-3
     matrix_rate: float = 0.03  # muon: the learning rate of those matrices
     warmup: int = 100
@@ -114,37 +86,42 @@ class Train:
     b2: float = 0.99
     adam_eps: float = 1e-8
     weight_decay: float = 0.0  # per step, times the rate; of all matrices and tables, under muon only of its matrices
-    clip: float | None = 1.0  # of the gradient's norm
-    ema: tuple[float, ...] = (0.995,)  # decay of the averaged weights, or several; the first draws
+    clip: float | None = 1.0  # largest norm of the gradient
+    ema: tuple[float, ...] = (0.995,)  # decay of the averaged weights, or several; the first is sampled from
     label_drop: float = 0.1
-    init_from: str | None = None  # work directory of a run whose averaged weights this one begins with
+    init_from: str | None = None  # work directory of a run whose averaged weights are the initial weights
     log_every: int = 20
     sample_every: int = 500
     save_every: int = 500
-    eval_every: int | None = None  # loss on held-out pictures
+    eval_every: int | None = None  # loss on held-out images
     eval_count: int = 800
-    patience: int | None = None  # stop after this many evaluations without a better one, keep the best weights
+    patience: int | None = None  # stop after this many validations without a better one, keep the best weights
+
+
+def _option(default: Any, explanation: str) -> Any:
+    """A field that is also a flag of `experiments.sample`, with this explanation."""
+    return field(default=default, metadata={"help": explanation})
 
 
 @dataclass
 class Sample:
-    """How pictures are drawn, during training, at its end and by `experiments.sample`."""
+    """Sampling: previews, the end of training, and the defaults of `experiments.sample`, where each field is a flag."""
 
-    count: int = 1000  # drawn and measured at the end of training
-    steps: int = 50
-    sampler: str = "ddim"  # ddim, ancestral, heun
-    eta: float = 0.0  # ddim: noise put back, up to 1
-    overstep: float = 1.0  # ddim: the blog's step size
-    respacing: str | None = None  # instead of steps: some of the T of the chain, "250", "10,15,20" or "ddim25"
-    shift: float = 1.0  # of the time grid
-    last: float | None = None  # time from which the last step leaps to the data
-    guidance: float = 1.0
-    guidance_low: float = 0.0
-    guidance_high: float = 1.0
-    clip: bool = False  # keep x0 estimates inside the data's range
-    threshold: float | None = None  # dynamic thresholding of x0 estimates, at this quantile: 0.995
-    batch_size: int = 250
-    seed: int = 0
+    count: int = 1000  # samples at the end of training
+    steps: int = _option(50, "Sampler steps.")
+    sampler: str = _option("ddim", "ddim, ancestral, heun or dpmpp_2m.")
+    eta: float = _option(0.0, "ddim: noise added at each step, 0 to 1.")
+    overstep: float = _option(1.0, "ddim: step size relative to the grid's (the blog's 1.5).")
+    respacing: str | None = _option(None, "Instead of steps, some steps of the chain: 250, 10,15,20 or ddim25.")
+    shift: float = _option(1.0, "Above 1: more steps at high noise.")
+    last: float | None = _option(None, "Time from which the last step jumps to t = 0.")
+    guidance: float = _option(1.0, "Guidance scale (1: none).")
+    guidance_low: float = _option(0.0, "Smallest time with guidance.")
+    guidance_high: float = _option(1.0, "Largest time with guidance.")
+    clip: bool = _option(False, "Clip estimates of the image to its range of values.")
+    threshold: float | None = _option(None, "Quantile of dynamic thresholding, such as 0.995.")
+    batch_size: int = _option(250, "Samples at a time.")
+    seed: int = _option(0, "Another seed gives other samples.")
 
 
 @dataclass
@@ -154,34 +131,66 @@ class Config:
     name: str = "mnist"
     seed: int = 0
     data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
+    model: Network = field(default_factory=ViT)
     process: Process = field(default_factory=Process)
     condition: Condition = field(default_factory=Condition)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def network_name(network: Network) -> str:
+    """The name of a network in stored configs and messages: "vit", "unet", "blog"."""
+    return type(network).__name__.lower()
+
+
+def to_dict(config: Config) -> dict[str, Any]:
     """The config as JSON-ready values."""
     listed = lambda pairs: {k: list(v) if isinstance(v, tuple) else v for k, v in pairs}  # noqa: E731
-    return dataclasses.asdict(config, dict_factory=listed)
+    values = {"version": VERSION} | dataclasses.asdict(config, dict_factory=listed)
+    return values | {"model": {"network": network_name(config.model)} | values["model"]}
 
 
-def from_dict(values: dict[str, Any], cls: type = Config) -> Any:
-    """Inverse of `to_dict`. A field that a stored config lacks is newer than the run, and takes its default: what a
-    new field does by default is what was done before there was one.
+def from_dict(values: dict[str, Any]) -> Config:
+    """Inverse of `to_dict`, also for configs stored by earlier versions. A field that a stored config lacks takes its
+    default: what a new field does by default is what was done before it existed.
 
     Raises:
-      ValueError: fields are unknown, as in a config stored by another version; they are listed.
+      ValueError: fields or the network are unknown, as in a config stored by a later version; they are named.
     """
-    hints = get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    from experiments import stored_versions
+
+    values = stored_versions.upgrade(values)
+    values = {name: value for name, value in values.items() if name != "version"}
+    networks = {kind.__name__.lower(): kind for kind in get_args(Network)}
+    model = dict(values.pop("model", {"network": "vit"}))
+    name = model.pop("network", None)
+    if name not in networks:
+        raise ValueError(f"the stored config has the network {name!r}, which is not one of {', '.join(networks)}")
+    sections = {f.name: f.type for f in dataclasses.fields(Config)}
+    unknown = sorted(set(values) - set(sections))
     if unknown:
-        raise ValueError(f"the stored config has the fields {unknown} of {cls.__name__}, which this version has not")
+        raise ValueError(f"the stored config has the fields {unknown}, unknown to this version")
+    read = {name: _read(sections[name], value) for name, value in values.items()}
+    return Config(model=_read(networks[name], model), **read)
 
-    def read(hint: Any, value: Any) -> Any:
-        if dataclasses.is_dataclass(hint):
-            return from_dict(value, hint)
+
+def _read(kind: Any, value: Any) -> Any:
+    if not dataclasses.is_dataclass(kind):
         return tuple(value) if isinstance(value, list) else value
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(value) - known)
+    if unknown:
+        raise ValueError(f"the stored config has the fields {unknown} of {kind.__name__}, unknown to this version")
+    return kind(**{name: _read(None, each) for name, each in value.items()})
 
-    return cls(**{name: read(hint, values[name]) for name, hint in hints.items() if name in values})
+
+def fields(config: Any) -> dict[str, Any]:
+    """Dotted names of all fields of a config and of the dataclasses in it, "seed", "model.depth", and their types."""
+    hints, names = get_type_hints(type(config)), {}
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if dataclasses.is_dataclass(value):
+            names |= {f"{each.name}.{inner}": hint for inner, hint in fields(value).items()}
+        else:
+            names[each.name] = hints[each.name]
+    return names

@@ -1,14 +1,15 @@
-"""Makes a run of published PyTorch weights: `experiments.sample` draws from it and `experiments.train` trains it on.
+"""Makes a run of published PyTorch weights: `experiments.sample` samples from it, `experiments.train` continues it.
 
     python -m experiments.convert --source=model.pt --layout=dit --config=CONFIG.py --classes=1000 --workdir=runs/dit
 
-The config describes the network, what it predicts and its pictures, of which --config.data.size and
---config.data.channels must be set; no data set is opened. To train on, the classes must have the data's names: pass a
-file of them. The weights become step 0 of the run, parameters and average alike. A file that does not fit the network
-is refused, with every entry that is missing, surplus or misshapen.
+The config describes the network, its prediction and its images, of which --config.data.size and --config.data.channels
+must be set; no data set is opened. To continue training, the classes must have the data's names: pass a file of them.
+The weights become step 0 of the run, parameters and average alike. A file that does not fit the network is refused,
+with every missing key, unexpected key and shape mismatch.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from diffusion.io import checkpoint, files, stored_config
+from diffusion.io import files
 from diffusion.pretrained import layouts
-from experiments import build, drawing, objective, runs, session
+from experiments import command, objective, parts, sampling
 from experiments.command_line import define_config, given_config
 from experiments.config import Config
+from experiments.run_dir import RunDir, default_workdir
 
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("split")
@@ -40,35 +42,35 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set as in --config.model.depth=12")
     config = given_config()
-    session.start()
-    workdir = session.workdir(runs.default_workdir(config))
-    config.train.init_from = None  # these weights take its place
+    command.start()
+    workdir = command.workdir(default_workdir(config))
+    config = replace(config, train=replace(config.train, init_from=None))  # these weights take its place
     names = class_names(_CLASSES.value)
     count = convert(config, workdir, _SOURCE.value, layout(config), class_names=names, entry=_ENTRY.value)
     print(f"{_SOURCE.value}: {count:,} parameters, now step 0 of {workdir}")
     if config.process.split is None:
-        print(f"draw from it with: python -m experiments.sample --workdir={workdir}")
+        print(f"sample from it with: python -m experiments.sample --workdir={workdir}")
     else:
         experts = ",".join(f"EXPERT{i}" for i in range(len(config.process.snr_splits) + 1))
-        print(f"draw, with all experts converted, with: python -m experiments.sample --workdir={experts}")
+        print(f"sample, with all experts converted, with: python -m experiments.sample --workdir={experts}")
 
 
 def layout(config: Config) -> layouts.Layout:
-    """The layout that the flags name.
+    """The layout of --layout.
 
     Raises:
-      ValueError: they name none.
+      ValueError: it is missing.
     """
     null = {} if _NULL_CLASS.value is None else {"null_class": _NULL_CLASS.value}
     order = {"new_attention_order": _NEW_ATTENTION_ORDER.value}
-    layouts: dict[str, Callable[[], layouts.Layout]] = {
+    known: dict[str, Callable[[], layouts.Layout]] = {
         "patch_unet": lambda: layouts.patch_unet(**order, **null),
         "adm_unet": lambda: layouts.adm_unet(**order, **null),
         "dit": lambda: layouts.dit(config.model.patch_size, **null),
     }
     if _LAYOUT.value is None:
-        raise ValueError(f"--layout is missing: pass one of {', '.join(layouts)}")
-    return layouts[_LAYOUT.value]()
+        raise ValueError(f"--layout is missing: pass one of {', '.join(known)}")
+    return known[_LAYOUT.value]()
 
 
 def class_names(given: str) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ def convert(
     class_names: tuple[str, ...] = (),
     entry: str | None = None,
 ) -> int:
-    """Makes the run in `workdir`; returns how many parameters it has.
+    """Makes the run in `workdir`; returns its number of parameters.
 
     Raises:
       ValueError: `source` does not fit the network, a field is missing, or `workdir` holds a run.
@@ -97,29 +99,27 @@ def convert(
         raise ValueError("--source is missing: pass the file of published weights, --source=model.pt")
     if not Path(source).is_file():
         raise FileNotFoundError(f"--source={source}: there is no such file")
-    if (workdir / stored_config.CONFIG).exists():
+    folder = RunDir(workdir)
+    if folder.is_run:
         raise ValueError(f"{workdir} holds a run already; pass another --workdir")
     c = config.data
     if c.size is None or c.channels is None:
         raise ValueError(
-            f"--config.data.size={c.size} and --config.data.channels={c.channels} must say what pictures the network "
-            "draws, as in --config.data.size='(256, 256)' --config.data.channels=3"
+            f"--config.data.size={c.size} and --config.data.channels={c.channels} must give the format of the "
+            "network's images, as in --config.data.size='(256, 256)' --config.data.channels=3"
         )
-    if class_names and not config.model.conditional:
-        raise ValueError(f"--classes: {len(class_names)} classes need --config.model.conditional")
-    seen = build.Seen((*c.size, c.channels), class_names)
-    like = jax.eval_shape(partial(build.init_params, config, seen))
+    if class_names and not c.labels:
+        raise ValueError(f"--classes: {len(class_names)} classes need --config.data.labels")
+    run = parts.resolve(config, parts.DataSpec((*c.size, c.channels), class_names))
+    like = jax.eval_shape(partial(parts.init_params, run))
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    low = [jax.ShapeDtypeStruct((1, *config.condition.size, c.channels), jnp.uint8)] if config.condition.size else []
-    jax.eval_shape(drawing.drawer(config, seen), like, one, one, *low)
-    jax.eval_shape(partial(objective.init_state, config, seen), like)
+    low = [jax.ShapeDtypeStruct((1, *run.superres.size, c.channels), jnp.uint8)] if run.superres else []
+    jax.eval_shape(sampling.sample_fn(run), like, one, one, *low)
     files.check_writable(workdir)
     params = jax.tree.map(jnp.asarray, layouts.from_torch(layouts.read(source, entry), like, layout))
-    state = objective.init_state(config, seen, params)
-    checkpoint.save(workdir / "checkpoints", 0, state)
-    stored_config.write_config(workdir, build.to_stored(config, seen))  # last: it makes the directory that of a run
+    folder.write_new(config, run.spec, objective.init_state(run, params))
     return sum(p.size for p in jax.tree.leaves(params))
 
 
 if __name__ == "__main__":
-    session.run(main, define_config)
+    command.run(main, define_config)

@@ -1,5 +1,5 @@
-"""Networks as pairs of pure functions. Flax lives here and nowhere else."""
+"""Networks as pairs of pure functions. Flax is imported here and nowhere else."""
 
-from diffusion.models.base import Model, from_module, recomposed
+from diffusion.models.base import Model, Network, Task, from_module, recomposed
 
-__all__ = ["Model", "from_module", "recomposed"]
+__all__ = ["Model", "Network", "Task", "from_module", "recomposed"]

@@ -17,21 +17,21 @@ fewer for odd widths, down to one. An odd side of a grid is rounded up on the wa
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.patch.geometry import geometry
-from diffusion.models.base import Model, from_module
 from diffusion.cpu.conv import conv1x1, conv3x3
+from diffusion.models.base import DEFAULT_TASK, Model, Task, check_names, clock_of, from_fields, from_module
 from diffusion.patch import patchify, unpatchify
-from diffusion.predict import WithVariance
+from diffusion.patch.geometry import geometry
+from diffusion.predict import Output, WithVariance
 
-LearnedVariance = Literal["none", "head", "channels"]
 Sinusoids = Literal["ddpm", "adm"]
 ClassIn = Literal["gate", "time"]
 FilmNorm = Literal["plain", "affine"]
@@ -53,38 +53,13 @@ _ZERO = nn.initializers.zeros_init()
 _Conv = partial(nn.Conv, kernel_size=(3, 3), conv_general_dilated=conv3x3)
 
 
-def unet(
-    *,
-    patch_size: int | Sequence[int] = 1,
-    num_channels: int = 128,
-    channel_mult: Sequence[float] = (1, 2, 2, 2),
-    num_res_blocks: int = 2,
-    attention_resolutions: Sequence[int] = (16, 8),
-    num_heads: int = 4,
-    num_head_channels: int | None = None,
-    num_classes: int = 0,
-    out_channels: int | None = None,
-    learned_variance: LearnedVariance = "none",
-    dropout: float = 0.0,
-    use_scale_shift_norm: bool = True,
-    resblock_updown: bool = False,
-    position_encoding: bool = True,
-    sinusoids: Sinusoids = "ddpm",
-    time_mult: float | None = None,
-    class_in: ClassIn = "gate",
-    film_norm: FilmNorm = "plain",
-    widen_in: WidenIn = "resample",
-    downsample: Downsample = "same",
-    dtype: jnp.dtype = jnp.float32,
-    remat: bool = False,
-    attention: str | None = None,
-    clock: Callable[[jax.Array], jax.Array] | None = None,
-) -> Model:
-    """The network of eq. (1): xt [B, H, W, C] -> prediction [B, H, W, C], t in [0, 1], y in 0..num_classes.
+@dataclass(kw_only=True)
+class UNet:
+    """Arguments of the network of eq. (1): xt [B, H, W, C] -> prediction [B, H, W, C].
 
-    Parameters belong to one size of picture: the positions and the levels that attend follow from it.
+    Parameters belong to one size of image: the positions and the levels that attend follow from it.
 
-    Args:
+    Attributes:
       patch_size: P, or one for each axis.
       num_channels: width at multiplier 1.
       channel_mult: width of each level in num_channels, rounded down; in any order.
@@ -93,12 +68,6 @@ def unet(
         middle always attends.
       num_heads: heads of attention, whatever the width; or
       num_head_channels: width of a head, however many there are.
-      num_classes: 0 for unconditional; the label num_classes is the null label, and stands in when y is None.
-      out_channels: of the prediction, default those of xt; fewer where the last channels of xt are a condition, as
-        the low-resolution picture of super-resolution is.
-      learned_variance: "none", or apply returns `WithVariance`: with "channels", v is the other half of the last
-        convolution's output, any number (ADM); with "head", v is a sigmoid's, from layers of their own which see the
-        features detached, so that learning the variance leaves the prediction alone (Patch Diffusion).
       use_scale_shift_norm: time scales and shifts the second norm of a block, as in (1); else it is added before it.
       resblock_updown: blocks (1) with average pooling or nearest neighbours change the size, instead of convolutions.
       position_encoding: fixed sines of both axes are added after the first convolution, the grid spanning 64.
@@ -111,118 +80,129 @@ def unet(
       dtype: of the computation; parameters, statistics of norms, the softmax and the heads are float32.
       remat: recompute blocks in the backward pass to save memory.
       attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
-      clock: t [B] to what the sinusoids see, default 1000 t.
+      clock: what the sinusoids see of the time: "1000 t", "1 - t", "index" (DDPM's T t - 1), or a function.
 
-    Raises:
-      ValueError: a name is unknown or a number impossible; on a call, patches do not tile the picture, or heads do
-        not divide a width that attends.
+    With a learned variance "head" (`Task`), its layers see the features detached, so that learning the variance does
+    not change the prediction (Patch Diffusion); with "channels" v is a half of the last convolution's output (ADM).
     """
-    names = {"learned_variance": (learned_variance, LearnedVariance), "sinusoids": (sinusoids, Sinusoids)}
-    names |= {"class_in": (class_in, ClassIn), "film_norm": (film_norm, FilmNorm)}
-    names |= {"widen_in": (widen_in, WidenIn), "downsample": (downsample, Downsample)}
-    for name, (value, known) in names.items():
-        if value not in get_args(known):
-            raise ValueError(f"{name}={value!r} is not one of {get_args(known)}")
-    if num_res_blocks < 1:
-        raise ValueError(f"num_res_blocks={num_res_blocks} must be at least 1")
-    if not channel_mult or min(channel_mult) * num_channels < 1:
-        raise ValueError(f"channel_mult={tuple(channel_mult)} with num_channels={num_channels} leaves a level no width")
-    time_mult = channel_mult[-1] if time_mult is None else time_mult
-    block = dict(use_scale_shift_norm=use_scale_shift_norm, film_norm=film_norm, dropout=dropout, dtype=dtype)
-    attend = dict(num_heads=num_heads, num_head_channels=num_head_channels, attention=attention, dtype=dtype)
-    module = _UNet(
-        patch_size=patch_size,
-        widths=tuple(int(mult * num_channels) for mult in channel_mult),
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=tuple(attention_resolutions),
-        num_classes=num_classes,
-        out_channels=out_channels,
-        learned_variance=learned_variance,
-        resblock_updown=resblock_updown,
-        position_encoding=position_encoding,
-        sinusoids=sinusoids,
-        num_channels=num_channels,
-        time_width=int(time_mult * num_channels),
-        class_in=class_in,
-        widen_in=widen_in,
-        downsample=downsample,
-        remat=remat,
-        clock=clock or (lambda t: 1000 * t),
-        block=block,
-        attend=attend,
-    )
-    return from_module(module)
+
+    conditional: ClassVar[bool] = True
+    variances: ClassVar[tuple[str, ...]] = ("none", "head", "channels")
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    returns_tokens: ClassVar[bool] = False
+
+    patch_size: int = 1
+    num_channels: int = 128
+    channel_mult: tuple[float, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16, 8)
+    num_heads: int = 4
+    num_head_channels: int | None = None
+    dropout: float = 0.0
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = False
+    position_encoding: bool = True
+    sinusoids: str = "ddpm"
+    time_mult: float | None = None
+    class_in: str = "gate"
+    film_norm: str = "plain"
+    widen_in: str = "resample"
+    downsample: str = "same"
+    dtype: str = "float32"
+    remat: bool = False
+    attention: str | None = None
+    clock: str = "1000 t"
+
+    def model(self, task: Task = DEFAULT_TASK) -> Model:
+        """The network for a task. Its parameters are a nested dict.
+
+        Raises:
+          ValueError: a value is unknown or a number impossible; on a call, patches do not tile the image, or heads do
+            not divide a width that attends.
+        """
+        names = dict(sinusoids=Sinusoids, class_in=ClassIn, film_norm=FilmNorm)
+        check_names(self, task, **names, widen_in=WidenIn, downsample=Downsample)
+        if self.num_res_blocks < 1:
+            raise ValueError(f"num_res_blocks={self.num_res_blocks} must be at least 1")
+        if not self.channel_mult or min(self.channel_mult) * self.num_channels < 1:
+            raise ValueError(
+                f"channel_mult={tuple(self.channel_mult)} with num_channels={self.num_channels} leaves a level no width"
+            )
+        clock = clock_of(self.clock, task.steps)
+        module = _UNet(replace(self), task.num_classes, task.out_channels, task.learned_variance, clock)
+        return from_module(module, num_classes=task.num_classes)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(int(mult * self.num_channels) for mult in self.channel_mult)
+
+    @property
+    def time_width(self) -> int:
+        """Channels of c, eq. (1)."""
+        return int((self.channel_mult[-1] if self.time_mult is None else self.time_mult) * self.num_channels)
+
+
+def unet(**fields: Any) -> Model:
+    """The network of eq. (1) from the fields of `UNet` and of `Task`: unet(patch_size=4, num_classes=10)."""
+    return from_fields(UNet, fields)
 
 
 class _UNet(nn.Module):
-    patch_size: int | Sequence[int]
-    widths: tuple[int, ...]
-    num_res_blocks: int
-    attention_resolutions: tuple[int, ...]
+    net: UNet
     num_classes: int
     out_channels: int | None
     learned_variance: str
-    resblock_updown: bool
-    position_encoding: bool
-    sinusoids: str
-    num_channels: int
-    time_width: int
-    class_in: str
-    widen_in: str
-    downsample: str
-    remat: bool
     clock: Callable[[jax.Array], jax.Array]
-    block: dict[str, Any]
-    attend: dict[str, Any]
 
     @nn.compact
-    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> jax.Array | WithVariance:
+    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> Output:
         if xt.ndim != 4:
-            raise ValueError(f"the U-Net works on pictures [B, H, W, C], got shape {xt.shape}")
+            raise ValueError(f"the U-Net works on images [B, H, W, C], got shape {xt.shape}")
         b, *size, channels = xt.shape
-        dtype, last = self.block["dtype"], len(self.widths) - 1
-        grids = [geometry(size, self.patch_size).grid]
-        for _ in self.widths[1:]:
+        net, dtype, widths, last = self.net, jnp.dtype(self.net.dtype), self.net.widths, len(self.net.widths) - 1
+        grids = [geometry(size, net.patch_size).grid]
+        for _ in widths[1:]:
             grids.append(tuple(-(-n // 2) for n in grids[-1]))
         time, label = self._conditions(t, y)
-        res = nn.remat(_ResBlock, static_argnums=(4,)) if self.remat else _ResBlock
-        attention = nn.remat(_Attention) if self.remat else _Attention
+        res = nn.remat(_ResBlock, static_argnums=(4,)) if net.remat else _ResBlock
+        attention = nn.remat(_Attention) if net.remat else _Attention
 
         def block(x: jax.Array, level: int, name: str) -> jax.Array:
-            x = res(self.widths[level], grids[level], **self.block, name=name)(x, time, label, train)
-            attends = min(grids[level]) in self.attention_resolutions
-            return attention(**self.attend, name=f"{name}_attention")(x) if attends else x
+            x = res(net, widths[level], grids[level], name=name)(x, time, label, train)
+            attends = min(grids[level]) in net.attention_resolutions
+            return attention(net, name=f"{name}_attention")(x) if attends else x
 
         def resample(x: jax.Array, level: int, to: int, name: str) -> jax.Array:
-            width = self.widths[to if self.widen_in == "resample" else level]
-            if self.resblock_updown:
-                return res(width, grids[to], **self.block, name=name)(x, time, label, train)
+            width = widths[to if net.widen_in == "resample" else level]
+            if net.resblock_updown:
+                return res(net, width, grids[to], name=name)(x, time, label, train)
             if to < level:
                 return _Conv(width, dtype=dtype, name=name)(_resized(x, grids[to]))
-            padding = "SAME" if self.downsample == "same" else 1
+            padding = "SAME" if net.downsample == "same" else 1
             return nn.Conv(width, (3, 3), 2, padding, dtype=dtype, name=name)(x)
 
         # Blocks are numbered as in the published programs, where one that changes the size counts on the way down.
-        x = patchify(xt, self.patch_size).reshape(b, *grids[0], -1).astype(dtype)
-        x = _Conv(self.widths[0], dtype=dtype, name="input_0")(x)
-        if self.position_encoding:
-            x = x + jnp.asarray(sine_positions(grids[0], self.widths[0]), dtype)[None]
+        x = patchify(xt, net.patch_size).reshape(b, *grids[0], -1).astype(dtype)
+        x = _Conv(widths[0], dtype=dtype, name="input_0")(x)
+        if net.position_encoding:
+            x = x + jnp.asarray(sine_positions(grids[0], widths[0]), dtype)[None]
         first, skips = x, [x]
         for level in range(last + 1):
-            for _ in range(self.num_res_blocks):
+            for _ in range(net.num_res_blocks):
                 x = block(x, level, f"input_{len(skips)}")
                 skips.append(x)
             if level < last:
                 x = resample(x, level, level + 1, f"input_{len(skips)}_down")
                 skips.append(x)
 
-        x = res(x.shape[-1], grids[last], **self.block, name="middle_0")(x, time, label, train)
-        x = attention(**self.attend, name="middle_1")(x)
-        x = res(x.shape[-1], grids[last], **self.block, name="middle_2")(x, time, label, train)
+        x = res(net, x.shape[-1], grids[last], name="middle_0")(x, time, label, train)
+        x = attention(net, name="middle_1")(x)
+        x = res(net, x.shape[-1], grids[last], name="middle_2")(x, time, label, train)
 
         total = len(skips)
         for level in reversed(range(last + 1)):
-            for _ in range(self.num_res_blocks + 1):
+            for _ in range(net.num_res_blocks + 1):
                 name = f"output_{total - len(skips)}"
                 x = block(jnp.concatenate([x, skips.pop()], -1), level, name)
             if level:
@@ -230,32 +210,30 @@ class _UNet(nn.Module):
         return self._heads(first, x, time, size, channels if self.out_channels is None else self.out_channels)
 
     def _conditions(self, t: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """What the blocks know: c of eq. (1) [B, D], and the class [B, D] if it is not part of c."""
-        dtype = self.block["dtype"]
-        time = sinusoids(self.sinusoids, self.clock(t), self.num_channels).astype(dtype)
-        time = nn.silu(nn.Dense(4 * self.num_channels, dtype=dtype, name="time_in")(time))
-        time = nn.Dense(self.time_width, dtype=dtype, name="time_out")(time)
+        """The conditions of the blocks: c of eq. (1) [B, D], and the class [B, D] if it is not part of c."""
+        net, dtype = self.net, jnp.dtype(self.net.dtype)
+        time = sinusoids(net.sinusoids, self.clock(t), net.num_channels).astype(dtype)
+        time = nn.silu(nn.Dense(4 * net.num_channels, dtype=dtype, name="time_in")(time))
+        time = nn.Dense(net.time_width, dtype=dtype, name="time_out")(time)
         if not self.num_classes:
             return nn.silu(time), None
         y = jnp.full(t.shape, self.num_classes) if y is None else y
-        width = self.widths[0] if self.class_in == "gate" else self.time_width
+        width = net.widths[0] if net.class_in == "gate" else net.time_width
         start = nn.initializers.normal(1.0)
         label = nn.Embed(self.num_classes + 1, width, dtype=dtype, embedding_init=start, name="classes")(y)
-        return (nn.silu(time), label) if self.class_in == "gate" else (nn.silu(time + label), None)
+        return (nn.silu(time), label) if net.class_in == "gate" else (nn.silu(time + label), None)
 
-    def _heads(
-        self, first: jax.Array, x: jax.Array, time: jax.Array, size: Sequence[int], channels: int
-    ) -> jax.Array | WithVariance:
+    def _heads(self, first: jax.Array, x: jax.Array, time: jax.Array, size: Sequence[int], channels: int) -> Output:
         """From the features after the first convolution and after the last block to the prediction."""
         first, x, time = (a.astype(jnp.float32) for a in (first, x, time))
-        pixels = math.prod(geometry(size, self.patch_size).patch)
+        pixels = math.prod(geometry(size, self.net.patch_size).patch)
 
-        def picture(tokens: jax.Array) -> jax.Array:
-            return unpatchify(tokens.reshape(len(tokens), -1, tokens.shape[-1]), size, self.patch_size)
+        def image(tokens: jax.Array) -> jax.Array:
+            return unpatchify(tokens.reshape(len(tokens), -1, tokens.shape[-1]), size, self.net.patch_size)
 
         halves = 2 if self.learned_variance == "channels" else 1
         h = nn.silu(_GroupNorm(jnp.float32, name="head_norm")(x))
-        pred = picture(_Conv(pixels * channels * halves, kernel_init=_ZERO, name="head")(h))
+        pred = image(_Conv(pixels * channels * halves, kernel_init=_ZERO, name="head")(h))
         if self.learned_variance == "none":
             return pred
         if self.learned_variance == "channels":
@@ -263,37 +241,34 @@ class _UNet(nn.Module):
         features = jax.lax.stop_gradient(jnp.concatenate([first, x], -1))
         # Activated a second time, as published.
         shift = nn.Dense(features.shape[-1], name="variance_time")(nn.silu(time))
-        v = nn.silu(_Conv(self.num_channels, name="variance_in")(features + shift[:, None, None]))
+        v = nn.silu(_Conv(self.net.num_channels, name="variance_in")(features + shift[:, None, None]))
         v = _Conv(pixels * channels, name="variance_out")(v)
-        return WithVariance(pred, picture(nn.sigmoid(v)))
+        return WithVariance(pred, image(nn.sigmoid(v)))
 
 
 class _ResBlock(nn.Module):
     """The block of eq. (1), to `width` channels and to the grid `size`."""
 
+    net: UNet
     width: int
     size: tuple[int, int]
-    use_scale_shift_norm: bool
-    film_norm: str
-    dropout: float
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array, label: jax.Array | None, train: bool) -> jax.Array:
-        width, dtype = self.width, self.dtype
+        net, width, dtype = self.net, self.width, jnp.dtype(self.net.dtype)
         h = _resized(nn.silu(_GroupNorm(dtype, name="norm_in")(x)), self.size)
         x = _resized(x, self.size)
         h = _Conv(width, dtype=dtype, name="conv_in")(h)
-        plain = {"affine": False, "epsilon": 1e-3} if self.film_norm == "plain" else {}
+        plain = {"affine": False, "epsilon": 1e-3} if net.film_norm == "plain" else {}
         norm = _GroupNorm(dtype, **plain, name="norm_out")
-        film = nn.Dense(width * (1 + self.use_scale_shift_norm), dtype=dtype, kernel_init=_ZERO, name="film")(time)
+        film = nn.Dense(width * (1 + net.use_scale_shift_norm), dtype=dtype, kernel_init=_ZERO, name="film")(time)
         film = film[:, None, None]
-        if self.use_scale_shift_norm:
+        if net.use_scale_shift_norm:
             scale, shift = jnp.split(film, 2, -1)
             h = norm(h) * (1 + scale) + shift
         else:
             h = norm(h + film)
-        h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not train)
+        h = nn.Dropout(net.dropout)(nn.silu(h), deterministic=not train)
         h = _Conv(width, dtype=dtype, kernel_init=_ZERO, name="conv_out")(h)
         if label is not None:
             # Two more than the layer says, so that the gates start nearly open.
@@ -306,26 +281,24 @@ class _ResBlock(nn.Module):
 class _Attention(nn.Module):
     """Attention between all positions, eq. (2)."""
 
-    num_heads: int
-    num_head_channels: int | None
-    attention: str | None
-    dtype: jnp.dtype
+    net: UNet
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        net, dtype = self.net, jnp.dtype(self.net.dtype)
         b, *_, width = x.shape
-        heads = self.num_heads if self.num_head_channels is None else max(1, width // self.num_head_channels)
-        if width % heads or self.num_head_channels not in (None, width // heads):
-            given = f"num_heads={heads}" if self.num_head_channels is None else f"{self.num_head_channels=}"[5:]
+        heads = net.num_heads if net.num_head_channels is None else max(1, width // net.num_head_channels)
+        if width % heads or net.num_head_channels not in (None, width // heads):
+            given = f"num_heads={heads}" if net.num_head_channels is None else f"{net.num_head_channels=}"[4:]
             raise ValueError(f"{given} does not divide the width {width} of a level that attends")
-        h = _GroupNorm(self.dtype, name="norm")(x).reshape(b, -1, width)  # (B, N, W)
-        qkv = nn.DenseGeneral((3, heads, width // heads), dtype=self.dtype, name="qkv")(h)
-        if self.dtype == jnp.float16 and self.attention != "cudnn":
+        h = _GroupNorm(dtype, name="norm")(x).reshape(b, -1, width)  # (B, N, W)
+        qkv = nn.DenseGeneral((3, heads, width // heads), dtype=dtype, name="qkv")(h)
+        if dtype == jnp.float16 and net.attention != "cudnn":
             # XLA sums float16 products in float32 on accelerators only, and attention asks for that.
             qkv = qkv.astype(jnp.float32)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, N, H, D)
-        h = jax.nn.dot_product_attention(q, k, v, implementation=self.attention).reshape(x.shape)
-        return x + nn.Dense(width, dtype=self.dtype, kernel_init=_ZERO, name="out")(h)
+        h = jax.nn.dot_product_attention(q, k, v, implementation=net.attention).reshape(x.shape)
+        return x + nn.Dense(width, dtype=dtype, kernel_init=_ZERO, name="out")(h)
 
 
 class _GroupNorm(nn.Module):
@@ -355,7 +328,7 @@ class _GroupNorm(nn.Module):
 
 
 def sinusoids(kind: Sinusoids, clock: jax.Array, width: int) -> jax.Array:
-    """Clock readings [B] as sines and cosines [B, width] of falling frequency, zero where an odd width has one left."""
+    """Times [B], on the network's clock, as sines and cosines [B, width] of falling frequency; odd widths end in 0."""
     half = width // 2
     steps = half if kind == "adm" else max(half - 1, 1)
     angles = clock[:, None] * np.exp(-math.log(10000) * np.arange(half) / steps).astype(np.float32)[None]

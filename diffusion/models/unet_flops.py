@@ -1,41 +1,38 @@
-"""How many operations the U-Net takes, counted by hand from its fields.
+"""The number of operations of the U-Net, counted by hand from its fields.
 
     convolution  2 taps C_in C_out,    linear map  2 D_in D_out,    attention over N positions  4 N^2 W        (1)
 
-A multiplication and an addition are two operations. Taps of a convolution are those inside the picture, summed over
+A multiplication and an addition are two operations. Taps of a convolution are those inside the image, summed over
 the positions; what is done once per value (norms, activations, resizing) is left out, one or two per cent of the whole
 at the published widths. XLA's cost analysis of the compiled network is another count of the same thing.
 """
 
-import inspect
 from collections.abc import Sequence
 from math import prod
-from types import SimpleNamespace
 from typing import Any
 
+from diffusion.models.base import Task
+from diffusion.models.unet import UNet
 from diffusion.patch.geometry import geometry
-from diffusion.models.unet import unet
 
 
 def unet_flops(size: Sequence[int], channels: int, **fields: Any) -> int:
-    """Operations of `unet(**fields)` on one picture [*size, channels], forward, eq. (1).
+    """Operations of `unet(**fields)` on one image [*size, channels], forward, eq. (1).
 
     Raises:
       TypeError: `unet` has no such field.
       ValueError: patches do not tile the picture.
     """
-    bound = inspect.signature(unet).bind(**fields)
-    bound.apply_defaults()
-    f = SimpleNamespace(**bound.arguments)
+    task = Task(**{name: value for name, value in fields.items() if name in Task._fields})
+    f = UNet(**{name: value for name, value in fields.items() if name not in Task._fields})
     shape = geometry(size, f.patch_size)
     grids = [shape.grid]
     for _ in f.channel_mult[1:]:
         grids.append(tuple(-(-n // 2) for n in grids[-1]))
-    widths = [int(mult * f.num_channels) for mult in f.channel_mult]
+    widths, time = f.widths, f.time_width
     last = len(widths) - 1
-    time = int((f.channel_mult[-1] if f.time_mult is None else f.time_mult) * f.num_channels)
-    gated = f.num_classes > 0 and f.class_in == "gate"
-    pixels, outward = prod(shape.patch), channels if f.out_channels is None else f.out_channels
+    gated = task.num_classes > 0 and f.class_in == "gate"
+    pixels, outward = prod(shape.patch), channels if task.out_channels is None else task.out_channels
 
     def block(before: int, width: int, grid: tuple[int, ...]) -> int:
         conditions = 2 * time * width * (1 + f.use_scale_shift_norm) + 2 * widths[0] * width * gated
@@ -76,8 +73,8 @@ def unet_flops(size: Sequence[int], channels: int, **fields: Any) -> int:
             change = block if f.resblock_updown else lambda a, b, grid: _conv(grid, a, b)
             total += change(width, wider, grids[level - 1])
             width = wider
-    total += _conv(grids[0], width, pixels * outward * (1 + (f.learned_variance == "channels")))
-    if f.learned_variance == "head":
+    total += _conv(grids[0], width, pixels * outward * (1 + (task.learned_variance == "channels")))
+    if task.learned_variance == "head":
         features = widths[0] + width
         total += 2 * time * features + _conv(grids[0], features, f.num_channels)
         total += _conv(grids[0], f.num_channels, pixels * outward)
@@ -85,7 +82,7 @@ def unet_flops(size: Sequence[int], channels: int, **fields: Any) -> int:
 
 
 def _conv(grid: Sequence[int], inward: int, outward: int, stride: int = 1) -> int:
-    """Operations of a 3x3 convolution of a picture of size `grid`."""
+    """Operations of a 3x3 convolution of an image of size `grid`."""
     return 2 * prod(_taps(n, stride) for n in grid) * inward * outward
 
 

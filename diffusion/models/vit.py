@@ -12,201 +12,198 @@ which takes the seams out of it.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.patch.geometry import geometry
-from diffusion.models.base import Model, from_module
+from diffusion.models.base import DEFAULT_TASK, Model, Task, check_names, clock_of, from_fields, from_module
 from diffusion.patch import patchify, unpatchify
-from diffusion.predict import WithVariance
+from diffusion.patch.geometry import geometry
+from diffusion.predict import Output, WithVariance
 
 Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "swiglu"]
 Positions = Literal["sincos", "learned", "rotary"]
-LearnedVariance = Literal["none", "channels"]
 
 _ZERO = nn.initializers.zeros_init()
 _XAVIER = nn.initializers.xavier_uniform()
 _NORMAL = nn.initializers.normal(0.02)
 
 
-def vit(
-    *,
-    patch_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    width: int = 384,
-    depth: int = 12,
-    heads: int = 6,
-    num_classes: int = 0,
-    mlp_ratio: float = 4.0,
-    bottleneck: int | None = None,
-    norm: Norm = "layer",
-    mlp: Mlp = "gelu",
-    qk_norm: bool = False,
-    positions: Sequence[Positions] = ("sincos",),
-    class_tokens: int = 0,
-    class_tokens_from: int = 0,
-    learned_variance: LearnedVariance = "none",
-    dropout: float = 0.0,
-    dtype: jnp.dtype = jnp.float32,
-    remat: bool = False,
-    attention: str | None = None,
-    clock: Callable[[jax.Array], jax.Array] | None = None,
-) -> Model:
-    """The network of eq. (1): xt [B, *S, C] -> prediction [B, *S, C], t in [0, 1], y in 0..num_classes.
+@dataclass(kw_only=True)
+class ViT:
+    """Arguments of the network of eq. (1): xt [B, *S, C] -> prediction [B, *S, C].
 
-    Args:
-      patch_size: window, per axis or one for all; any rank and any channel count.
+    Attributes:
+      patch_size: window, per axis or one for all; any rank and any number of channels.
       stride: step between windows, default `patch_size`.
-      num_classes: 0 for unconditional; the label num_classes is the null label, and stands in when y is None.
-      bottleneck: patches pass through this many dimensions before the width (JiT).
+      bottleneck: patches are mapped to this many dimensions before the width (JiT).
       positions: any of "sincos", "learned" (added to the tokens) and "rotary" (in attention).
-      class_tokens: this many tokens of the class are put before the patches from block `class_tokens_from` on (JiT).
-      learned_variance: "none", or with "channels" apply returns `WithVariance`, whose v, any number, is a second half of
-        the head's output (DiT).
+      class_tokens: this many tokens of the class are put before the patches from block `class_tokens_from` on (JiT);
+        an unconditional network has none.
+      times: 1, or 2 for networks of two times, t [B, 2] (mean-flow and shortcut models): a second embedding is added.
       dtype: of the computation; parameters, statistics of norms, the softmax and the head are float32.
       remat: recompute blocks in the backward pass to save memory.
-      attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
-      clock: t [B] to what the sinusoids see, default 1000 t (DiT's index); JiT's is 1 - t.
-
-    Raises:
-      ValueError: heads does not divide width, or a name is unknown; on a call, windows do not tile the picture, or
-        the width does not suit the positions.
+      attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn" (a GPU's, in bfloat16).
+      clock: what the sinusoids see of the time: "1000 t" (DiT), "1 - t" (JiT), "index" (DDPM's T t - 1), or a function.
     """
-    if width % heads:
-        raise ValueError(f"width={width} is not divisible by heads={heads}")
-    names = {"norm": (norm, Norm), "mlp": (mlp, Mlp), "learned_variance": (learned_variance, LearnedVariance)}
-    for name, (value, known) in names.items():
-        if value not in get_args(known):
-            raise ValueError(f"{name}={value!r} is not one of {get_args(known)}")
-    unknown = set(positions) - {"sincos", "learned", "rotary"}
-    if unknown:
-        raise ValueError(f"positions={tuple(positions)}: {sorted(unknown)} not among 'sincos', 'learned', 'rotary'")
-    if class_tokens and not num_classes:
-        raise ValueError(f"class_tokens={class_tokens} need num_classes > 0")
-    if class_tokens and not 0 <= class_tokens_from < depth:
-        raise ValueError(f"class_tokens_from={class_tokens_from} must lie in [0, depth={depth})")
-    block = dict(heads=heads, mlp_ratio=mlp_ratio, norm=norm, mlp=mlp, qk_norm=qk_norm)
-    block |= dict(dropout=dropout, dtype=dtype, attention=attention)
-    tokens = dict(patch_size=patch_size, stride=stride, bottleneck=bottleneck, positions=tuple(positions))
-    classes = dict(num_classes=num_classes, class_tokens=class_tokens, class_tokens_from=class_tokens_from)
-    common = dict(learned_variance=learned_variance, block=block, remat=remat, clock=clock or (lambda t: 1000 * t))
-    return from_module(_ViT(width=width, depth=depth, **common, **tokens, **classes))
+
+    conditional: ClassVar[bool] = True
+    variances: ClassVar[tuple[str, ...]] = ("none", "channels")
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    returns_tokens: ClassVar[bool] = False
+
+    patch_size: int = 4
+    stride: int | None = None
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    bottleneck: int | None = None
+    norm: str = "layer"
+    mlp: str = "gelu"
+    qk_norm: bool = False
+    positions: tuple[str, ...] = ("sincos",)
+    class_tokens: int = 0
+    class_tokens_from: int = 0
+    times: int = 1
+    dropout: float = 0.0
+    dtype: str = "float32"
+    remat: bool = False
+    attention: str | None = None
+    clock: str = "1000 t"
+
+    def model(self, task: Task = DEFAULT_TASK) -> Model:
+        """The network for a task. Its parameters are a nested dict.
+
+        Raises:
+          ValueError: heads does not divide width, or a value is unknown; on a call, windows do not tile the image, or
+            the width does not suit the positions.
+        """
+        check_names(self, task, norm=Norm, mlp=Mlp)
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not divisible by heads={self.heads}")
+        unknown = set(self.positions) - set(get_args(Positions))
+        if unknown:
+            raise ValueError(f"positions={tuple(self.positions)}: {sorted(unknown)} not among {get_args(Positions)}")
+        if self.class_tokens and not 0 <= self.class_tokens_from < self.depth:
+            raise ValueError(f"class_tokens_from={self.class_tokens_from} must lie in [0, depth={self.depth})")
+        if self.times not in (1, 2):
+            raise ValueError(f"times={self.times} must be 1 or 2")
+        clock = clock_of(self.clock, task.steps)
+        module = _ViT(replace(self), task.num_classes, task.out_channels, task.learned_variance == "channels", clock)
+        return from_module(module, num_classes=task.num_classes, times=self.times)
+
+    def hidden_matrices(self, params: Any) -> Any:
+        """Marks the matrices for which `optimize.muon` is made; see the function of this name."""
+        return hidden_matrices(params)
+
+
+def vit(**fields: Any) -> Model:
+    """The network of eq. (1) from the fields of `ViT` and of `Task`: vit(patch_size=4, num_classes=10)."""
+    return from_fields(ViT, fields)
 
 
 class _ViT(nn.Module):
-    patch_size: int | Sequence[int]
-    stride: int | Sequence[int] | None
-    width: int
-    depth: int
+    net: ViT
     num_classes: int
-    bottleneck: int | None
-    positions: tuple[str, ...]
-    class_tokens: int
-    class_tokens_from: int
-    learned_variance: str
-    remat: bool
+    out_channels: int | None
+    learned_variance: bool
     clock: Callable[[jax.Array], jax.Array]
-    block: dict
 
     @nn.compact
-    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> jax.Array | WithVariance:
+    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> Output:
+        net, dtype = self.net, jnp.dtype(self.net.dtype)
         _, *size, channels = xt.shape
-        dtype = self.block["dtype"]
-        shape = geometry(size, self.patch_size, self.stride)
-        z = patchify(xt, self.patch_size, self.stride).astype(dtype)  # (B, N, D)
-        if self.bottleneck is not None:
-            z = nn.Dense(self.bottleneck, use_bias=False, dtype=dtype, kernel_init=_XAVIER, name="bottleneck")(z)
-        z = nn.Dense(self.width, dtype=dtype, kernel_init=_XAVIER, name="embed")(z)  # (B, N, W)
-        if "sincos" in self.positions:
-            z = z + jnp.asarray(sincos_positions(shape.grid, self.width), dtype)[None]
-        if "learned" in self.positions:
+        shape = geometry(size, net.patch_size, net.stride)
+        z = patchify(xt, net.patch_size, net.stride).astype(dtype)  # (B, N, D)
+        if net.bottleneck is not None:
+            z = nn.Dense(net.bottleneck, use_bias=False, dtype=dtype, kernel_init=_XAVIER, name="bottleneck")(z)
+        z = nn.Dense(net.width, dtype=dtype, kernel_init=_XAVIER, name="embed")(z)  # (B, N, W)
+        if "sincos" in net.positions:
+            z = z + jnp.asarray(sincos_positions(shape.grid, net.width), dtype)[None]
+        if "learned" in net.positions:
             z = z + self.param("positions", _NORMAL, z.shape[1:]).astype(dtype)[None]
 
-        c = _Clock(self.width, dtype, name="clock_embed")(self.clock(t))  # (B, W)
+        if net.times == 1:
+            c = _Clock(net.width, dtype, name="clock_embed")(self.clock(t))  # (B, W)
+        else:
+            c = _Clock(net.width, dtype, name="clock_embed")(self.clock(t[:, 0]))
+            c = c + _Clock(net.width, dtype, name="second_clock_embed")(self.clock(t[:, 1]))
+        class_tokens = net.class_tokens if self.num_classes else 0
         if self.num_classes:
-            y = jnp.full(t.shape, self.num_classes) if y is None else y
-            label = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=_NORMAL, name="classes")(y)
+            y = jnp.full(xt.shape[:1], self.num_classes) if y is None else y
+            label = nn.Embed(self.num_classes + 1, net.width, dtype=dtype, embedding_init=_NORMAL, name="classes")(y)
             c = c + label
-        rotation = rotary_angles(shape.grid, self.width // self.block["heads"]) if "rotary" in self.positions else None
+        rotation = rotary_angles(shape.grid, net.width // net.heads) if "rotary" in net.positions else None
 
-        block = nn.remat(_Block, static_argnums=(4,)) if self.remat else _Block
+        block = nn.remat(_Block, static_argnums=(4,)) if net.remat else _Block
         prefix = 0
-        for layer in range(self.depth):
-            if self.class_tokens and layer == self.class_tokens_from:
-                prefix = self.class_tokens
-                place = self.param("class_positions", _NORMAL, (prefix, self.width)).astype(dtype)
+        for layer in range(net.depth):
+            if class_tokens and layer == net.class_tokens_from:
+                prefix = class_tokens
+                place = self.param("class_positions", _NORMAL, (prefix, net.width)).astype(dtype)
                 z = jnp.concatenate([label[:, None] + place[None], z], 1)
                 if rotation is not None:
-                    # Class tokens have no place in the picture: they are not rotated.
+                    # Class tokens have no place in the image: they are not rotated.
                     rotation = np.concatenate([np.zeros((prefix, rotation.shape[1]), np.float32), rotation])
-            z = block(**self.block, name=f"block_{layer}")(z, c, rotation, train)
+            z = block(net, name=f"block_{layer}")(z, c, rotation, train)
 
-        norm = self.block["norm"]
-        shift, scale = _gates(c, 2, self.width, dtype, "head_gates")
-        z = _modulate(_norm(norm, dtype, "head_norm", affine=norm == "rms")(z[:, prefix:]), shift, scale)
-        learned = self.learned_variance == "channels"
-        width = _prod(shape.patch) * channels * (1 + learned)
+        shift, scale = _gates(c, 2, net.width, dtype, "head_gates")
+        z = _modulate(_norm(net.norm, dtype, "head_norm", affine=net.norm == "rms")(z[:, prefix:]), shift, scale)
+        channels = channels if self.out_channels is None else self.out_channels
+        width = _prod(shape.patch) * channels * (1 + self.learned_variance)
         z = nn.Dense(width, kernel_init=_ZERO, name="head")(z.astype(jnp.float32))  # (B, N, D)
-        pred = unpatchify(z, size, self.patch_size, self.stride)
-        return WithVariance(*jnp.split(pred, 2, -1)) if learned else pred
+        pred = unpatchify(z, size, net.patch_size, net.stride)
+        return WithVariance(*jnp.split(pred, 2, -1)) if self.learned_variance else pred
 
 
 class _Block(nn.Module):
-    heads: int
-    mlp_ratio: float
-    norm: str
-    mlp: str
-    qk_norm: bool
-    dropout: float
-    dtype: jnp.dtype
-    attention: str | None
+    net: ViT
 
     @nn.compact
     def __call__(self, z: jax.Array, c: jax.Array, rotation: np.ndarray | None, train: bool) -> jax.Array:
-        width = z.shape[-1]
-        affine = self.norm == "rms"
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _gates(c, 6, width, self.dtype, "gates")
-        h = _modulate(_norm(self.norm, self.dtype, "norm_attention", affine)(z), shift_a, scale_a)
+        net, dtype, width = self.net, jnp.dtype(self.net.dtype), z.shape[-1]
+        affine = net.norm == "rms"
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _gates(c, 6, width, dtype, "gates")
+        h = _modulate(_norm(net.norm, dtype, "norm_attention", affine)(z), shift_a, scale_a)
         z = z + gate_a * self._attend(h, rotation, train)
-        h = _modulate(_norm(self.norm, self.dtype, "norm_mlp", affine)(z), shift_m, scale_m)
+        h = _modulate(_norm(net.norm, dtype, "norm_mlp", affine)(z), shift_m, scale_m)
         return z + gate_m * self._feed(h, train)
 
     def _attend(self, h: jax.Array, rotation: np.ndarray | None, train: bool) -> jax.Array:
-        width = h.shape[-1]
-        qkv = nn.DenseGeneral((3, self.heads, width // self.heads), dtype=self.dtype, kernel_init=_XAVIER, name="qkv")(
-            h
-        )
+        net, dtype, width = self.net, jnp.dtype(self.net.dtype), h.shape[-1]
+        qkv = nn.DenseGeneral((3, net.heads, width // net.heads), dtype=dtype, kernel_init=_XAVIER, name="qkv")(h)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, N, H, D)
-        if self.qk_norm:
-            q = nn.RMSNorm(dtype=self.dtype, name="norm_q")(q)
-            k = nn.RMSNorm(dtype=self.dtype, name="norm_k")(k)
+        if net.qk_norm:
+            q = nn.RMSNorm(dtype=dtype, name="norm_q")(q)
+            k = nn.RMSNorm(dtype=dtype, name="norm_k")(k)
         if rotation is not None:
             q, k = _rotate(q, rotation), _rotate(k, rotation)
-        out = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
-        out = nn.Dense(width, dtype=self.dtype, kernel_init=_XAVIER, name="out")(out.reshape(h.shape))
-        return nn.Dropout(self.dropout)(out, deterministic=not train)
+        out = jax.nn.dot_product_attention(q, k, v, implementation=net.attention)
+        out = nn.Dense(width, dtype=dtype, kernel_init=_XAVIER, name="out")(out.reshape(h.shape))
+        return nn.Dropout(net.dropout)(out, deterministic=not train)
 
     def _feed(self, h: jax.Array, train: bool) -> jax.Array:
-        width = h.shape[-1]
-        hidden = int(width * self.mlp_ratio)
-        if self.mlp == "swiglu":
+        net, dtype, width = self.net, jnp.dtype(self.net.dtype), h.shape[-1]
+        hidden = int(width * net.mlp_ratio)
+        if net.mlp == "swiglu":
             # Two thirds of the hidden width keep the parameter count of the plain MLP (Shazeer 2020, 2002.05202).
             hidden = int(hidden * 2 / 3)
-            gate, value = jnp.split(nn.Dense(2 * hidden, dtype=self.dtype, kernel_init=_XAVIER, name="up")(h), 2, -1)
+            gate, value = jnp.split(nn.Dense(2 * hidden, dtype=dtype, kernel_init=_XAVIER, name="up")(h), 2, -1)
             h = nn.silu(gate) * value
         else:
-            h = nn.gelu(nn.Dense(hidden, dtype=self.dtype, kernel_init=_XAVIER, name="up")(h), approximate=True)
-        h = nn.Dropout(self.dropout)(h, deterministic=not train)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=_XAVIER, name="down")(h)
+            h = nn.gelu(nn.Dense(hidden, dtype=dtype, kernel_init=_XAVIER, name="up")(h), approximate=True)
+        h = nn.Dropout(net.dropout)(h, deterministic=not train)
+        return nn.Dense(width, dtype=dtype, kernel_init=_XAVIER, name="down")(h)
 
 
 class _Clock(nn.Module):
-    """A clock reading [B] to a vector [B, W]: 256 sines and cosines, then a two-layer MLP, as in DiT."""
+    """A time [B], on the network's clock, to [B, W]: 256 sines and cosines, then a two-layer MLP, as in DiT."""
 
     width: int
     dtype: jnp.dtype

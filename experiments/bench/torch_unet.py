@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.pretrained import layouts
-from diffusion.models import Model
 from diffusion.grids import uniform_grid
+from diffusion.models import Model
+from diffusion.pretrained import layouts
 from experiments.bench import torch_vit
 
 # Outputs and gradients of the two networks, in float32, relative to the largest output and the gradient's norm.

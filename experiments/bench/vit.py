@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from diffusion.patch.geometry import geometry
 from diffusion.grids import shifted_grid
+from diffusion.patch.geometry import geometry
 from experiments import build, session
 from experiments.bench import ours, timing
 from experiments.command_line import define_config, given_config

@@ -3,14 +3,15 @@
 python -m experiments.train --config=experiments/configs/blog.py
 """
 
-from experiments.config import Config, Data, Model, Process, Sample, Train
+from diffusion.models.blog import Blog
+from experiments.config import Config, Data, Process, Sample, Train
 
 
 def get_config() -> Config:
     return Config(
         name="blog",
-        data=Data(name="mnist5k", low=-0.5, high=255 / 256 - 0.5),
-        model=Model(name="blog", patch_size=18, stride=10, depth=3, heads=20, head_dim=100, conditional=False),
+        data=Data(name="mnist5k", low=-0.5, high=255 / 256 - 0.5, labels=False),
+        model=Blog(patch_size=18, stride=10, depth=3, heads=20, head_dim=100),
         process=Process(
             path="geometric", rate=0.99, steps=500, prediction="eps", loss_in=None, patches=True, times="grid"
         ),

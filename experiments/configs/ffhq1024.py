@@ -5,17 +5,16 @@
 For accelerators; PATH holds the 70,000 pictures of FFHQ.
 """
 
-from experiments.config import Config, Data, Model, Process, Sample, Train
+from diffusion.models.unet import UNet
+from experiments.config import Config, Data, Process, Sample, Train
 
 
 def get_config() -> Config:
     return Config(
         name="ffhq1024",
-        data=Data(name="folder:ffhq", size=(1024, 1024), flip=True, channels=3),
-        model=Model(
-            name="unet",
+        data=Data(name="folder:ffhq", size=(1024, 1024), flip=True, channels=3, labels=False),
+        model=UNet(
             patch_size=4,
-            conditional=False,
             num_channels=128,
             channel_mult=(1.0, 2.0, 2.0, 4.0, 4.0, 4.0),
             num_head_channels=64,
@@ -27,7 +26,7 @@ def get_config() -> Config:
             betas="linear0.025",
             weighting="sqrt_snr",
             variance="learned_sigmoid",
-            bound=1.0,
+            vlb_weight=1.0,
             times="grid",
         ),
         train=Train(

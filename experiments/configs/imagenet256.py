@@ -8,7 +8,8 @@ The second expert, of the noisier pictures, begins with the first one's averaged
 For accelerators. ImageNet must have been prepared by TFDS, or use --config.data.name=folder:PATH.
 """
 
-from experiments.config import Config, Data, Model, Process, Sample, Train
+from diffusion.models.unet import UNet
+from experiments.config import Config, Data, Process, Sample, Train
 
 
 def get_config(variant: str = "0") -> Config:
@@ -18,8 +19,7 @@ def get_config(variant: str = "0") -> Config:
     return Config(
         name="imagenet256",
         data=Data(name="imagenet2012", size=(256, 256), flip=True, channels=3, held_out="validation"),
-        model=Model(
-            name="unet",
+        model=UNet(
             patch_size=4,
             num_channels=256,
             channel_mult=(1.0, 2.0, 2.0, 2.0),
@@ -32,7 +32,7 @@ def get_config(variant: str = "0") -> Config:
             path="vp",
             weighting="sqrt_snr",
             variance="learned_sigmoid",
-            bound=1.0,
+            vlb_weight=1.0,
             times="grid",
             snr_splits=(0.25,),
             split=int(variant),

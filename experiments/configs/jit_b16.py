@@ -7,7 +7,8 @@ Times here run from data (0) to noise (1), the paper's the other way: its P_mean
 interval [0.1, 1] is [0, 0.9].
 """
 
-from experiments.config import Config, Data, Model, Process, Sample, Train
+from diffusion.models.vit import ViT
+from experiments.config import Config, Data, Process, Sample, Train
 
 EPOCH = 1_281_167 // 1024
 
@@ -16,7 +17,7 @@ def get_config() -> Config:
     return Config(
         name="jit_b16",
         data=Data(name="imagenet2012", size=(256, 256), flip=True, channels=3),
-        model=Model(
+        model=ViT(
             patch_size=16,
             width=768,
             depth=12,

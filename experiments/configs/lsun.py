@@ -5,7 +5,8 @@
 For accelerators. LSUN must have been prepared by TFDS, or use --config.data.name=folder:PATH.
 """
 
-from experiments.config import Config, Data, Model, Process, Sample, Train
+from diffusion.models.unet import UNet
+from experiments.config import Config, Data, Process, Sample, Train
 
 # Patch size to width, multipliers, blocks, batch, steps.
 SIZES = {
@@ -21,11 +22,9 @@ def get_config(variant: str = "4") -> Config:
     num_channels, channel_mult, num_res_blocks, batch_size, steps = SIZES[variant]
     return Config(
         name=f"lsun{variant}",
-        data=Data(name="lsun/bedroom", size=(256, 256), channels=3, held_out="validation"),
-        model=Model(
-            name="unet",
+        data=Data(name="lsun/bedroom", size=(256, 256), channels=3, held_out="validation", labels=False),
+        model=UNet(
             patch_size=int(variant),
-            conditional=False,
             num_channels=num_channels,
             channel_mult=channel_mult,
             num_res_blocks=num_res_blocks,
@@ -37,7 +36,7 @@ def get_config(variant: str = "4") -> Config:
             path="vp",
             weighting="sqrt_snr",
             variance="learned_sigmoid",
-            bound=1.0,
+            vlb_weight=1.0,
             times="grid",
         ),
         train=Train(

@@ -8,14 +8,15 @@ last step leaves out the times near the data, of which training saw next to noth
 of 64 as AdamW in 9,000 of 32, in less time.
 """
 
-from experiments.config import Config, Data, Model, Process, Sample, Train
+from diffusion.models.vit import ViT
+from experiments.config import Config, Data, Process, Sample, Train
 
 
 def get_config() -> Config:
     return Config(
         name="mnist",
         data=Data(name="mnist5k"),
-        model=Model(
+        model=ViT(
             patch_size=10,
             stride=6,
             width=128,

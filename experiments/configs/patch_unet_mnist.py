@@ -9,7 +9,8 @@ With two experts, 0 for the cleaner and 1 for the noisier pictures:
     python -m experiments.sample --workdir=runs/patch_unet_mnist_split0,runs/patch_unet_mnist_split1
 """
 
-from experiments.config import Config, Data, Model, Process, Sample, Train
+from diffusion.models.unet import UNet
+from experiments.config import Config, Data, Process, Sample, Train
 
 
 def get_config(variant: str = "") -> Config:
@@ -18,8 +19,7 @@ def get_config(variant: str = "") -> Config:
     config = Config(
         name="patch_unet_mnist",
         data=Data(name="mnist5k"),
-        model=Model(
-            name="unet",
+        model=UNet(
             patch_size=4,
             num_channels=48,
             channel_mult=(1.0, 2.0),
@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> Config:
             prediction="x0",
             weighting="sqrt_snr",
             variance="learned_sigmoid",
-            bound=1.0,
+            vlb_weight=1.0,
             times="grid",
         ),
         train=Train(

@@ -1,0 +1,113 @@
+"""What runs beside training steps: validation on held-out images, previews, and the check for a non-finite loss."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion import data
+from diffusion import train as training
+from diffusion.io import checkpoint
+from experiments import image_files, inputs, parts, sampling
+from experiments.config import Config
+from experiments.log import Log
+from experiments.objective import objective
+from experiments.run_dir import RunDir
+
+
+class Validation:
+    """Loss on a fixed set of noised held-out images; keeps the best weights and says when to stop."""
+
+    def __init__(self, config: Config, run: parts.Parts, folder: RunDir, log: Log) -> None:
+        c = config.train
+        self._patience, self._log, self._best = c.patience, log, folder.best
+        # In equal batches, none larger than what one device gets in training, which is known to fit into memory.
+        most = max((c.microbatch or c.batch_size * c.repeat) // (c.repeat * jax.device_count()), 1)
+        count = -(-c.eval_count // c.repeat)
+        batches = -(-count // most)
+        size = -(-count // batches)
+        held = data.batch(inputs.source(config, config.data.held_out), config.seed, 0, batches * size)
+        held = jax.tree.map(lambda x: x.reshape(batches, size, *x.shape[1:]), held)
+        pieces = objective(run, training=False)
+
+        def loss(params: Any) -> jax.Array:
+            def of(now: tuple[jax.Array, Any]) -> jax.Array:
+                i, examples = now
+                # The key is made inside, anew each time: every validation has the same noise.
+                key = jax.random.fold_in(parts.key(config.seed, "held out"), i)
+                return pieces.loss(params, key, pieces.draw(key, examples, None))[0]
+
+            return jax.lax.map(of, (np.arange(batches), held)).mean()
+
+        self._loss = jax.jit(loss)
+
+    def losses(self) -> dict[int, float]:
+        """Step to loss, of every validation so far."""
+        return {row["step"]: row["held_out_loss"] for row in self._log.rows() if "held_out_loss" in row}
+
+    def validate(self, step: int, state: training.State) -> None:
+        """Measures and logs the loss, and keeps the state if it is the best so far."""
+        before = self.losses()
+        value = float(self._loss(state.ema[0]))
+        self._log.scalars(step, {"held_out_loss": value})
+        if self._patience is not None and value < min(before.values(), default=math.inf):
+            checkpoint.save(self._best, step, state, keep=1)
+
+    def should_stop(self) -> bool:
+        """Whether the last `patience` validations were all worse than the best."""
+        losses = self.losses()
+        if self._patience is None or not losses:
+            return False
+        best = min(losses, key=losses.get)
+        return sum(step > best for step in losses) >= self._patience
+
+    def best(self, state: training.State) -> training.State:
+        """The best state, or `state` itself without early stopping."""
+        if self._patience is None:
+            return state
+        state, step = checkpoint.restore(self._best, state, report=print)
+        print(f"\nheld-out loss was lowest after step {step}: those weights are kept")
+        return state
+
+
+class Preview:
+    """A grid of samples of the averaged weights during training, from the same noise every time.
+
+    One expert alone cannot sample: below each row of noised held-out images is what it denoises them to. A
+    super-resolution network enlarges held-out images.
+    """
+
+    def __init__(self, config: Config, run: parts.Parts, folder: RunDir, log: Log) -> None:
+        classes = run.spec.num_classes
+        self._columns = min(classes, 10) or 8
+        self._labels = inputs.equal_shares(4 * self._columns, classes)
+        self._inputs, self._batch_size = None, config.sample.batch_size
+        self._expert = run.split is not None
+        if self._expert or run.superres:
+            held = inputs.held_out(config, self._labels)
+            self._inputs = held if self._expert else np.asarray(sampling.low_resolution(run, held))
+        self._sample = sampling.denoise_fn(run) if self._expert else sampling.sample_fn(run)
+        self._folder, self._log = folder.previews, log
+
+    def __call__(self, step: int, params: Any) -> None:
+        batches = sampling.in_batches(self._sample, params, self._labels, self._batch_size, self._inputs)
+        images = np.concatenate(list(batches))
+        if self._expert:  # [N, 2, H, W, C] to a row of noised images, one of denoised ones, and so on
+            images = images.reshape(-1, self._columns, *images.shape[1:]).swapaxes(1, 2).reshape(-1, *images.shape[2:])
+        image = image_files.grid(images, self._columns)
+        self._folder.mkdir(exist_ok=True)
+        image_files.save(self._folder / f"{step:07d}.png", image)
+        self._log.image(step, "samples", np.asarray(image))
+
+
+def check_finite(step: int, taken: jax.Array, metrics: dict[str, jax.Array], folder: RunDir) -> None:
+    """Raises FloatingPointError, with a remedy, if an update was skipped for a non-finite loss or gradient."""
+    if int(taken) < step:
+        value = float(metrics["loss"] + metrics["grad_norm"])
+        when = f"became non-finite before step {step}" if math.isfinite(value) else f"is {value} at step {step}"
+        raise FloatingPointError(
+            f"the loss or its gradient {when}; nothing was saved after step {folder.latest_step or 0}. Lower "
+            "--config.train.learning_rate (with muon also matrix_rate) or set --config.train.clip=1.0, with another "
+            "--workdir."
+        )

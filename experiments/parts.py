@@ -1,0 +1,435 @@
+"""From a config and facts about the data to `Parts`: the functions and numbers that training and sampling are made of.
+
+This is the one place where the config's names ("vp", "heun", ...) are interpreted. What comes after it, `objective` and
+`sampling`, takes parts.
+"""
+
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from diffusion import experts, grids, guide, loss, optimize, process, sample, superres, times, vlb
+from diffusion.models import Model, Task, recomposed
+from diffusion.patch import patchify
+from diffusion.posterior import check_variance
+from diffusion.predict import Denoise, Prediction
+from experiments.config import Config, network_name
+
+# Where float16's loss scaling begins, log2.
+_LOG2_SCALE = 20.0
+# How a network has the variance that `config.process.variance` says it learns.
+_LEARNED = {"learned_range": "channels", "learned_sigmoid": "head"}
+
+
+class DataSpec(NamedTuple):
+    """What a network must know of its data: the shape (H, W, C) of an image, and its classes if it is conditional."""
+
+    shape: tuple[int, ...]
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """0 without labels; the null label is this number."""
+        return len(self.class_names)
+
+
+class Superres(NamedTuple):
+    """The low-resolution conditioning image: its size (h, w), and the standard deviations of noise on it."""
+
+    size: tuple[int, int]
+    noise: float  # the largest in training
+    sample_noise: float  # in sampling
+
+
+class Parts(NamedTuple):
+    """Everything that a config resolves to. Grouped by who uses it."""
+
+    # Both training and sampling.
+    spec: DataSpec
+    value_range: tuple[float, float]  # of black and of white
+    path: process.Path
+    prediction: Prediction
+    variance: str
+    model: Model  # as trained: predicts tokens if the loss is measured on patches, else images
+    chain: np.ndarray | None  # all times of a discrete path [T + 1], falling to 0
+    superres: Superres | None
+    bounds: np.ndarray | None  # the times between SNR experts, [n]
+    split: int | None  # which expert this is
+    # Training.
+    seed: int
+    times: times.Times
+    history: times.History | None  # initial value, if times follow the loss
+    weight: loss.Weight | None
+    space: Callable[[jax.Array], jax.Array] | None
+    vlb: vlb.Vlb | None
+    optimizer: optax.GradientTransformation
+    repeat: int
+    label_drop: float
+    dropout: bool
+    ema: tuple[float, ...]
+    microbatch: int | None
+    log2_scale: float | None
+    # Sampling.
+    image_model: Model  # predicts images
+    sampler: sample.Sampler
+    grid: np.ndarray  # [steps + 1]
+    guidance: guide.Scale
+    threshold: Callable[[Denoise], Denoise] | None
+    sample_seed: int
+
+
+def resolve(config: Config, spec: DataSpec) -> Parts:
+    """The parts of a run.
+
+    Raises:
+      ValueError: a field has a value that is not known or out of range, does not fit another field or the data, or has
+        no effect; the message names the flag.
+    """
+    p, c = config.process, config.train
+    fixed = _without_data(config)
+    model, image_model = _models(config, spec, fixed["path"])
+    return Parts(
+        spec=spec,
+        model=model,
+        image_model=image_model,
+        superres=_superres(config, spec),
+        value_range=(config.data.low, config.data.high),
+        prediction=p.prediction,
+        variance=p.variance,
+        split=p.split,
+        seed=config.seed,
+        repeat=c.repeat,
+        label_drop=c.label_drop,
+        dropout=getattr(config.model, "dropout", 0.0) > 0,
+        ema=c.ema,
+        microbatch=c.microbatch,
+        log2_scale=_LOG2_SCALE if getattr(config.model, "dtype", "float32") == "float16" else None,
+        sample_seed=config.sample.seed,
+        **fixed,
+    )
+
+
+def check(config: Config) -> None:
+    """Raises the errors of `resolve` that do not depend on the data."""
+    _without_data(config)
+
+
+def choose(name: str, value: str, options: dict[str, Any]) -> Any:
+    """options[value], or an error that names the flag and the choices."""
+    if value not in options:
+        raise ValueError(f"--config.{name}={value!r} is not one of {', '.join(options)}")
+    return options[value]
+
+
+def key(seed: int, use: str) -> jax.Array:
+    """The key for one use of a seed, such as "init", "train" or "sample": uses share no random numbers."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode()))
+
+
+def init_params(parts: Parts) -> Any:
+    """Parameters from the config's seed."""
+    *size, channels = parts.spec.shape
+    xt = jnp.zeros((1, *size, channels + extra_channels(parts)))
+    y = jnp.zeros(1, int) if parts.spec.num_classes else None
+    return jax.jit(parts.model.init)(key(parts.seed, "init"), xt, jnp.zeros(1), y)
+
+
+def extra_channels(parts: Parts) -> int:
+    """How many channels the conditioning image adds to the network's input: its own, and one for its noise level."""
+    return parts.spec.shape[-1] + (parts.superres.noise > 0) if parts.superres else 0
+
+
+def to_float(parts: Parts, images: jax.Array) -> jax.Array:
+    """uint8 images to the network's range of values."""
+    low, high = parts.value_range
+    return low + (high - low) * (images.astype(jnp.float32) / 255)
+
+
+def to_uint8(parts: Parts, x: jax.Array) -> jax.Array:
+    """Inverse of `to_float`, rounded and clipped."""
+    low, high = parts.value_range
+    return jnp.round(jnp.clip((x - low) / (high - low), 0, 1) * 255).astype(jnp.uint8)
+
+
+def chain_of(parts: Parts) -> np.ndarray:
+    """The times of the chain, [T + 1].
+
+    Raises:
+      ValueError: the path is not a chain.
+    """
+    if parts.chain is None:
+        raise ValueError("--config.process.path is not a chain of steps, which this needs: set it to vp")
+    return parts.chain
+
+
+def _without_data(config: Config) -> dict[str, Any]:
+    """The parts that do not depend on the data, by their names in `Parts`."""
+    p = config.process
+    _check_effects(config)
+    check_variance(p.variance)
+    if not config.data.low < config.data.high:
+        raise ValueError(f"--config.data.low={config.data.low} must be below --config.data.high={config.data.high}")
+    path = _path(config)
+    chain = grids.respaced_grid("", p.steps) if p.path in ("vp", "geometric") else None
+    bounds = _bounds(config, path)
+    patches = dict(patch_size=config.model.patch_size, stride=getattr(config.model, "stride", None))
+    return {
+        "path": path,
+        "chain": chain,
+        "bounds": bounds,
+        "times": _times(config, chain, bounds),
+        "history": times.empty_history(p.steps) if p.times == "loss_second_moment" else None,
+        "weight": _weight(config),
+        "space": partial(patchify, **patches) if p.patches else None,
+        "vlb": _vlb(config, chain),
+        "optimizer": _optimizer(config),
+        "sampler": _sampler(config),
+        "grid": _grid(config, path),
+        "guidance": _guidance(config),
+        "threshold": _threshold(config, path),
+    }
+
+
+def _check_effects(config: Config) -> None:
+    """Raises ValueError for a field that was set and has no effect on this run."""
+    p, s, conditioned = config.process, config.sample, bool(config.condition.size)
+    heads = getattr(config.model, "num_head_channels", None) is None
+    used = {
+        "process.rate": p.path == "geometric",
+        "process.betas": p.path == "vp",
+        "process.times_mean": p.times == "logit_normal",
+        "process.times_std": p.times == "logit_normal",
+        "process.weighting_gamma": p.weighting == "min_snr",
+        "process.weighting_bias": p.weighting == "sigmoid",
+        "condition.noise": conditioned,
+        "condition.sample_noise": conditioned,
+        "train.matrix_rate": config.train.optimizer != "adamw",
+        "sample.eta": s.sampler == "ddim",
+        "sample.overstep": s.sampler == "ddim",
+        "model.num_heads": heads,
+    }
+    fresh = Config(model=type(config.model)())
+    for name, is_used in used.items():
+        section, _, field = name.partition(".")
+        if not hasattr(getattr(config, section), field):
+            continue
+        value, default = (getattr(getattr(each, section), field) for each in (config, fresh))
+        if value != default and not is_used:
+            raise ValueError(f"--config.{name}={value} has no effect on this run: leave it at {default}")
+
+
+def _path(config: Config) -> process.Path:
+    c = config.process
+    options = {
+        "linear": process.Linear,
+        "cosine": process.Cosine,
+        "vp": lambda: process.VP(process.named_betas(c.betas, c.steps)),
+        "geometric": lambda: process.Geometric(c.rate, c.steps),
+    }
+    return choose("process.path", c.path, options)()
+
+
+def _models(config: Config, spec: DataSpec, path: process.Path) -> tuple[Model, Model]:
+    """The network as it is trained, and with images as predictions."""
+    c, p = config.model, config.process
+    name = network_name(c)
+    if spec.num_classes and not c.conditional:
+        raise ValueError(f"the network {name} is unconditional: set --noconfig.data.labels")
+    if p.patches and not c.returns_tokens:
+        raise ValueError(f"--config.process.patches needs a network that predicts patches, such as blog, not {name}")
+    task = Task(
+        num_classes=spec.num_classes,
+        out_channels=spec.shape[-1],
+        learned_variance=_LEARNED.get(p.variance, "none"),
+        path=path,
+        steps=p.steps if p.path in ("vp", "geometric") else None,
+    )
+    try:
+        model = c.model(task)
+    except ValueError as e:
+        raise ValueError(f"--config.model: {e}") from e
+    if not c.returns_tokens:
+        return model, model
+    images = recomposed(model, c.patch_size, c.stride)
+    return (model if p.patches else images), images
+
+
+def _bounds(config: Config, path: process.Path) -> np.ndarray | None:
+    c = config.process
+    if c.snr_splits:
+        return experts.boundaries(path, c.snr_splits)
+    if c.split is not None:
+        raise ValueError(
+            f"--config.process.split={c.split} needs --config.process.snr_splits, the thresholds between experts"
+        )
+    return None
+
+
+def _times(config: Config, chain: np.ndarray | None, bounds: np.ndarray | None) -> times.Times:
+    c = config.process
+    if c.times == "loss_second_moment" or (bounds is not None and c.times == "grid"):
+        _need_chain(config, chain)
+    if bounds is not None:
+        return _expert_times(config, chain, bounds)
+    options = {
+        "uniform": lambda: times.uniform_times,
+        "antithetic": lambda: times.antithetic_times,
+        "logit_normal": lambda: times.logit_normal_times(c.times_mean, c.times_std),
+        "grid": lambda: times.grid_times(c.steps, first=1 if c.path == "vp" else 0),
+        "loss_second_moment": lambda: times.listed_times(chain[:-1]),
+    }
+    return choose("process.times", c.times, options)()
+
+
+def _expert_times(config: Config, chain: np.ndarray | None, bounds: np.ndarray) -> times.Times:
+    c = config.process
+    if c.split is None:
+        return times.uniform_times  # of the experts together, which are sampled from and not trained
+    if not 0 <= c.split <= len(bounds):
+        raise ValueError(
+            f"--config.process.split={c.split}: with snr_splits={c.snr_splits} train one expert at a time, "
+            f"--split=0 to --split={len(bounds)}"
+        )
+    options = {
+        "uniform": lambda: experts.expert_times(bounds, c.split),
+        "grid": lambda: experts.expert_times(bounds, c.split, chain),
+    }
+    if c.times not in options:
+        raise ValueError(f"--config.process.times={c.times} is not one of {', '.join(options)}, which experts can have")
+    return options[c.times]()
+
+
+def _need_chain(config: Config, chain: np.ndarray | None) -> None:
+    if chain is None:
+        raise ValueError(
+            f"--config.process.path={config.process.path} is not a chain of steps, which this needs: set it to vp"
+        )
+
+
+def _weight(config: Config) -> loss.Weight | None:
+    c = config.process
+    if c.weighting is not None:
+        return loss.weighting(c.weighting, c.prediction, gamma=c.weighting_gamma, bias=c.weighting_bias)
+    return None if c.loss_in in (None, c.prediction) else loss.measured_in(c.loss_in, c.prediction, c.loss_floor)
+
+
+def _vlb(config: Config, chain: np.ndarray | None) -> vlb.Vlb | None:
+    c = config.process
+    if not c.vlb_weight:
+        if c.variance in _LEARNED:
+            raise ValueError(
+                f"--config.process.variance={c.variance} is learned from the variational term: set "
+                "--config.process.vlb_weight=1.0"
+            )
+        if c.vlb_only:
+            raise ValueError("--config.process.vlb_only needs a weight, --config.process.vlb_weight")
+        return None
+    if not c.vlb_weight > 0:
+        raise ValueError(f"--config.process.vlb_weight={c.vlb_weight} must not be negative")
+    if c.times not in ("grid", "loss_second_moment") or c.path != "vp":
+        raise ValueError(
+            f"--config.process.vlb_weight={c.vlb_weight} is measured between steps of a chain: it needs "
+            f"--config.process.path=vp and times=grid or loss_second_moment, not path={c.path}, times={c.times}"
+        )
+    if (config.data.low, config.data.high) != (-1, 1):
+        raise ValueError(
+            f"--config.process.vlb_weight={c.vlb_weight} needs images in [-1, 1], not "
+            f"[{config.data.low}, {config.data.high}]"
+        )
+    return vlb.Vlb(chain, c.variance, c.vlb_weight, c.vlb_only)
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    c = config.train
+    hidden = getattr(config.model, "hidden_matrices", None)
+    if c.optimizer == "muon" and hidden is None:
+        raise ValueError(
+            f"--config.train.optimizer=muon needs a network that marks its hidden matrices, such as vit, not "
+            f"{network_name(config.model)}: set it to adamw"
+        )
+    kinds = {"adamw": optimize.adamw, "muon": partial(optimize.muon, hidden=hidden, matrix_rate=c.matrix_rate)}
+    return choose("train.optimizer", c.optimizer, kinds)(
+        c.learning_rate,
+        c.steps,
+        warmup=c.warmup,
+        schedule=c.schedule,
+        b2=c.b2,
+        eps=c.adam_eps,
+        weight_decay=c.weight_decay,
+        clip=c.clip,
+    )
+
+
+def _superres(config: Config, spec: DataSpec) -> Superres | None:
+    c = config.condition
+    if c.size is None:
+        return None
+    if len(c.size) != 2:
+        raise ValueError(f"--config.condition.size={c.size} must be a pair (height, width)")
+    for name in ("noise", "sample_noise"):
+        if not getattr(c, name) >= 0:
+            raise ValueError(f"--config.condition.{name}={getattr(c, name)} must not be negative")
+    if c.sample_noise > c.noise:
+        raise ValueError(
+            f"--config.condition.sample_noise={c.sample_noise} must not exceed --config.condition.noise={c.noise}, the "
+            "largest of training"
+        )
+    try:
+        superres.shrink(jnp.zeros((1, *spec.shape)), c.size)
+    except ValueError as e:
+        raise ValueError(f"--config.condition.size: {e}") from e
+    return Superres(tuple(c.size), c.noise, c.sample_noise)
+
+
+def _sampler(config: Config) -> sample.Sampler:
+    c = config.sample
+    options = {
+        "ddim": lambda: sample.ddim(c.eta, c.overstep),
+        "ancestral": lambda: sample.ancestral(config.process.variance),
+        "heun": sample.heun,
+        "dpmpp_2m": sample.dpmpp_2m,
+    }
+    return choose("sample.sampler", c.sampler, options)()
+
+
+def _grid(config: Config, path: process.Path) -> np.ndarray:
+    c = config.sample
+    if c.respacing is not None:
+        if (c.shift, c.last) != (1, None):
+            raise ValueError(
+                f"--config.sample.respacing={c.respacing!r} names the steps: leave out sample.shift and sample.last"
+            )
+        _need_chain(config, grids.respaced_grid("", 1) if config.process.path in ("vp", "geometric") else None)
+        return grids.respaced_grid(c.respacing, config.process.steps)
+    # Where alpha = 0 a prediction of eps does not determine x0: begin just below.
+    singular = config.process.prediction == "eps" and float(path(jnp.ones(()))[0]) < 1e-6
+    return grids.shifted_grid(c.steps, c.shift, 0.999 if singular else 1.0, c.last if c.steps > 1 else None)
+
+
+def _guidance(config: Config) -> guide.Scale:
+    c = config.sample
+    if not 0 <= c.guidance_low < c.guidance_high <= 1:
+        raise ValueError(
+            f"guidance interval [--config.sample.guidance_low={c.guidance_low}, guidance_high={c.guidance_high}] must "
+            "satisfy 0 <= low < high <= 1"
+        )
+    whole = (c.guidance_low, c.guidance_high) == (0, 1)
+    return c.guidance if whole or c.guidance in (0, 1) else guide.interval(c.guidance, c.guidance_low, c.guidance_high)
+
+
+def _threshold(config: Config, path: process.Path) -> Callable[[Denoise], Denoise] | None:
+    c, about = config.sample, dict(path=path, prediction=config.process.prediction)
+    about |= dict(low=config.data.low, high=config.data.high)
+    if c.threshold is not None and c.clip:
+        raise ValueError(f"--config.sample.threshold={c.threshold} keeps estimates in range already: leave out clip")
+    if c.threshold is not None:
+        if not 0 < c.threshold <= 1:
+            raise ValueError(f"--config.sample.threshold={c.threshold} must lie in (0, 1]")
+        return lambda denoise: guide.dynamic_threshold(denoise, quantile=c.threshold, **about)
+    return (lambda denoise: guide.clip(denoise, **about)) if c.clip else None

@@ -1,0 +1,101 @@
+"""Before training: what cannot work fails here, before anything is written; and the dry run."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from diffusion import data
+from diffusion.patch.geometry import geometry
+from experiments import inputs, objective, parts, sampling
+from experiments.config import Config, network_name, to_dict
+from experiments.run_dir import RunDir
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for values out of range and fields that do not fit each other, naming the flag."""
+    c = config.train
+    counts = {f"train.{name}": getattr(c, name) for name in ("steps", "batch_size", "repeat", "log_every")}
+    counts |= {f"train.{name}": getattr(c, name) for name in ("sample_every", "save_every", "eval_count")}
+    counts |= {f"sample.{name}": getattr(config.sample, name) for name in ("count", "steps", "batch_size")}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"--config.{name}={value} must be at least 1")
+    if c.batch_size % jax.device_count():
+        raise ValueError(f"--config.train.batch_size={c.batch_size} must be a multiple of {jax.device_count()} devices")
+    if not c.matrix_rate > 0:
+        raise ValueError(f"--config.train.matrix_rate={c.matrix_rate} must be positive")
+    if c.clip is not None and not c.clip > 0:
+        raise ValueError(f"--config.train.clip={c.clip} must be positive; None turns clipping off")
+    if c.patience is not None and not c.eval_every:
+        raise ValueError(f"--config.train.patience={c.patience} needs --config.train.eval_every")
+    if not c.ema:
+        raise ValueError("--config.train.ema=() must list one or more decays, such as (0.999,)")
+    if not 0 <= c.warmup < c.steps:
+        raise ValueError(
+            f"--config.train.warmup={c.warmup} must be below --config.train.steps={c.steps}, and not negative"
+        )
+    examples = c.batch_size * c.repeat
+    if c.microbatch is not None and (c.microbatch < 1 or examples % c.microbatch):
+        raise ValueError(f"--config.train.microbatch={c.microbatch} must divide the {examples} examples of a batch")
+    if c.microbatch is not None and c.microbatch % jax.device_count():
+        raise ValueError(f"--config.train.microbatch={c.microbatch} must be a multiple of {jax.device_count()} devices")
+    if config.process.snr_splits and config.process.split is None:
+        raise ValueError(
+            f"--config.process.split=None: with snr_splits={config.process.snr_splits} train one expert at a time, "
+            f"--split=0 to --split={len(config.process.snr_splits)}"
+        )
+    parts.check(config)
+
+
+def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> None:
+    """Traces training and sampling without computing anything.
+
+    Raises:
+      ValueError: a field is wrong, or the network does not fit the images.
+    """
+    shape, b = run.spec.shape, config.train.batch_size
+    params = jax.eval_shape(partial(parts.init_params, run))
+    state = jax.eval_shape(partial(objective.init_state, run), params)
+    jax.eval_shape(objective.make_step(run), jax.random.key(0), state, _examples(b, shape))
+    one, image = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1, *shape), np.uint8)
+    if run.split is not None:
+        jax.eval_shape(sampling.denoise_fn(run), params, one, one, image)
+    else:
+        low = [jax.eval_shape(partial(sampling.low_resolution, run), image)] if run.superres else []
+        jax.eval_shape(sampling.sample_fn(run), params, one, one, *low)
+    if config.train.init_from is not None and fresh:
+        RunDir(Path(config.train.init_from)).initial_weights(params)
+    if config.train.eval_every or run.split is not None or run.superres:
+        inputs.source(config, config.data.held_out)
+
+
+def describe(config: Config, source: data.Source, params: parts.Any) -> str:
+    """One line: which network is trained on which images."""
+    count = sum(p.size for p in jax.tree.leaves(params))
+    n, *shape = source.images.shape
+    grid = geometry(shape[:-1], config.model.patch_size, getattr(config.model, "stride", None)).grid
+    size = "x".join(map(str, shape))
+    name = network_name(config.model)
+    return f"{name}: {count:,} parameters, {math.prod(grid)} tokens, on {n:,} images {size} of {source.name}"
+
+
+def dry_run(config: Config) -> None:
+    """Prints the resolved config and the cost of a training step; computes nothing."""
+    check(config)
+    source = inputs.source(config)
+    run = parts.resolve(config, inputs.data_spec(config, source))
+    params = jax.eval_shape(partial(parts.init_params, run))
+    state = jax.eval_shape(partial(objective.init_state, run), params)
+    examples = _examples(config.train.batch_size, run.spec.shape)
+    lowered = jax.jit(objective.make_step(run)).lower(jax.random.key(0), state, examples)
+    print(json.dumps(to_dict(config), indent=2))
+    print(describe(config, source, params))
+    print(f"{lowered.cost_analysis()['flops']:.3e} FLOPs per training step, as XLA counts them before optimising")
+
+
+def _examples(b: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {"x": jax.ShapeDtypeStruct((b, *shape), np.uint8), "y": jax.ShapeDtypeStruct((b,), np.int32)}

@@ -1,0 +1,134 @@
+"""The end of a run: samples of the trained weights, measured where there are features for them; numbers and words."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion.metrics.features import Features
+from diffusion.metrics.features.digits import digit_features
+from diffusion.metrics.report import report as measure
+from experiments import image_files, inputs, parts, sampling
+from experiments.config import Config
+from experiments.log import Log
+from experiments.progress import Bar
+from experiments.run_dir import RunDir
+
+# Data sets whose images the digit classifier was trained for.
+DIGITS = ("mnist5k", "mnist")
+# Numbers from fewer images say little: there are 64 features.
+ENOUGH = 100
+
+
+def finish(
+    config: Config, run: parts.Parts, folder: RunDir, params: Any, steps: int, seconds: float, log: Log
+) -> dict[str, Any]:
+    """Makes config.sample.count samples, writes samples.npz, samples.png and report.json, and returns the report.
+
+    One expert cannot sample alone: only its report is written. `steps` and `seconds` are those of the training.
+    """
+    report = {"train_steps": steps, "train_seconds": seconds}
+    if run.split is not None:
+        return folder.write_report(report | {"split": run.split, "experts": len(run.bounds) + 1})
+    labels = inputs.equal_shares(config.sample.count, run.spec.num_classes)
+    low = np.asarray(sampling.low_resolution(run, inputs.held_out(config, labels))) if run.superres else None
+    images, sample_seconds = collect(sampling.sample_fn(run), params, labels, config.sample.batch_size, low)
+    save(folder.samples, folder.samples_image, images, labels, run.spec.num_classes)
+    log.image(steps, "samples", images[0])
+    report |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
+    if run.superres:
+        report["condition"] = list(run.superres.size)
+    report |= {"sample_steps": len(run.grid) - 1, "guidance": config.sample.guidance}
+    features = features_for(config)
+    if features is not None and images.shape[1:] == (28, 28, 1) and len(images) >= 4:
+        report |= quality(config, images, labels if run.spec.num_classes else None, features)
+    return folder.write_report(report)
+
+
+def collect(
+    sample: sampling.SampleFn, params: Any, labels: np.ndarray, batch_size: int, low: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
+    """Samples [N, H, W, C] of `labels`, made with a progress bar, and the seconds that they took.
+
+    `low` [N, h, w, C] are the low-resolution images of a super-resolution network.
+    """
+    batches = []
+    with Bar(len(labels), "sampling", "image") as progress:
+        for batch in sampling.in_batches(sample, params, labels, batch_size, low):
+            batches.append(batch)
+            progress.update(len(batch))
+            if rate := progress.rate():  # unknown after the first batch, which compiles
+                progress.note(f"{rate:.0f} images/s")
+        seconds = progress.seconds()
+    return np.concatenate(batches), seconds
+
+
+def save(arrays: Path, image: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
+    """Writes all samples to the file `arrays` (.npz) and the first rows of them to the file `image` (.png)."""
+    image_files.save_npz(arrays, images, labels if classes else None)
+    columns = min(len(images), classes if 1 < classes <= 20 else 10)
+    image_files.save(image, image_files.grid(images[: 10 * columns], columns))
+
+
+def features_for(config: Config) -> Features | None:
+    """The features in which samples of a run are compared with its data; None where there are none."""
+    return digit_features if config.data.name in DIGITS else None
+
+
+def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, features: Features) -> dict[str, float]:
+    """`diffusion.metrics.report.report` of samples against the data of `config`; no agreements without labels.
+
+    At most half as many samples as there are real images are measured, chosen at random, since as many real images are
+    compared with the other half. `measured` is their number.
+
+    Raises:
+      TypeError, ValueError: the samples are of another format, or too few; see `diffusion.metrics.report.report`.
+    """
+    train, held_out = inputs.source(config, "train"), inputs.source(config, "test")
+    most = (len(train.labels) + len(held_out.labels)) // 2
+    chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"there are {len(labels)} labels for {len(images)} images")
+    values = measure(images[chosen], None if labels is None else labels[chosen], train, held_out, features=features)
+    return {"measured": len(chosen), **values}
+
+
+def paragraph(workdir: Path, report: dict[str, Any]) -> str:
+    """A report in words, and what to type next."""
+    if "split" in report:
+        others = [f"{workdir}" if i == report["split"] else f"WORKDIR{i}" for i in range(report["experts"])]
+        return (
+            f"Trained expert {report['split']} of {report['experts']}, {report['train_steps']} steps in "
+            f"{minutes(report['train_seconds'])}. Alone it cannot sample; see what it denoises: "
+            f"{RunDir(workdir).previews}.\n"
+            f"Next, with all experts: python -m experiments.sample --workdir={','.join(others)} --num_samples=64"
+        )
+    words = [
+        f"Trained {report['train_steps']} steps in {minutes(report['train_seconds'])}, then made "
+        f"{report['sample_count']} samples in {minutes(report['sample_seconds'])} "
+        f"({report['sample_steps']} steps each, guidance {report['guidance']:g})."
+    ]
+    if "distance" in report:
+        words.append(
+            f"Feature distance to real digits: {report['distance']:.2f}, {report['ratio']:.2f} times the "
+            f"{report['reference']:.2f} of as many real digits (1 would be as good as real; lower is better)."
+        )
+    else:
+        words.append("There are no features for images like these: look at them.")
+    if report.get("agreement") is not None:
+        words.append(f"An independent classifier reads the label as given in {report['agreement']:.1%} of them.")
+    if report.get("measured", ENOUGH) < ENOUGH:
+        words.append(caution(report["measured"], "--config.sample.count"))
+    words.append(f"Images: {RunDir(workdir).samples_image}; arrays: {RunDir(workdir).samples}.")
+    enlarges = " --base_samples=runs/NAME/samples.npz" if report.get("condition") else " --num_samples=64 --trajectory"
+    return " ".join(words) + f"\nNext: python -m experiments.sample --workdir={workdir}{enlarges}"
+
+
+def caution(count: int, flag: str) -> str:
+    """A warning for numbers from few samples, with the flag that makes more."""
+    return f"Of {count} samples these numbers are mostly noise: make {ENOUGH} or more, better 1,000 ({flag})."
+
+
+def minutes(seconds: float) -> str:
+    """A duration in words."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} minutes"

@@ -1,0 +1,229 @@
+"""The folder of a run: its files, its stored config, its checkpoints; and trained runs, for sampling and measuring."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from diffusion.io import checkpoint, files, stored_config
+from diffusion.metrics.report import with_current_names
+from experiments import stored_versions
+from experiments.config import Config, from_dict, to_dict
+from experiments.parts import DataSpec, Parts, resolve
+
+
+class RunDir(NamedTuple):
+    """A work directory. Only this module knows the names of the files in it."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training states, by step."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The training state with the lowest held-out loss, for early stopping."""
+        return self.path / "best"
+
+    @property
+    def metrics(self) -> Path:
+        """The log, JSON lines."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def previews(self) -> Path:
+        """Grids of samples during training, by step."""
+        return self.path / "previews"
+
+    @property
+    def samples(self) -> Path:
+        """The samples at the end of training, all of them."""
+        return self.path / "samples.npz"
+
+    @property
+    def samples_image(self) -> Path:
+        """The first rows of them."""
+        return self.path / "samples.png"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder holds the config of a run."""
+        return (self.path / stored_config.CONFIG).exists()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint; None without one."""
+        return checkpoint.latest(self.checkpoints)
+
+    def open(self, config: Config, spec: DataSpec) -> None:
+        """Stores the config in a new folder, or makes sure that the folder is that of a run with the same config.
+
+        Raises:
+          ValueError: it holds a run with another config; the fields that differ are listed.
+          OSError: nothing can be written there.
+        """
+        resolved = _to_stored(config, spec)
+        files.check_writable(self.path)
+        if not self.is_run:
+            stored_config.write_config(self.path, resolved)
+            return
+        stored = stored_config.read_config(self.path)
+        with contextlib.suppress(ValueError, FileNotFoundError):  # one of a later version differs, and is refused below
+            stored = _to_stored(*self.stored())
+        differing = stored_config.config_differences(stored, resolved)
+        if differing:
+            raise ValueError(
+                f"{self.path} holds a run with another config (stored -> asked for):\n  "
+                + "\n  ".join(differing)
+                + "\nPass another --workdir, or the stored values to continue that run."
+            )
+
+    def stored(self) -> tuple[Config, DataSpec]:
+        """Config and data facts of the run.
+
+        Raises:
+          FileNotFoundError: there is no run.
+          ValueError: its config was stored by a later version.
+        """
+        values = stored_versions.upgrade(stored_config.read_config(self.path))
+        facts = values.pop("data_spec", None)
+        if facts is None:
+            raise ValueError(f"{self.path}/config.json was not written by experiments.train; pass another --workdir")
+        return from_dict(values), DataSpec(tuple(facts["shape"]), tuple(facts["class_names"]))
+
+    def write_new(self, config: Config, spec: DataSpec, state: Any) -> None:
+        """Stores the config and `state` as step 0, for weights that were trained elsewhere."""
+        checkpoint.save(self.checkpoints, 0, state)
+        stored_config.write_config(self.path, _to_stored(config, spec))  # last: it makes the folder that of a run
+
+    def report(self) -> dict[str, Any] | None:
+        """The report of a finished run; None if it is not finished."""
+        path = self.path / "report.json"
+        return with_current_names(json.loads(path.read_text())) if path.exists() else None
+
+    def write_report(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Writes report.json, which marks the run as finished; returns the report."""
+        text = json.dumps(report, indent=2) + "\n"
+        files.atomic_write(self.path / "report.json", lambda file: file.write(text.encode()))
+        return report
+
+    def weights(self, step: int | None = None, decay: float | None = None) -> tuple[Any, int]:
+        """Averaged weights, and the step that they are from; see `trained`."""
+        decays = self.stored()[0].train.ema
+        if decay is not None and decay not in decays:
+            raise ValueError(f"--ema={decay}: {self.path} has averages with the decays {', '.join(map(str, decays))}")
+        averages, step = checkpoint.restore_ema(self.checkpoints, step, report=print)
+        return averages[str(0 if decay is None else decays.index(decay))], step
+
+    def initial_weights(self, like: Any) -> Any:
+        """The averaged weights, as initial weights of a network with the parameters `like`.
+
+        Raises:
+          FileNotFoundError: there is no run.
+          ValueError: its network is another one; the first differences are listed.
+        """
+        found, _ = self.weights()
+        shapes = [
+            {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+            for tree in (like, found)
+        ]
+        differing = [
+            f"{name}: {shapes[0].get(name, 'nothing')} here, {shapes[1].get(name, 'nothing')} there"
+            for name in sorted(shapes[0] | shapes[1])
+            if shapes[0].get(name) != shapes[1].get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"--config.train.init_from={self.path} is another network; {len(differing)} parameters differ:\n  "
+                + "\n  ".join(differing[:5])
+            )
+        return found
+
+
+class Trained(NamedTuple):
+    """A trained run: `params` of its network, or a tuple of those of each expert.
+
+    `members` are the configs of all experts; sampling follows `config`, of which a changed copy may be resolved.
+    """
+
+    config: Config
+    spec: DataSpec
+    params: Any
+    step: int
+    members: tuple[Config, ...] = ()
+
+    def parts(self) -> tuple[Parts, tuple[Parts, ...]]:
+        """The parts of the run, and those of each expert."""
+        return resolve(self.config, self.spec), tuple(resolve(member, self.spec) for member in self.members)
+
+
+def default_workdir(config: Config) -> Path:
+    """Where a run goes without --workdir: runs/NAME; each expert has its own."""
+    split = config.process.split
+    return Path("runs") / (config.name if split is None else f"{config.name}_split{split}")
+
+
+def trained(workdirs: Sequence[Path], step: int | None = None, decay: float | None = None) -> Trained:
+    """The run in a work directory, or the experts in several, in any order, one for every range.
+
+    Args:
+      step: of training; default the newest.
+      decay: which of the averaged weights; default the first of the run's list.
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: one expert alone, experts that do not belong together, or no such decay.
+    """
+    if len(workdirs) == 1:
+        config, spec = RunDir(workdirs[0]).stored()
+        if config.process.split is not None:
+            raise ValueError(
+                f"{workdirs[0]} holds expert {config.process.split} of {len(config.process.snr_splits) + 1}, which "
+                "cannot sample alone: pass --workdir=A,B with the work directories of all"
+            )
+        return Trained(config, spec, *RunDir(workdirs[0]).weights(step, decay))
+    runs = sorted(
+        ((*RunDir(workdir).stored(), workdir) for workdir in workdirs), key=lambda run: run[0].process.split or 0
+    )
+    first, spec, first_dir = runs[0]
+    found = [config.process.split for config, _, _ in runs]
+    if found != list(range(len(first.process.snr_splits) + 1)):
+        raise ValueError(
+            f"--workdir={','.join(map(str, workdirs))} holds the experts {found}, but the thresholds "
+            f"{first.process.snr_splits} need each of 0..{len(first.process.snr_splits)} once"
+        )
+    for config, known, workdir in runs[1:]:
+        differing = stored_config.config_differences(_common(first), _common(config))
+        if differing or known != spec:
+            raise ValueError(
+                f"{workdir} does not belong to the experts of {first_dir}; they differ in:\n  "
+                + "\n  ".join(differing or ["the images or the classes that they were trained on"])
+            )
+    params, steps = zip(*(RunDir(workdir).weights(step, decay) for _, _, workdir in runs), strict=True)
+    config = replace(first, process=replace(first.process, split=None))
+    return Trained(config, spec, params, max(steps), tuple(config for config, _, _ in runs))
+
+
+def _to_stored(config: Config, spec: DataSpec) -> dict[str, Any]:
+    """What config.json of a run holds: enough to rebuild its network without its data."""
+    return to_dict(config) | {"data_spec": {"shape": list(spec.shape), "class_names": list(spec.class_names)}}
+
+
+def _common(config: Config) -> dict[str, Any]:
+    """What experts must have in common: the chain, and the format of their images."""
+    values, sections = to_dict(config), {"process": _CHAIN, "data": ("low", "high"), "condition": ("size", "noise")}
+    return {section: {name: values[section][name] for name in names} for section, names in sections.items()}
+
+
+_CHAIN = ("path", "betas", "rate", "steps", "prediction", "variance", "snr_splits")

@@ -1,0 +1,137 @@
+"""From parts and trained parameters to images: the denoiser with guidance and thresholds, and compiled samplers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion import experts, guide, superres
+from diffusion import sample as samplers
+from diffusion.predict import Denoise
+from diffusion.process import noise
+from experiments.parts import Parts, key, to_float, to_uint8
+
+# (params, index [B], y [B], *images) -> uint8 images
+SampleFn = Callable[..., Any]
+
+
+def denoiser(
+    parts: Parts, params: Any, conditioning: jax.Array | None = None, members: Sequence[Parts] = ()
+) -> Denoise:
+    """The trained denoiser, xt [B, H, W, C] to images, with guidance and thresholds.
+
+    Args:
+      params: of the network; with experts a tuple of those of each one, in the order of their ranges.
+      conditioning: extra input channels of a super-resolution network.
+      members: the parts of all experts.
+    """
+    if members:
+        denoisers = [partial(each.image_model.apply, p) for each, p in zip(members, params, strict=True)]
+        denoise = experts.experts(denoisers, parts.bounds)
+    else:
+        denoise = partial(parts.image_model.apply, params)
+    if conditioning is not None:
+        denoise = superres.conditioned(denoise, conditioning)
+    if parts.spec.num_classes:
+        denoise = guide.classifier_free(denoise, parts.spec.num_classes, parts.guidance)
+    return denoise if parts.threshold is None else parts.threshold(denoise)
+
+
+def sample_fn(parts: Parts, keep: int | None = None, members: Sequence[Parts] = ()) -> SampleFn:
+    """Compiled (params, index [B], y [B], low uint8 [B, h, w, C] | None) -> uint8 samples [B, H, W, C].
+
+    With `keep`, also frames [keep, B, H, W, C]. `low` is the low-resolution image of a super-resolution network,
+    `members` the parts of all experts. Sample i depends on the seed, its number i, its label and its `low` alone.
+    """
+    sample_key = key(parts.sample_seed, "sample")
+
+    @jax.jit
+    def sample(params: Any, index: jax.Array, y: jax.Array, low: jax.Array | None = None) -> Any:
+        keys = samplers.sample_keys(sample_key, index)
+        sampled = samplers.sample(
+            keys,
+            denoiser(parts, params, conditioning(parts, keys, low), members),
+            parts.path,
+            samplers.initial_noise(keys, parts.spec.shape),
+            parts.grid,
+            y if parts.spec.num_classes else None,
+            prediction=parts.prediction,
+            sampler=parts.sampler,
+            keep=keep,
+        )
+        return jax.tree.map(partial(to_uint8, parts), sampled)
+
+    return sample
+
+
+def denoise_fn(parts: Parts) -> SampleFn:
+    """Compiled (params, index [B], y [B], images uint8 [B, H, W, C]) -> uint8 [B, 2, H, W, C]: noised, and denoised.
+
+    One expert alone cannot sample: images are noised to the end of its range of times, and denoised through that range.
+    """
+    grid, sample_key = expert_grid(parts), key(parts.sample_seed, "sample")
+
+    @jax.jit
+    def denoise(params: Any, index: jax.Array, y: jax.Array, images: jax.Array) -> jax.Array:
+        keys = samplers.sample_keys(sample_key, index)
+        x0 = to_float(parts, images)
+        x1 = noise(parts.path, x0, jnp.full(len(x0), grid[0]), samplers.initial_noise(keys, parts.spec.shape))
+        x0_hat = samplers.sample(
+            keys,
+            denoiser(parts, params, conditioning(parts, keys, low_resolution(parts, images))),
+            parts.path,
+            x1,
+            grid,
+            y if parts.spec.num_classes else None,
+            prediction=parts.prediction,
+            sampler=parts.sampler,
+        )
+        return to_uint8(parts, jnp.stack([x1, x0_hat], 1))
+
+    return denoise
+
+
+def expert_grid(parts: Parts) -> np.ndarray:
+    """The times at which one expert denoises: those of the grid in its own range, and then a jump to t = 0."""
+    own = experts.own_times(parts.bounds, parts.split, parts.grid[:-1])
+    if not len(own):  # the sampler takes fewer steps than there are ranges
+        own = np.array([np.concatenate([[0], parts.bounds, [1]])[parts.split : parts.split + 2].mean()])
+    return np.append(own, 0.0)
+
+
+def conditioning(parts: Parts, keys: jax.Array, low: jax.Array | None) -> jax.Array | None:
+    """The conditioning channels of a super-resolution network, from images uint8 [B, h, w, C]; None for any other."""
+    if not parts.superres:
+        return None
+    if low is None:
+        raise ValueError("a super-resolution network needs low-resolution images to start from")
+    x, size, deviation = to_float(parts, low), parts.spec.shape[:-1], parts.superres.sample_noise
+    if not parts.superres.noise:
+        return superres.conditioning(x, size)
+    # Steps fold in their numbers, and the start of sampling the number above this one.
+    z = samplers.normal(jax.vmap(lambda k: jax.random.fold_in(k, 2**31 - 2))(keys), x)
+    return superres.conditioning(x + deviation * z, size, jnp.full(len(x), deviation))
+
+
+def low_resolution(parts: Parts, images: jax.Array) -> jax.Array | None:
+    """Images uint8 [B, H, W, C] at the size of the conditioning input; None for a network without one."""
+    if not parts.superres:
+        return None
+    return to_uint8(parts, superres.shrink(to_float(parts, images), parts.superres.size))
+
+
+def in_batches(
+    sample: SampleFn, params: Any, labels: np.ndarray, batch_size: int, images: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """Samples 0..len(labels) - 1 batch by batch; the last batch is filled up, so that one program serves all.
+
+    `images` [N, ...] are the inputs of `sample`, if it has any.
+    """
+    n, batch_size = len(labels), min(batch_size, len(labels))
+    for start in range(0, n, batch_size):
+        index = np.arange(start, start + batch_size)
+        inputs = () if images is None else (images[index % n],)
+        yield np.asarray(sample(params, index, labels[index % n], *inputs))[: n - start]
