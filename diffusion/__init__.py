@@ -1,12 +1,14 @@
 """Patch-based image diffusion as pure functions; modules are imported when they are first used.
 
-`import diffusion` alone needs nothing but Python: `diffusion.process`, `diffusion.patch` and the others follow on access.
+`import diffusion` alone needs nothing but Python; `diffusion.process`, `diffusion.patch` and the others are imported on
+access.
 """
 
 import importlib
 from typing import Any
 
 _MODULES = (
+    "cpu",
     "data",
     "experts",
     "grids",

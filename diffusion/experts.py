@@ -5,8 +5,8 @@ Descending thresholds s_1 > ... > s_n cut the chain into n + 1 ranges. With SNR 
     s_k >= SNR > s_(k+1),    s_0 = infinity, s_(n+1) = -1                                          (1)
 
 so expert 0 has the least noisy images and clean data itself, and the last one pure noise. SNR falls with t, so (1)
-divides the time axis; `boundaries` computes where, and training and sampling compare t with the same numbers. Balaji et al.
-2022 (2211.01324); Luhman & Luhman 2022 (2207.04316).
+divides the time axis; `boundaries` computes where, and training and sampling compare t with the same numbers. Balaji et
+al. 2022 (2211.01324); Luhman & Luhman 2022 (2207.04316).
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,10 @@ def boundaries(path: Path, snr_splits: Sequence[float], span: tuple[float, float
     except ValueError as e:
         raise ValueError(f"snr_splits={snr_splits}: {e}") from None
     if len(np.unique(high)) < len(high):
-        raise ValueError(f"snr_splits={snr_splits}: two thresholds are reached at one time: the expert between has none")
+        raise ValueError(
+            f"snr_splits={snr_splits}: two thresholds are reached at the same time, so the expert between them has no "
+            f"times; move them further apart"
+        )
     return high
 
 
@@ -51,7 +54,7 @@ def expert_of(bounds: np.ndarray, t: jax.Array) -> jax.Array:
 def expert_times(
     bounds: np.ndarray, expert: int, chain: np.ndarray | None = None, span: tuple[float, float] = (0.0, 1.0)
 ) -> Times:
-    """Time sampler, uniform on the times of one expert: on those of `chain`, or on all of them inside `span`.
+    """Time sampler, uniform on the times of one expert: on those of `chain`, or on all inside `span`.
 
     Raises:
       ValueError: there is no such expert, or the chain has no time for it.
@@ -67,7 +70,8 @@ def expert_times(
         return listed_times(own)
     low, high = np.concatenate([span[:1], bounds, span[1:]]).astype(np.float32)[expert : expert + 2]
     # Rounding may give low + (high - low) u = high, which is the next expert's.
-    return lambda key, n: jnp.minimum(low + (high - low) * uniform_times(key, n), np.nextafter(high, np.float32(-np.inf)))
+    largest = np.nextafter(high, np.float32(-np.inf))
+    return lambda key, n: jnp.minimum(low + (high - low) * uniform_times(key, n), largest)
 
 
 def own_times(bounds: np.ndarray, expert: int, times: np.ndarray) -> np.ndarray:
@@ -78,8 +82,9 @@ def own_times(bounds: np.ndarray, expert: int, times: np.ndarray) -> np.ndarray:
 def experts(denoisers: Sequence[Denoise], bounds: np.ndarray) -> Denoise:
     """One denoiser from n + 1, for `boundaries` [n]: each example is denoised by the expert of its t.
 
-    An expert runs only if a t of the batch is its own, then on the whole batch. In sampling and likelihood, where t is
-    usually the same for all, exactly one runs; under `jax.vmap` all do.
+    An expert runs only if a t of the batch is its own (inside `jax.shard_map`: of the batch of any device), then on the
+    whole batch. In sampling and likelihood, where t is usually the same for all, exactly one runs; under `jax.vmap` all
+    do.
 
     Raises:
       ValueError: the number of denoisers does not fit the thresholds.
@@ -89,21 +94,24 @@ def experts(denoisers: Sequence[Denoise], bounds: np.ndarray) -> Denoise:
 
     def denoise(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
         index = expert_of(bounds, t)
-
-        def zeros(a: jax.ShapeDtypeStruct) -> jax.Array:
-            # Made from xt, so that under shard_map both branches below vary over the same mesh axes.
-            like = jnp.broadcast_to(xt.reshape(-1)[:1].reshape((1,) * len(a.shape)), a.shape).astype(a.dtype)
-            return jnp.where(jnp.zeros(a.shape, bool), like, 0)
-
-        output = jax.tree.map(zeros, jax.eval_shape(denoisers[0], xt, t, y))
+        output = jax.tree.map(jnp.zeros_like, jax.eval_shape(denoisers[0], xt, t, y))
         for k, expert in enumerate(denoisers):
             mine = index == k
 
-            def answer(output: Output, expert: Denoise = expert, mine: jax.Array = mine) -> Output:
+            def evaluate(output: Output, expert: Denoise = expert, mine: jax.Array = mine) -> Output:
                 own = mine.reshape(mine.shape + (1,) * (xt.ndim - 1))
                 return jax.tree.map(lambda new, old: jnp.where(own, new, old), expert(xt, t, y), output)
 
-            output = jax.lax.cond(mine.any(), answer, lambda output: output, output)
+            output = jax.lax.cond(_on_any_device(mine.any()), evaluate, lambda output: output, output)
         return output
 
     return denoise
+
+
+def _on_any_device(needed: jax.Array) -> jax.Array:
+    """Whether `needed` holds on one of the devices, if it differs between those of a `shard_map`.
+
+    All devices must take the same branch: the gradient of shared parameters is a sum over devices, inside the branch.
+    """
+    axes = sorted(jax.typeof(needed).manual_axis_type.varying)
+    return jax.lax.pmax(needed.astype(int), tuple(axes)) > 0 if axes else needed

@@ -1,9 +1,9 @@
 """Time grids: the falling times [T + 1] that a sampler steps through, as NumPy arrays in float64.
 
-    uniform     t_i = start (1 - i / T)
-    shifted     t -> shift t / (1 + (shift - 1) t)             Esser et al. 2024 (2403.03206)
-    respaced    some of the steps of a training chain          Nichol & Dhariwal 2021 (2102.09672)
-    logsnr      even steps in log SNR                          Lu et al. 2022 (2211.01095)
+uniform     t_i = start (1 - i / T)
+shifted     t -> shift t / (1 + (shift - 1) t)             Esser et al. 2024 (2403.03206)
+respaced    some of the steps of a training chain          Nichol & Dhariwal 2021 (2102.09672)
+logsnr      even steps in log SNR                          Lu et al. 2022 (2211.01095)
 """
 
 import itertools
@@ -79,14 +79,12 @@ def respaced_grid(spec: str, steps: int) -> np.ndarray:
     return np.append((kept[::-1] + 1) / steps, 0.0)
 
 
-def logsnr_grid(
-    path: Path, steps: int, high: float, low: float, span: tuple[float, float] = (0.0, 1.0)
-) -> np.ndarray:
-    """Times [steps + 1]: the first `steps` even in log SNR, from `low` (noise) up to `high`, then 0.
+def logsnr_grid(path: Path, steps: int, high: float, low: float, span: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
+    """Times [steps + 1]: `steps` times even in log SNR, from `low` (most noise) to `high`, then 0, the data.
 
     Args:
-      high, low: 2 log(alpha / sigma), `process.logsnr`, at the last and at the first of these times.
-      span: the range of times of the path, in which its SNR falls.
+      high, low: log SNR, `process.logsnr`, at the last and at the first of these times.
+      span: the range of times of the path; its SNR must fall with t there.
 
     Raises:
       ValueError: steps < 2, high is not above low, or the path does not reach one of them inside `span`.
@@ -95,14 +93,17 @@ def logsnr_grid(
         raise ValueError(f"steps={steps} must be at least 2: one at each end of the range of log SNR")
     if not low < high:
         raise ValueError(f"low={low} must be below high={high}: log SNR grows from noise to data")
-    wanted = np.linspace(low, high, steps)
-    times = times_of_snr(path, np.exp(wanted), span).astype(np.float64)
-    if times[-1] <= span[0] or not (np.diff(times) < 0).all():
+    try:
+        times = times_of_snr(path, np.exp(np.linspace(low, high, steps)), span)
+    except ValueError as e:
+        raise ValueError(f"log SNR from low={low} to high={high}: {e}") from None
+    times = np.append(times.astype(np.float64), 0.0)
+    if not (np.diff(times) < 0).all():
         raise ValueError(
-            f"log SNR from low={low} to high={high} in {steps} steps cannot be told apart between the times "
-            f"{span[0]:g} and {span[1]:g} of this path: lower high={high}, or raise low={low}"
+            f"steps={steps} from low={low} to high={high}: some of these times are equal in float32; take fewer steps, "
+            f"or a larger range of log SNR"
         )
-    return np.append(times, span[0])
+    return times
 
 
 def _spread(count: int, size: int, spec: str) -> np.ndarray:

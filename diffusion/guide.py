@@ -25,10 +25,10 @@ Scale = float | jax.Array | Callable[[jax.Array], jax.Array]
 
 
 def drop_condition(key: jax.Array, y: Any, null: Any, rate: float) -> Any:
-    """The condition y with whole rows replaced by `null` with probability `rate`, so that the network learns pred(null).
+    """The condition y with each example's replaced by `null` with probability `rate`, so that pred(null) is learned.
 
     Raises:
-      ValueError: the rate lies outside [0, 1], or `null` is not the structure of y.
+      ValueError: the rate lies outside [0, 1], or `null` does not fit y, see `null_like`.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate={rate} must lie in [0, 1]")
@@ -41,23 +41,23 @@ def null_like(y: Any, null: Any) -> Any:
     """The condition `null` of one example, repeated to the shape of y.
 
     Raises:
-      ValueError: `null` is not the structure of y, or a leaf does not broadcast to a row of y's.
+      ValueError: `null` has another structure than y, or a leaf does not broadcast to one example of y's.
     """
     if jax.tree.structure(y) != jax.tree.structure(null):
-        raise ValueError(f"null has the structure {jax.tree.structure(null)}, y has {jax.tree.structure(y)}")
+        raise ValueError(
+            f"null must have the structure of the condition y, {jax.tree.structure(y)}, not {jax.tree.structure(null)}"
+        )
 
     def rows(a: jax.Array, n: Any) -> jax.Array:
-        n = jnp.asarray(n, a.dtype)
-        if n.ndim > a.ndim - 1 or jnp.broadcast_shapes(n.shape, a.shape[1:]) != a.shape[1:]:
-            raise ValueError(f"null of shape {n.shape} does not broadcast to a row {a.shape[1:]} of the condition")
+        n, row = jnp.asarray(n, a.dtype), a.shape[1:]
+        if n.ndim > len(row) or any(m not in (1, k) for m, k in zip(n.shape[::-1], row[::-1], strict=False)):
+            raise ValueError(f"null of shape {n.shape} does not fit one example of the condition, shape {row}")
         return jnp.broadcast_to(n.reshape((1,) * (a.ndim - n.ndim) + n.shape), a.shape)
 
     return jax.tree.map(rows, y, null)
 
 
-def paired(
-    denoise: Denoise, null: Any, combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-) -> Denoise:
+def paired(denoise: Denoise, null: Any, combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> Denoise:
     """The denoiser combine(conditional, unconditional, t): predictions [B, *S, C] for y and for `null`, and t [B].
 
     Both are computed as one batch of 2B. A learned variance is that of the conditional prediction.
@@ -86,7 +86,7 @@ def extrapolate(strong: Denoise, weak: Denoise, scale: Scale) -> Denoise:
 def classifier_free(denoise: Denoise, null: Any, scale: Scale) -> Denoise:
     """Classifier-free guidance, eq. (1): scale 0 is unconditional, 1 conditional, more is stronger.
 
-    The numbers 0 and 1 need one batch of B instead of 2B.
+    The plain numbers 0 and 1 need one batch of B instead of 2B, and a learned variance at 0 is the unconditional one.
     """
     if isinstance(scale, int | float) and scale in (0, 1):
         return lambda xt, t, y: denoise(xt, t, _given(y) if scale else null_like(_given(y), null))
@@ -176,5 +176,7 @@ def _batch(y: Any) -> int:
     leaves = jax.tree.leaves(y)
     sizes = {len(a) for a in leaves}
     if len(sizes) != 1:
-        raise ValueError(f"the arrays of a condition must share their first axis, got shapes {[a.shape for a in leaves]}")
+        raise ValueError(
+            f"the arrays of a condition must share their first axis, got shapes {[a.shape for a in leaves]}"
+        )
     return sizes.pop()

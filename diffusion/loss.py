@@ -3,8 +3,9 @@
     L = E_{t, eps} w(t) || S pred - S target ||^2 / D  (+ c vlb_term(t), see `vlb.Vlb`)            (1)
 
 `space` S is linear (default: the identity). With S = patchify and a network that returns tokens this is the loss on
-overlapping patches. For time samplers see `times`; a weight is coefficients -> [B]. Published weights are functions of SNR = (alpha / sigma)^2 on the error of x0, whatever the network predicts;
-`weighting` turns them into weights on the network's own error with eq. (3) of `predict`:
+overlapping patches. Time samplers are in `times`; a weight is a function of the coefficients, to [B]. Published weights
+are functions of SNR = (alpha / sigma)^2 on the error of x0, whatever the network predicts; `weighting` turns them into
+weights on the network's own error with eq. (3) of `predict`:
 
     "snr", "snr+1", "truncated_snr" = max(SNR, 1)        Salimans & Ho 2022 (2202.00512)
     "sqrt_snr"                                           Luhman & Luhman 2022 (2207.04316)
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.predict import Denoise, WithVariance, Prediction, determinant, estimate, pred_of, replace_pred, target
+from diffusion.predict import Denoise, Prediction, WithVariance, determinant, estimate, pred_of, replace_pred, target
 from diffusion.process import Coefficients, Path, check_images, coefficients, noise
 from diffusion.times import Times, uniform_times
 from diffusion.vlb import Vlb, least_variance, vlb_term
@@ -74,9 +75,11 @@ def draw(key: jax.Array, x0: jax.Array, times: Times | None = None) -> Draw:
     key_t, key_eps = jax.random.split(key)
     t = (times or uniform_times)(key_t, x0.shape[0])
     t, importance = t if isinstance(t, tuple) else (t, None)
-    if t.shape != x0.shape[:1] or (importance is not None and importance.shape != x0.shape[:1]):
-        shapes = t.shape if importance is None else (t.shape, importance.shape)
-        raise ValueError(f"the time sampler returned shape {shapes} for a batch of {len(x0)}: one time per example")
+    for name, value in (("times", t), ("weights", importance)):
+        if value is not None and jnp.shape(value) != x0.shape[:1]:
+            raise ValueError(
+                f"the time sampler returned {name} of shape {jnp.shape(value)}; a batch of {len(x0)} needs ({len(x0)},)"
+            )
     return Draw(t, jax.random.normal(key_eps, x0.shape, x0.dtype), importance)
 
 
@@ -101,8 +104,8 @@ def loss_at(
         is no `vlb`, or the other way round; `vlb` is combined with `space`; x0 or t are of the wrong type.
     """
     t, eps, importance = drawn
-    coef = coefficients(path, t)
     xt = noise(path, x0, t, eps)
+    coef = coefficients(path, t)
     output = denoise(xt, t, y)
     pred = pred_of(output)
     wanted = target(prediction, coef, *((x0, eps) if space is None else (space(x0), space(eps))))
@@ -140,7 +143,9 @@ def loss_at(
 
 def _checked_weight(weight: jax.Array, mse: jax.Array) -> jax.Array:
     if jnp.shape(weight) not in ((), mse.shape):
-        raise ValueError(f"the weight has shape {jnp.shape(weight)}; it must be one number per example, {mse.shape}")
+        raise ValueError(
+            f"the weight has shape {jnp.shape(weight)}; it must be one number per example, {mse.shape}, or one"
+        )
     return weight
 
 

@@ -52,10 +52,10 @@ class Estimate(NamedTuple):
     v: jax.Array | None = None
 
 
+Predict = Callable[[jax.Array, jax.Array], Estimate]  # (xt [B, *S, C], t, [] or [B]) -> estimate
+
 # Below this the system (2) is singular: pred and xt hold the same information.
 _SINGULAR = 1e-6
-
-Predict = Callable[[jax.Array, jax.Array], Estimate]  # (xt [B, *S, C], t, [] or [B]) -> estimate
 
 
 def row(prediction: Prediction, coef: Coefficients) -> tuple[jax.Array, jax.Array]:
@@ -109,7 +109,7 @@ def estimate(prediction: Prediction, coef: Coefficients, xt: jax.Array, output: 
 
 
 def predictor(denoise: Denoise, path: Path, prediction: Prediction, y: Any = None) -> Predict:
-    """What a step of a sampler calls: (xt [B, *S, C], t, [] or [B]) -> `Estimate`, for the condition y."""
+    """What a sampler calls in each step: (xt [B, *S, C], t, [] or [B]) -> `Estimate`, for the condition y."""
 
     def predict(xt: jax.Array, t: jax.Array) -> Estimate:
         t = jnp.broadcast_to(t, xt.shape[:1])

@@ -178,10 +178,10 @@ def expand(a: jax.Array, like: jax.Array) -> jax.Array:
 def times_of_snr(path: Path, snr: Sequence[float] | np.ndarray, span: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:
     """The first times [n], in float32, at which the SNR (alpha / sigma)^2 has fallen to each of `snr` [n].
 
-    The SNR must fall with t inside `span`, where the times are searched by bisection.
+    The SNR must fall with t inside `span`, where the times are found by bisection.
 
     Raises:
-      ValueError: the SNR at the end of the span is still above one of `snr`.
+      ValueError: the SNR does not fall to one of `snr` inside the span.
     """
     snr = np.asarray(snr, np.float64)
 
@@ -191,6 +191,8 @@ def times_of_snr(path: Path, snr: Sequence[float] | np.ndarray, span: tuple[floa
         return alpha**2 <= snr * sigma**2
 
     low, high = (np.full(len(snr), t, np.float32) for t in span)
+    if reached(low).any():
+        raise ValueError(f"the path's SNR is below {snr[reached(low)][0]:g} from the start, t={span[0]:g}")
     if not reached(high).all():
         raise ValueError(f"the path's SNR stays above {snr[~reached(high)][0]:g} up to t={span[1]:g}")
     while (np.nextafter(low, np.float32(np.inf)) < high).any():
@@ -202,7 +204,7 @@ def times_of_snr(path: Path, snr: Sequence[float] | np.ndarray, span: tuple[floa
 def check_images(x: jax.Array) -> None:
     """Raises ValueError unless x, [B, *S, C], is of a floating type."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"images of dtype {x.dtype} cannot carry noise: pass floating-point ones, x / 127.5 - 1")
+        raise ValueError(f"images must be floating-point, not {x.dtype}: convert them first, x / 127.5 - 1")
 
 
 def check_times(t: jax.Array, batch: int) -> None:

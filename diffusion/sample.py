@@ -16,8 +16,8 @@ A sampler is a pair of pure functions, like an optimiser of optax:
 
     init(xt) -> memory,    step(key [B], predict, path, xt, t, s, memory) -> (xs, memory)
 
-`predict(xt, t)` returns an `Estimate`; t and s are scalars or [B]; one-step methods have the memory (). The samplers
-without noise also go up, from data to noise: `invert`.
+`predict(xt, t)` returns an `Estimate`; t and s are scalars or [B]; a method without memory is made by `one_step`. The
+samplers without noise also run from data to noise: `invert`.
 """
 
 from collections.abc import Callable
@@ -108,6 +108,34 @@ def sample(
     """
     times = _checked(times, x1.shape[0], -1, "falling", "see `grids.uniform_grid`")
     return _walk(key, denoise, path, x1, times, y, prediction, sampler or ddim(), keep)
+
+
+@overload
+def invert(
+    denoise: Denoise,
+    path: Path,
+    x0: jax.Array,
+    times: np.ndarray | jax.Array,
+    y: Any = None,
+    *,
+    prediction: Prediction,
+    sampler: Sampler | None = None,
+    keep: None = None,
+) -> jax.Array: ...
+
+
+@overload
+def invert(
+    denoise: Denoise,
+    path: Path,
+    x0: jax.Array,
+    times: np.ndarray | jax.Array,
+    y: Any = None,
+    *,
+    prediction: Prediction,
+    sampler: Sampler | None = None,
+    keep: int,
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def invert(
@@ -214,7 +242,7 @@ def initial_noise(keys: jax.Array, shape: tuple[int, ...], path: Path | None = N
 
 def one_step(step: Callable[..., jax.Array]) -> Sampler:
     """The sampler of a method without memory: step(keys, predict, path, xt, t, s) -> xs."""
-    return Sampler(lambda xt: (), lambda key, predict, path, xt, t, s, memory: (step(key, predict, path, xt, t, s), memory))
+    return Sampler(lambda xt: (), lambda *arguments: (step(*arguments[:-1]), ()))
 
 
 def ddim(eta: float | jax.Array = 0.0, overstep: float = 1.0) -> Sampler:
@@ -274,8 +302,11 @@ def heun() -> Sampler:
         ends = path(s)[1] <= 0
         if not ends.ndim:
             return jax.lax.cond(ends, lambda: euler, lambda: xt + h * (here + velocity(euler, s)) / 2)
-        both = lambda: jnp.where(expand(ends, xt), euler, xt + h * (here + velocity(euler, s)) / 2)  # noqa: E731
-        return jax.lax.cond(ends.all(), lambda: euler, both)
+
+        def each() -> jax.Array:
+            return jnp.where(expand(ends, xt), euler, xt + h * (here + velocity(euler, s)) / 2)
+
+        return jax.lax.cond(ends.all(), lambda: euler, each)
 
     return one_step(step)
 
@@ -287,7 +318,8 @@ def dpmpp_2m() -> Sampler:
     """
 
     def init(xt: jax.Array) -> Memory:
-        return jnp.zeros_like(xt), jnp.full(len(xt), -jnp.inf, xt.dtype)  # x0_hat [B, *S, C] and log(alpha / sigma) [B]
+        # x0_hat [B, *S, C] and log(alpha / sigma) [B] of the step before.
+        return jnp.zeros_like(xt), jnp.full_like(xt, -jnp.inf, shape=len(xt))
 
     def step(key, predict, path, xt, t, s, memory):
         del key

@@ -51,7 +51,9 @@ def conditioned(denoise: Denoise, channels: jax.Array) -> Denoise:
 
     def denoise_xt(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
         if xt.shape[0] % channels.shape[0]:
-            raise ValueError(f"the batch of {xt.shape[0]} is not a multiple of the {channels.shape[0]} conditioning images")
+            raise ValueError(
+                f"a batch of {xt.shape[0]} is not a multiple of the {channels.shape[0]} conditioning images"
+            )
         repeated = jnp.tile(channels, (xt.shape[0] // channels.shape[0], 1, 1, 1))
         return denoise(jnp.concatenate([xt, repeated], -1), t, y)
 

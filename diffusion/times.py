@@ -39,7 +39,7 @@ def logit_normal_times(mean: float = 0.0, std: float = 1.0) -> Times:
         raise ValueError(f"std={std} must be positive")
 
     def times(key: jax.Array, n: int) -> jax.Array:
-        # The quantile is infinite at 0, which the antithetic draw can return.
+        # The quantile is infinite at 0, which antithetic_times can return.
         u = jnp.maximum(antithetic_times(key, n), 1e-6)
         return jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u))
 
@@ -62,7 +62,7 @@ def listed_times(listed: np.ndarray) -> Times:
 
 
 class History(NamedTuple):
-    """The latest losses at every step of a chain of T: losses [T, N], a ring buffer; counts [T], how many there were."""
+    """The latest losses at every step of a chain of T: a ring buffer [T, N]; counts [T], how many there were."""
 
     losses: jax.Array
     counts: jax.Array
@@ -83,11 +83,11 @@ def history_times(history: History, uniform: float = 0.001) -> Times:
     ready = (history.counts >= length).all() & (total > 0)
     p = jnp.where(ready, (1 - uniform) * moment / jnp.where(ready, total, 1) + uniform / steps, 1 / steps)
 
-    def draw(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    def times(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
         i = jax.random.choice(key, steps, (n,), p=p)
         return (i + 1) / steps, 1 / (steps * p[i])
 
-    return draw
+    return times
 
 
 def remember(history: History, t: jax.Array, losses: jax.Array) -> History:

@@ -6,9 +6,9 @@
 The average follows the *new* parameters, and its horizon grows with the step so that it soon forgets the initial
 parameters. `step` is pure: the caller jits it, donates the state and places the arrays.
 
-An update with a non-finite loss or gradient is skipped: parameters, averages and optimiser stay as they were. In float16
-a gradient may overflow, which is expected: the loss is multiplied by 2^floor(log2_scale) before it is differentiated,
-log2_scale falls by one at an overflow and grows slowly otherwise (as in guided-diffusion).         (2)
+An update with a non-finite loss or gradient is skipped: parameters, averages and optimiser stay as they were. In
+float16 a gradient may overflow, which is expected: the loss is multiplied by 2^floor(log2_scale) before it is
+differentiated, log2_scale falls by one at an overflow and grows slowly otherwise (as in guided-diffusion). (2)
 """
 
 from collections.abc import Callable, Sequence

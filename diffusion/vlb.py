@@ -23,7 +23,7 @@ from diffusion.sample import normal, sample_keys
 class Vlb(NamedTuple):
     """The variational term of `loss`, Nichol & Dhariwal 2021 (2102.09672), in bits per dimension.
 
-    chain: its falling times [T + 1], `grids.respaced_grid`; the time sampler must draw from them (`listed_times`).
+    chain: its falling times [T + 1], `grids.respaced_grid`; the time sampler must sample from them (`listed_times`).
     variance: one of `posterior.Variance`, which the network learns or is given.
     weight: c of eq. (1) of `loss`; guided-diffusion's rescale_learned_sigmas is T / 1000, its use_kl is T with `only`.
     only: the variational term is the whole loss. Otherwise it trains the variance alone: the prediction is constant in
@@ -59,10 +59,10 @@ def bits_per_dim(
 ) -> Likelihood:
     """The bound (1) for images x0 [B, *S, C] in [-1, 1], in 256 levels. Memory does not grow with T.
 
-    The denoiser may be guided, clipped or made of experts. To clip as the published programs do, pass `guide.clip(...)`.
+    The denoiser may be guided, clipped or made of experts. To clip as published programs do, pass `guide.clip(...)`.
 
     Args:
-      key: one key, or one per image [B] (`sample_keys`), so that an image's bits do not depend on the others of its batch.
+      key: one key, or one per image [B] (`sample_keys`), so that the bits of an image do not depend on its batch.
       chain: falling times [T + 1] that end at 0, all of the training chain's or some (`grids.respaced_grid`).
       variance: as trained; with a fixed one "fixed_small" is usually the tighter bound.
 

@@ -5,9 +5,10 @@
     from diffusion.patch import compiled                      the same, compiled by Numba; `noised_patches`
     from diffusion.patch import geometry                      which windows tile an array; the shapes of all of them
 
-Nothing is imported before it is used: `views` needs NumPy only, `compiled` Numba, neither JAX.
+Nothing is imported before it is used: `views` needs NumPy only, `compiled` also Numba, neither needs JAX.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,10 +16,18 @@ if TYPE_CHECKING:
 
 __all__ = ["fold", "patchify", "unpatchify"]
 
+_MODULES = ("arrays", "compiled", "geometry", "views")
+
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from diffusion.patch import arrays
+        return getattr(importlib.import_module("diffusion.patch.arrays"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"diffusion.patch.{name}")
+    raise AttributeError(
+        f"module 'diffusion.patch' has no attribute {name!r}; it has {', '.join([*__all__, *_MODULES])}"
+    )
 
-        return getattr(arrays, name)
-    raise AttributeError(f"module 'diffusion.patch' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, *_MODULES])

@@ -5,13 +5,13 @@
     x = P^T tokens * (1 / P^T 1)     unpatchify: windows averaged where they overlap               (3)
 
 P is linear and made of slices, reshapes and transposes, so its adjoint, which JAX derives, is pads and adds rather than
-scatters; sums run over windows in ascending order, last axis first. (On a CPU the values of P x are looked up in a table
-instead, see `diffusion.cpu.lookup`.) (3) is the left inverse of (1): exact where one or two windows meet along an axis, to rounding elsewhere.
-It multiplies by the reciprocal because XLA would make that of a division anyway, and so the result is the same in and
-out of jit. For the 2-D overlapping case (3) is the `recompose` of Piantedosi, "Diffusion model"
-(piantedosi.github.io/diffusion_model). Windows are in row-major order; inside a token values are ordered (*patch, C),
-channels fastest (DiT, JiT, space-to-depth), or (C, *patch) with layout="chw" (PixelUnshuffle). `diffusion.patch.views`
-and `diffusion.patch.compiled` do the same on the host, bit for bit.
+scatters; sums run over windows in ascending order, last axis first. (On a CPU the values of P x are looked up in a
+table instead, see `diffusion.cpu.lookup`.) (3) is the left inverse of (1): exact where one or two windows meet along an
+axis, to rounding elsewhere. It multiplies by the reciprocal because XLA would make that of a division anyway, so the
+result is the same in and out of jit. For the 2-D overlapping case (3) is the `recompose` of Piantedosi, "Diffusion
+model" (piantedosi.github.io/diffusion_model). Windows are in row-major order; inside a token values are ordered
+(*patch, C), channels fastest (DiT, JiT, space-to-depth), or (C, *patch) with layout="chw" (PixelUnshuffle).
+`diffusion.patch.views` and `diffusion.patch.compiled` do the same on the host, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,8 @@ def fold(
     """
     b, cut, c = token_geometry(tokens.shape, tokens.dtype, size, patch_size, stride, layout)
     check_summable(tokens.dtype)
-    x = jax.ShapeDtypeStruct((b, *cut.size, c), tokens.dtype)
+    # A shape derived from the tokens: inside `shard_map` it varies over the same mesh axes as they do.
+    x = jax.eval_shape(lambda tokens: jnp.zeros_like(tokens, shape=(b, *cut.size, c)), tokens)
     (y,) = jax.linear_transpose(lambda x: _slices(x, cut, layout), x)(tokens)
     return y
 
