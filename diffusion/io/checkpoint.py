@@ -282,7 +282,7 @@ def _newest(
 
 
 def _like(like: Any, wanted: Leaves, found: Leaves, problem: str) -> Any:
-    """The leaves `found` in the structure and placement of `like`, whose leaves are `wanted`; or the error `problem`."""
+    """The leaves `found` as `like`, whose leaves are `wanted`, or a ValueError that begins with `problem`."""
 
     def described(leaf):
         return f"{leaf.dtype}{list(leaf.shape)}"

@@ -214,7 +214,7 @@ class _Archive:
         if 0 in size:
             return np.zeros(size, values.dtype)
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-        # With more elements than the storage has, a stride is 0, and the size could be anything.
+        # A tensor with more elements than its storage repeats some of them, and its size could be anything.
         if prod(size) > len(values) or last >= len(values):
             raise ValueError(
                 f"a tensor of size {list(size)}, stride {list(stride)} and offset {offset} exceeds its storage {key} "

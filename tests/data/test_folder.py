@@ -1,4 +1,4 @@
-"""Folders of pictures, read at once or on demand, and what is said of files that are none."""
+"""Folders of images, read at once or on demand, and the errors about files that cannot be read."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_classes_are_sorted_first_sub_folders(tmp_path):
     save(tmp_path / "cat" / "a.webp", coloured((1, 2, 3)), lossless=True)
     save(tmp_path / "cat" / ".hidden.png", grey(30))
     save(tmp_path / ".thumbnails" / "a.png", grey(30))
-    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
     source = folder(tmp_path)
     assert source.class_names == ("cat", "dog")
     assert source.labels.tolist() == [0, 0, 1]
@@ -45,14 +45,14 @@ def test_files_at_the_top_have_no_label(tmp_path):
     assert source.images[:, 0, 0, 0].tolist() == [0, 1, 2]
 
 
-def test_files_with_and_without_a_class_are_refused(tmp_path):
+def test_a_mix_of_files_with_and_without_a_class_is_an_error(tmp_path):
     save(tmp_path / "cover.png", grey(0))
     save(tmp_path / "cat" / "a.png", grey(0))
-    with pytest.raises(ValueError, match=r"cat/a.png lies in a sub-folder, cover.png does not \(1 such"):
+    with pytest.raises(ValueError, match=r"cat/a.png is in a sub-folder, cover.png is not \(1 such"):
         folder(tmp_path)
 
 
-def test_a_link_in_a_circle_is_walked_once(tmp_path):
+def test_a_circular_link_is_followed_once(tmp_path):
     save(tmp_path / "real" / "a.png", grey(0))
     (tmp_path / "real" / "again").symlink_to(tmp_path / "real")
     assert len(folder(tmp_path).images) == 1
@@ -72,7 +72,7 @@ def test_train_and_test_folders_are_the_splits(tmp_path, held_out):
     assert len(folder(tmp_path, "all").images) == 3
 
 
-def test_the_hashed_split_is_a_tenth_and_does_not_move(tmp_path):
+def test_the_hashed_split_is_a_tenth_and_does_not_depend_on_other_files(tmp_path):
     for i in range(300):
         save(tmp_path / "few" / f"{i}.png", np.array([[i % 256, i // 256]], np.uint8))
 
@@ -98,16 +98,16 @@ def test_the_hashed_split_leaves_neither_side_empty(tmp_path, n, stem):
     assert sum(sizes) == n
 
 
-def test_one_picture_cannot_be_split(tmp_path):
+def test_one_image_cannot_be_split(tmp_path):
     save(tmp_path / "a.png", grey(0))
     assert len(folder(tmp_path, "train").images) == 1
-    with pytest.raises(ValueError, match="split='test'.*too few"):
+    with pytest.raises(ValueError, match="split='test'.*one image cannot be split"):
         folder(tmp_path, "test")
     with pytest.raises(ValueError, match="split='dev'.*'train', 'test', 'all'"):
         folder(tmp_path, "dev")
 
 
-def test_transparency_is_laid_over_white(tmp_path):
+def test_transparency_is_blended_with_white(tmp_path):
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0] = [[200, 0, 0, 255], [200, 0, 0, 0], [200, 0, 0, 51]]
     save(tmp_path / "0.png", rgba)
@@ -131,7 +131,7 @@ def test_16_bit_and_1_bit_grey_are_scaled(tmp_path):
     assert folder(tmp_path).images[:, 0, :, 0].tolist() == [[0, 1, 128, 255], [0, 255, 0, 255]]
 
 
-def test_channels_are_common_or_as_asked(tmp_path):
+def test_channels_are_common_or_as_requested(tmp_path):
     save(tmp_path / "0.png", grey(50))
     assert folder(tmp_path).images.shape[-1] == 1
     assert folder(tmp_path, channels=3).images[0, 0, 0].tolist() == [50, 50, 50]
@@ -141,7 +141,7 @@ def test_channels_are_common_or_as_asked(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_is_obeyed(tmp_path, orientation):
+def test_the_exif_orientation_is_applied(tmp_path, orientation):
     upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
     # What a camera held in this way stores, from the definition of the tag: (0th row, 0th column) of the file is ...
     stored = {
@@ -162,7 +162,7 @@ def test_the_exif_orientation_is_obeyed(tmp_path, orientation):
     np.testing.assert_array_equal(images[0], images[1])
 
 
-def test_pictures_that_differ_in_size_name_two_of_them_and_the_flag(tmp_path):
+def test_images_that_differ_in_size_are_an_error_that_names_two_of_them_and_the_flag(tmp_path):
     save(tmp_path / "a.png", grey(0, (6, 6)))
     save(tmp_path / "b.png", grey(0, (6, 8)))
     with pytest.raises(ValueError, match=r"a.png is 6x6, .*b.png is 6x8.*--config\.data\.size"):
@@ -172,12 +172,12 @@ def test_pictures_that_differ_in_size_name_two_of_them_and_the_flag(tmp_path):
     assert folder(tmp_path, size=(6, 8)).images.shape == (2, 6, 8, 1)
 
 
-def test_center_cuts_and_resize_squashes(tmp_path):
+def test_center_crops_and_resize_stretches(tmp_path):
     stripes = np.repeat(np.array([0, 100, 200], np.uint8), 60)[None].repeat(60, 0)  # 60 x 180: three squares
     save(tmp_path / "wide.png", stripes)
     save(tmp_path / "tall.png", stripes.T)
     tall, wide = folder(tmp_path, size=20).images[..., 0]
-    assert (tall[4:16] == 100).all()  # the filter reaches over the cut, not over four pixels
+    assert (tall[4:16] == 100).all()  # the filter blurs the cut, over fewer than four pixels
     assert (wide[:, 4:16] == 100).all()
     tall, wide = folder(tmp_path, size=30, crop="resize").images[..., 0]
     assert tall[[4, 15, 25]].tolist() == [[0] * 30, [100] * 30, [200] * 30]
@@ -195,15 +195,15 @@ def test_downsampling_averages_instead_of_skipping(tmp_path, suffix):
 
 def test_a_jpeg_decoded_at_reduced_size_keeps_its_detail(tmp_path):
     waves = np.sin(np.arange(512) * 2 * np.pi / 16)  # 3.1 pixels each after scaling to 100
-    picture = (127.5 + 100 * np.outer(waves, waves)).round().astype(np.uint8)
-    save(tmp_path / "a.png", picture)
-    save(tmp_path / "b.jpg", picture, quality=100)
+    image = (127.5 + 100 * np.outer(waves, waves)).round().astype(np.uint8)
+    save(tmp_path / "a.png", image)
+    save(tmp_path / "b.jpg", image, quality=100)
     png, jpg = folder(tmp_path, size=100).images.astype(int)
     assert png.std() > 30
     assert abs(png - jpg).max() <= 12
 
 
-def test_a_picture_of_the_right_size_is_not_resampled(tmp_path):
+def test_an_image_of_the_right_size_is_not_resampled(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     save(tmp_path / "a.png", noise)
     for crop in data.CROPS:
@@ -217,25 +217,25 @@ def corrupt(path):
 
 @pytest.mark.parametrize("memory_limit", [1 << 30, 1])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_files_that_end_too_early_are_named_before_training(tmp_path, suffix, memory_limit):
+def test_incomplete_files_are_named_before_training(tmp_path, suffix, memory_limit):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for i in range(3):
         save(tmp_path / f"{i}.{suffix}", noise)
     corrupt(tmp_path / f"1.{suffix}")
-    with pytest.raises(ValueError, match=rf"1 of 3 pictures of folder:.*1\.{suffix} \("):
+    with pytest.raises(ValueError, match=rf"1 of 3 images of folder:.*1\.{suffix} \("):
         folder(tmp_path, memory_limit=memory_limit)
 
 
 def test_up_to_five_unreadable_files_are_listed(tmp_path):
     for i in range(8):
-        (tmp_path / f"{i}.png").write_text("no picture")
+        (tmp_path / f"{i}.png").write_text("not an image")
     save(tmp_path / "8.png", grey(0))
-    with pytest.raises(ValueError, match=r"8 of 9 .*/0\.png \(not a picture.*/4\.png \([^/]*and 3 more"):
+    with pytest.raises(ValueError, match=r"8 of 9 images .*/0\.png \(not an image format.*/4\.png \([^/]*and 3 more"):
         folder(tmp_path)
 
 
 def test_empty_and_missing_folders(tmp_path):
-    with pytest.raises(ValueError, match="holds no .png, .jpg, .jpeg, .webp file"):
+    with pytest.raises(ValueError, match="contains no .png, .jpg, .jpeg, .webp file"):
         folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         folder(tmp_path / "nowhere")
@@ -252,7 +252,7 @@ def test_empty_and_missing_folders(tmp_path):
         ({"name": ""}, ValueError, "name=''"),
     ],
 )
-def test_load_refuses(arguments, error, message):
+def test_load_checks_its_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         data.load(**{"name": "folder:.", **arguments})
 
@@ -260,7 +260,7 @@ def test_load_refuses(arguments, error, message):
 # On demand
 
 
-def test_a_data_set_beyond_memory_is_the_same_data_set(tmp_path):
+def test_a_data_set_larger_than_the_memory_limit_has_the_same_images(tmp_path):
     for i in range(20):
         noise = np.random.default_rng(i).integers(0, 256, (9, 12, 3), np.uint8)
         save(tmp_path / f"{i % 3}" / f"{i}.png", noise)
@@ -278,7 +278,7 @@ def test_a_data_set_beyond_memory_is_the_same_data_set(tmp_path):
         np.testing.assert_array_equal(one, two)
 
 
-def test_a_file_that_vanishes_while_training_is_named(tmp_path):
+def test_a_file_that_is_overwritten_during_training_is_named(tmp_path):
     for i in range(4):
         save(tmp_path / f"{i}.png", grey(i))
     source = folder(tmp_path, memory_limit=1)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusion import data
 from diffusion.data import mnist5k
-from diffusion.data import tfds as door
+from diffusion.data import tfds as module
 
 
 def coloured(value, size=(6, 6)):
@@ -36,8 +36,8 @@ def png(array):
     return content.getvalue()
 
 
-class ToyPictures(tfds.core.GeneratorBasedBuilder):
-    """Twenty pictures of two sizes beside features that are of no interest here."""
+class ToyImages(tfds.core.GeneratorBasedBuilder):
+    """Twenty images of two sizes, and features that are not read."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -75,7 +75,7 @@ class ByHand(tfds.core.GeneratorBasedBuilder):
     """Needs a file that nobody put there."""
 
     VERSION = tfds.core.Version("1.0.0")
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put pictures.tar there."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put images.tar there."
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -93,13 +93,13 @@ class ByHand(tfds.core.GeneratorBasedBuilder):
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("tfds")
     with mnist5k.quiet():
-        ToyPictures(data_dir=os.fspath(path)).download_and_prepare(file_format="array_record")
+        ToyImages(data_dir=os.fspath(path)).download_and_prepare(file_format="array_record")
     return path
 
 
 def to_tfrecord(root: Path, target: Path) -> Path:
     """A copy of the toy data set in TFDS's default format, written without TensorFlow."""
-    home, copy = root / "toy_pictures" / "1.0.0", target / "toy_pictures" / "1.0.0"
+    home, copy = root / "toy_images" / "1.0.0", target / "toy_images" / "1.0.0"
     copy.mkdir(parents=True)
     info = json.loads((home / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
@@ -109,9 +109,9 @@ def to_tfrecord(root: Path, target: Path) -> Path:
     (copy / "features.json").write_bytes((home / "features.json").read_bytes())
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     for split in ("train", "secret"):
-        records = ToyPictures(data_dir=os.fspath(root)).as_data_source(split, deserialize_method=raw)
+        records = ToyImages(data_dir=os.fspath(root)).as_data_source(split, deserialize_method=raw)
         parts = [struct.pack("<QI", len(record), 0) + record + bytes(4) for record in records]
-        (copy / f"toy_pictures-{split}.tfrecord-00000-of-00001").write_bytes(b"".join(parts))
+        (copy / f"toy_images-{split}.tfrecord-00000-of-00001").write_bytes(b"".join(parts))
     return target
 
 
@@ -121,57 +121,57 @@ def prepared(request, root, tmp_path):
 
 
 def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
-    source = data.load("toy_pictures", data_dir=prepared, size=6)
+    source = data.load("toy_images", data_dir=prepared, size=6)
     assert source.class_names == ("odd", "even")
     assert source.images[:, 3, 3].tolist() == [[i, 0, 0] for i in range(20)]
     assert source.labels.tolist() == [i % 2 for i in range(20)]
-    part = data.load("toy_pictures:1.0.0", "train[25%:50%]", data_dir=prepared, size=6)
+    part = data.load("toy_images:1.0.0", "train[25%:50%]", data_dir=prepared, size=6)
     assert part.images[:, 0, 0, 0].tolist() == [5, 6, 7, 8, 9]
 
 
 def test_labels_of_minus_one_are_no_labels(prepared):
-    source = data.load("toy_pictures", "secret", data_dir=prepared)
+    source = data.load("toy_images", "secret", data_dir=prepared)
     assert (source.num_classes, source.labels.tolist()) == (0, [0, 0, 0])
 
 
-def test_sizes_of_tfds_pictures_must_agree_too(prepared):
-    with pytest.raises(ValueError, match="picture 0 of toy_pictures/train is 6x6, picture 10 of .* is 6x7"):
-        data.load("toy_pictures", data_dir=prepared)
+def test_sizes_of_tfds_images_must_agree_too(prepared):
+    with pytest.raises(ValueError, match="image 0 of toy_images/train is 6x6, image 10 of .* is 6x7"):
+        data.load("toy_images", data_dir=prepared)
 
 
-def test_tfds_beyond_memory_is_the_same_data_set(prepared):
-    whole = data.load("toy_pictures", "train[3:]", data_dir=prepared, size=6)
-    lazy = data.load("toy_pictures", "train[3:]", data_dir=prepared, size=6, memory_limit=1)
+def test_a_tfds_data_set_larger_than_the_memory_limit_has_the_same_images(prepared):
+    whole = data.load("toy_images", "train[3:]", data_dir=prepared, size=6)
+    lazy = data.load("toy_images", "train[3:]", data_dir=prepared, size=6, memory_limit=1)
     assert not isinstance(lazy.images, np.ndarray)
     np.testing.assert_array_equal(lazy.labels, whole.labels)
     np.testing.assert_array_equal(lazy.images[np.arange(17)], whole.images)
 
 
-def test_a_tfrecord_that_ends_too_early_is_named(root, tmp_path):
+def test_an_incomplete_tfrecord_is_named(root, tmp_path):
     place = to_tfrecord(root, tmp_path)
     corrupt(next(place.glob("*/*/*-train.tfrecord*")))
     with pytest.raises(ValueError, match="ends within a record"):
-        data.load("toy_pictures", data_dir=place, size=6)
+        data.load("toy_images", data_dir=place, size=6)
 
 
-def test_a_damaged_description_is_named(root, tmp_path):
+def test_a_damaged_dataset_info_is_named(root, tmp_path):
     place = to_tfrecord(root, tmp_path)
     corrupt(next(place.glob("*/*/dataset_info.json")))
-    with pytest.raises(ValueError, match="TFDS cannot open toy_pictures"):
-        data.load("toy_pictures", data_dir=place, size=6)
+    with pytest.raises(ValueError, match="TFDS cannot open toy_images"):
+        data.load("toy_images", data_dir=place, size=6)
 
 
 def test_a_missing_file_is_named(root, tmp_path):
     place = to_tfrecord(root, tmp_path)
     next(place.glob("*/*/*-train.tfrecord*")).unlink()
     with pytest.raises(FileNotFoundError, match="train.tfrecord.* is missing"):
-        data.load("toy_pictures", data_dir=place, size=6)
+        data.load("toy_images", data_dir=place, size=6)
 
 
 @pytest.mark.parametrize("split", ["dev", "train[abc]", "train[:0]"])
-def test_unknown_splits_are_refused(root, split):
+def test_an_unknown_split_is_an_error(root, split):
     with pytest.raises(ValueError, match="split='.*train"):
-        data.load("toy_pictures", split, data_dir=root, size=6)
+        data.load("toy_images", split, data_dir=root, size=6)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def tensorflow(monkeypatch):
 @pytest.fixture
 def network(monkeypatch):
     def set_trouble(trouble):
-        monkeypatch.setattr(door, "_unreachable", lambda url: trouble)
+        monkeypatch.setattr(module, "_unreachable", lambda url: trouble)
 
     return set_trouble
 
@@ -210,9 +210,9 @@ def test_without_tensorflow_the_commands_are_given(tmp_path, tensorflow, network
         "mnist5k",
     ):
         assert part in str(error.value)
-    with pytest.raises(FileNotFoundError, match="by hand, into .*: Put pictures.tar there"):
+    with pytest.raises(FileNotFoundError, match="by hand, into .*: Put images.tar there"):
         data.load("by_hand", data_dir=tmp_path)
-    assert not caplog.records  # the message is all that is said
+    assert not caplog.records  # nothing is logged besides the error
 
 
 def test_without_a_network_it_says_so(tmp_path, tensorflow, network):
@@ -225,15 +225,15 @@ def test_without_a_network_it_says_so(tmp_path, tensorflow, network):
 def test_with_both_it_prepares_and_reads(tmp_path, tensorflow, network):
     tensorflow(True)
     network(None)
-    assert data.load("toy_pictures", data_dir=tmp_path, size=6).images.shape == (20, 6, 6, 3)
+    assert data.load("toy_images", data_dir=tmp_path, size=6).images.shape == (20, 6, 6, 3)
     tensorflow(False)
-    assert data.load("toy_pictures", data_dir=tmp_path, size=6).images.shape == (20, 6, 6, 3)
+    assert data.load("toy_images", data_dir=tmp_path, size=6).images.shape == (20, 6, 6, 3)
 
 
 def test_files_to_be_fetched_by_hand_are_explained(tmp_path, tensorflow, network):
     tensorflow(True)
     network(None)
-    with pytest.raises(FileNotFoundError, match="(?s)downloaded by hand.*Put pictures.tar there"):
+    with pytest.raises(FileNotFoundError, match="(?s)downloaded by hand.*Put images.tar there"):
         data.load("by_hand", data_dir=tmp_path)
 
 
@@ -244,8 +244,8 @@ def test_files_to_be_fetched_by_hand_are_explained(tmp_path, tensorflow, network
         ("mnist5", "nearest names: .*mnist5k"),
         ("mnist:9.9.9", "TFDS cannot open mnist:9.9.9.*9.9.9"),
         ("mnist5k:9.9.9", "TFDS cannot open mnist5k:9.9.9.*only: 1.0.0"),
-        ("ag_news_subset", "no data set of single pictures.*title"),
-        ("huggingface:mnist", "community data sets of 'huggingface'"),
+        ("ag_news_subset", "must have one image .*title"),
+        ("huggingface:mnist", "community data set .*'huggingface'.*folder:PATH"),
         ("no such name", "'no such name'"),
     ],
 )
@@ -257,7 +257,7 @@ def test_names_that_cannot_be_read(tmp_path, name, message):
 
 def test_the_environment_names_the_default_folder(root, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", os.fspath(root))
-    assert len(data.load("toy_pictures", size=6).images) == 20
+    assert len(data.load("toy_images", size=6).images) == 20
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -273,7 +273,7 @@ def test_any_answer_of_a_server_means_there_is_a_network(monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
         thread = threading.Thread(target=server.handle_request)
         thread.start()
-        assert door._unreachable(f"http://127.0.0.1:{server.server_port}/file") is None
+        assert module._unreachable(f"http://127.0.0.1:{server.server_port}/file") is None
         thread.join()
 
 
@@ -281,5 +281,5 @@ def test_a_closed_port_and_a_silent_server_are_no_network(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        assert "127.0.0.1" in door._unreachable(url, seconds=0.2)
-    assert "127.0.0.1 does not answer" in door._unreachable(url)
+        assert "127.0.0.1" in module._unreachable(url, seconds=0.2)
+    assert "127.0.0.1 does not answer" in module._unreachable(url)

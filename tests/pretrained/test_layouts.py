@@ -1,6 +1,11 @@
-"""Published networks, number by number: tests/data/*unet*.npz and dit*.npz hold what the PyTorch programs gave."""
+"""Published networks: their outputs (tests/data/*unet*.npz and dit*.npz, from PyTorch), their names, their files.
 
+Tests that take `torch` write files with PyTorch and are skipped without it.
+"""
+
+import functools
 import json
+import struct
 import zlib
 from pathlib import Path
 
@@ -8,15 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from diffusion.pretrained import layouts
 from diffusion.models.unet import ADM, unet
 from diffusion.models.vit import sincos_positions, vit
 from diffusion.predict import WithVariance
+from diffusion.pretrained import layouts
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 # What costs time here is the compiler.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -51,7 +54,7 @@ NETWORKS = {
 
 
 def published(name):
-    """The state dict of a vector, whose values follow from their names, and its other arrays."""
+    """The state dict of a vector file, whose values follow from their names, and its other arrays."""
     with np.load(DATA / f"{name}.npz") as file:
         vectors = {k: file[k] for k in file.files}
     return {entry: value(entry, shape) for entry, shape in json.loads(str(vectors["params"]))}, vectors
@@ -61,10 +64,10 @@ def value(name, shape):
     if name == "pos_embed":
         side = int(shape[1] ** 0.5)
         return sincos_positions((side, side), shape[2])[None]
-    draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    normal = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) > 1:
-        return (draw / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
-    return (1 + 0.1 * draw if name.endswith("weight") else 0.1 * draw).astype(np.float32)
+        return (normal / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+    return (1 + 0.1 * normal if name.endswith("weight") else 0.1 * normal).astype(np.float32)
 
 
 def inputs(vectors):
@@ -76,13 +79,22 @@ def like(model, *args):
     return jax.eval_shape(model.init, jax.random.key(0), *args)
 
 
+@functools.cache
+def shapes_of(name):
+    return like(NETWORKS[name][0](), *inputs(published(name)[1]))
+
+
+def flat(shapes):
+    return {tuple(k.key for k in p): x.shape for p, x in jax.tree_util.tree_flatten_with_path(shapes)[0]}
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_published_networks_give_the_published_numbers(name):
+def test_published_networks_give_the_published_outputs(name):
     make, layout = NETWORKS[name]
     model = make(clock=lambda t: t)
     arrays, vectors = published(name)
     args = inputs(vectors)
-    params = layouts.from_torch(arrays, like(model, *args), layout)
+    params = layouts.from_torch(arrays, shapes_of(name), layout)
     out = jax.jit(model.apply).lower(params, *args).compile(compiler_options=QUICK)(params, *args)
     assert isinstance(out, WithVariance) == ("sigma" in name)
     got = np.concatenate(out, -1) if isinstance(out, WithVariance) else np.asarray(out)
@@ -91,10 +103,9 @@ def test_published_networks_give_the_published_numbers(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_file_that_does_not_fit_is_refused_with_everything_that_does_not(name):
-    make, layout = NETWORKS[name]
-    arrays, vectors = published(name)
-    shapes = like(make(), *inputs(vectors))
+def test_the_error_about_a_file_that_does_not_fit_lists_everything_that_differs(name):
+    layout, shapes = NETWORKS[name][1], shapes_of(name)
+    arrays, _ = published(name)
     names = [n for n in arrays if n != "pos_embed"]
     del arrays[names[3]]
     arrays |= {names[4]: arrays[names[4]][..., None], names[5]: np.zeros(arrays[names[5]].shape, int)}
@@ -102,19 +113,19 @@ def test_a_file_that_does_not_fit_is_refused_with_everything_that_does_not(name)
     with pytest.raises(ValueError, match="the file does not fit this network") as caught:
         layouts.from_torch(arrays, shapes, layout)
     lines = str(caught.value).splitlines()[1:]
-    assert [line.split()[:2] for line in lines] == [
-        ["missing:", names[3]],
-        ["misshapen:", names[4]],
-        ["misshapen:", names[5]],
-        ["surplus:", "extra.weight"],
-        ["surplus:", "num"],
+    assert [line.split()[:3] for line in lines] == [
+        ["missing", "key:", names[3]],
+        ["shape", "mismatch:", names[4]],
+        ["dtype", "mismatch:", names[5]],
+        ["unexpected", "key:", "extra.weight"],
+        ["unexpected", "key:", "num"],
     ]
     assert "int64" in lines[2] and lines[3].endswith("[2, 3]")
 
 
-def test_a_network_with_fields_of_its_own_has_no_published_entry():
+def test_a_network_that_was_not_published_has_no_entries():
     xt, t, y = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, int)
-    fields = {**SMALL, "num_channels": 8, "num_head_channels": 4}
+    fields = {"num_channels": 8, "num_res_blocks": 1, "channel_mult": (1,), "attention_resolutions": ()}
     with pytest.raises(ValueError, match=r"no entry for the parameter input_1\.norm_out\.bias"):
         layouts.from_torch({}, like(unet(**fields, film_norm="affine"), xt, t), layouts.patch_unet())
     with pytest.raises(ValueError, match=r"no entry for the parameter input_1\.gate\.bias"):
@@ -128,18 +139,15 @@ def test_a_network_with_fields_of_its_own_has_no_published_entry():
         layouts.from_torch({}, like(model, xt, t), layouts.dit(4))
 
 
-def test_classes_published_without_a_null_get_one_of_zeros_and_with_one_keep_it():
-    make, _ = NETWORKS["adm_unet_class_sigma"]
-    arrays, vectors = published("adm_unet_class_sigma")
-    shapes = like(make(), *inputs(vectors))
+def test_a_missing_null_class_becomes_zeros_and_an_existing_one_is_kept():
+    (arrays, _), shapes = published("adm_unet_class_sigma"), shapes_of("adm_unet_class_sigma")
     table = layouts.from_torch(arrays, shapes, layouts.adm_unet())["classes"]["embedding"]
     np.testing.assert_array_equal(table[:10], arrays["label_emb.weight"])
     np.testing.assert_array_equal(table[10], 0)
-    with pytest.raises(ValueError, match=r"misshapen: label_emb\.weight is \[10, 128\], must be \[11, 128\]"):
+    with pytest.raises(ValueError, match=r"shape mismatch: label_emb\.weight is \[10, 128\], must be \[11, 128\]"):
         layouts.from_torch(arrays, shapes, layouts.adm_unet(null_class=True))
-    make, _ = NETWORKS["dit_p2_sigma"]
-    arrays, vectors = published("dit_p2_sigma")
-    shapes, name = like(make(), *inputs(vectors)), "y_embedder.embedding_table.weight"
+    (arrays, _), shapes = published("dit_p2_sigma"), shapes_of("dit_p2_sigma")
+    name = "y_embedder.embedding_table.weight"
     table = layouts.from_torch(arrays, shapes, layouts.dit(2))["classes"]["embedding"]
     np.testing.assert_array_equal(table, arrays[name])
     arrays[name] = arrays[name][:10]
@@ -147,14 +155,13 @@ def test_classes_published_without_a_null_get_one_of_zeros_and_with_one_keep_it(
     np.testing.assert_array_equal(table[10], 0)
 
 
-def test_the_upsampler_sees_its_condition_beside_the_picture():
-    """Six channels in, three predicted and three of variance, as guided-diffusion's upsamplers have them."""
+def test_an_upsampler_has_its_condition_as_input_channels():
+    """Six channels in, three predicted and three of variance, as in guided-diffusion's upsamplers."""
     fields = {**SMALL, **ADM, "out_channels": 3, "learned_variance": "channels", "attention_resolutions": (4,)}
     model = unet(**fields)
     xt, t = jnp.zeros((1, 8, 8, 6)), jnp.zeros(1)
     shapes = like(model, xt, t)
-    flat = {tuple(k.key for k in p): x.shape for p, x in jax.tree_util.tree_flatten_with_path(shapes)[0]}
-    entries = {entry.name: entry.shape for entry in layouts.adm_unet().entries(flat).values()}
+    entries = {entry.name: entry.shape for entry in layouts.adm_unet().entries(flat(shapes)).values()}
     assert entries["input_blocks.0.0.weight"] == (32, 6, 3, 3) and entries["out.2.weight"] == (6, 32, 3, 3)
     params = layouts.from_torch(
         {name: value(name, shape) for name, shape in entries.items()}, shapes, layouts.adm_unet()
@@ -163,14 +170,13 @@ def test_the_upsampler_sees_its_condition_beside_the_picture():
     assert out.pred.shape == out.v.shape == (1, 8, 8, 3)
 
 
-def test_every_block_of_a_deeper_network_has_its_published_place():
-    """Two blocks per level, attention in the middle of three levels: places as guided-diffusion counts them."""
+def test_every_block_of_a_deeper_network_has_its_published_index():
+    """Two blocks per level, attention in the second of three levels: indices as in guided-diffusion."""
     fields = {"num_channels": 8, "num_heads": 2, "channel_mult": (1, 1, 1), "attention_resolutions": (4,)}
     places = {}
     for updown in (False, True):
         shapes = like(unet(**fields, **ADM, resblock_updown=updown), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
-        flat = {tuple(k.key for k in p): x.shape for p, x in jax.tree_util.tree_flatten_with_path(shapes)[0]}
-        names = [entry.name for entry in layouts.adm_unet().entries(flat).values()]
+        names = [entry.name for entry in layouts.adm_unet().entries(flat(shapes)).values()]
         assert len(set(names)) == len(names)
         places[updown] = {".".join(name.split(".")[:3]) for name in names}
     attending = {f"input_blocks.{i}.1" for i in (4, 5)} | {f"output_blocks.{i}.1" for i in (3, 4, 5)}
@@ -178,7 +184,7 @@ def test_every_block_of_a_deeper_network_has_its_published_place():
     assert {p for p in blocks if p.startswith("input")} == {f"input_blocks.{i}.0" for i in range(9)} | {
         p for p in attending if p.startswith("input")
     }
-    # The second level's way up is third in its block, after attention; the deepest level's is second.
+    # The upsampling layer of the second level is third in its block, after attention; that of the lowest is second.
     assert {p for p in blocks if p.startswith("output") and p[-1] != "0"} == {
         *(p for p in attending if p.startswith("output")),
         "output_blocks.2.1",
@@ -186,20 +192,22 @@ def test_every_block_of_a_deeper_network_has_its_published_place():
     }
 
 
-def test_positions_of_a_dit_must_be_the_fixed_ones():
-    make, layout = NETWORKS["dit_p2_sigma"]
-    arrays, vectors = published("dit_p2_sigma")
-    shapes = like(make(), *inputs(vectors))
-    with pytest.raises(ValueError, match="differs: pos_embed is off the fixed sine-cosine positions by 0.5"):
+def test_positions_of_a_dit_must_be_the_sine_cosine_ones():
+    (arrays, _), shapes, layout = published("dit_p2_sigma"), shapes_of("dit_p2_sigma"), NETWORKS["dit_p2_sigma"][1]
+    with pytest.raises(ValueError, match="wrong value: pos_embed differs from the sine-cosine positions by 0.5"):
         layouts.from_torch(arrays | {"pos_embed": arrays["pos_embed"] + 0.5}, shapes, layout)
-    with pytest.raises(ValueError, match=r"differs: pos_embed has shape \[1, 15, 48\]"):
+    with pytest.raises(ValueError, match=r"wrong value: pos_embed has shape \[1, 15, 48\]"):
         layouts.from_torch(arrays | {"pos_embed": arrays["pos_embed"][:, :15]}, shapes, layout)
     del arrays["pos_embed"]
     layouts.from_torch(arrays, shapes, layout)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_files_of_all_kinds_hold_the_same(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_files_of_all_formats_give_the_same_arrays(tmp_path, dtype):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    dtype = getattr(torch, dtype)
     tensors = {"a.weight": torch.randn(3, 2, dtype=dtype), "a.bias": torch.randn(3, dtype=dtype)}
     torch.save(tensors, tmp_path / "x.pt")
     torch.save(tensors, tmp_path / "x.pth")
@@ -212,18 +220,18 @@ def test_files_of_all_kinds_hold_the_same(tmp_path, dtype):
             np.testing.assert_array_equal(x.astype(np.float64), tensors[name].double().numpy())
 
 
-def test_one_dict_of_a_training_checkpoint_is_picked_by_name(tmp_path):
-    torch.save({"ema": {"w": torch.ones(2)}, "model": {"w": torch.zeros(2)}, "step": 3}, tmp_path / "run.pt")
-    np.testing.assert_array_equal(layouts.read(tmp_path / "run.pt", "ema")["w"], 1)
-    with pytest.raises(ValueError, match=r"more than named arrays: ema \(dict\).*one of \['ema', 'model'\]"):
-        layouts.read(tmp_path / "run.pt")
-    with pytest.raises(ValueError, match="holds no entry 'opt'; there are ema"):
-        layouts.read(tmp_path / "run.pt", "opt")
-    with pytest.raises(ValueError, match="more than named arrays: int"):
-        layouts.read(tmp_path / "run.pt", "step")
+def test_one_dict_of_a_training_checkpoint_is_selected_by_name():
+    path = DATA / "torch_save.pt"  # {"ema": tensors, "step": 3, "name": "é"}
+    np.testing.assert_array_equal(layouts.read(path, "ema")["int8"], [[-2, -1, 0], [1, 2, 3]])
+    with pytest.raises(ValueError, match=r"other content than named arrays: ema \(dict\).*pass one of \['ema'\]"):
+        layouts.read(path)
+    with pytest.raises(ValueError, match="has no entry 'opt'; there are ema"):
+        layouts.read(path, "opt")
+    with pytest.raises(ValueError, match="other content than named arrays: int"):
+        layouts.read(path, "step")
 
 
-def test_files_that_cannot_be_read_are_refused(tmp_path):
+def test_files_that_cannot_be_read_are_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.safetensors, \.npz, \.pt or \.pth"):
         layouts.read(tmp_path / "model.bin")
     for kind in ("pt", "npz", "safetensors"):
@@ -235,8 +243,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     np.savez(tmp_path / "objects.npz", x=np.array([{}], object))
     with pytest.raises(ValueError, match="objects.npz is not a .npz file of arrays"):
         layouts.read(tmp_path / "objects.npz")
-    save_file({"x": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "f8.safetensors")
-    with pytest.raises(ValueError, match=r"holds tensors of \['F8_E4M3'\]"):
+    header = b'{"x":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / "f8.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+    with pytest.raises(ValueError, match=r"has tensors of dtype \['F8_E4M3'\]"):
         layouts.read(tmp_path / "f8.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Sources, batches as a function of (seed, step), and their prefetching."""
+"""Sources, batches as a function of (seed, step), and prefetching."""
 
 import threading
 from contextlib import closing
@@ -13,7 +13,7 @@ from diffusion.data import batches
 
 
 def numbered(n, size=(4, 6), channels=1):
-    """n pictures of noise, labelled with their own numbers."""
+    """n images of noise, labelled with their own numbers."""
     images = np.random.default_rng(0).integers(0, 256, (n, *size, channels), np.uint8)
     return data.from_arrays(images, np.arange(n))
 
@@ -23,7 +23,7 @@ def numbered(n, size=(4, 6), channels=1):
 
 @given(st.integers(1, 20), st.integers(1, 50), st.integers(0, 2**64 - 1))
 @settings(deadline=None, max_examples=50)
-def test_every_epoch_shows_every_picture_once(n, batch_size, seed):
+def test_every_epoch_contains_every_image_once(n, batch_size, seed):
     source = numbered(n)
     steps = -(-3 * n // batch_size)
     seen = np.concatenate([data.batch(source, seed, step, batch_size)["y"] for step in range(steps)])
@@ -44,7 +44,7 @@ def test_samples_and_their_augmentation_do_not_depend_on_the_batch_size(b1, b2):
         np.testing.assert_array_equal(first, second)
 
 
-def test_a_batch_is_the_same_in_any_order_of_asking():
+def test_batches_do_not_depend_on_the_order_of_steps():
     source = numbered(11)
     forward = [data.batch(source, 0, step, 4, flip=True, shift=1)["x"] for step in range(30)]
     batches._permutation.cache_clear()
@@ -52,7 +52,7 @@ def test_a_batch_is_the_same_in_any_order_of_asking():
         np.testing.assert_array_equal(data.batch(source, 0, step, 4, flip=True, shift=1)["x"], forward[step])
 
 
-def test_pictures_keep_their_labels_and_types():
+def test_images_keep_their_labels_and_types():
     source = numbered(50)
     batch = data.batch(source, 1, 2, 16)
     assert batch["x"].dtype == np.uint8
@@ -60,14 +60,14 @@ def test_pictures_keep_their_labels_and_types():
     np.testing.assert_array_equal(batch["x"], source.images[batch["y"]])
 
 
-def test_seeds_and_epochs_have_their_own_order():
+def test_the_order_differs_between_seeds_and_epochs():
     source = numbered(100)
     orders = [tuple(data.batch(source, seed, step, 100)["y"]) for seed in (0, 1) for step in (0, 1)]
     assert len(set(orders)) == 4
 
 
-def test_the_order_outlives_versions_of_numpy():
-    """Runs made with other versions of NumPy continue with the same batches only while this holds."""
+def test_the_order_is_the_same_with_every_version_of_numpy():
+    """Otherwise a run that was started with another version of NumPy would resume with other batches."""
     assert data.batch(numbered(10), 7, 0, 10)["y"].tolist() == [8, 4, 1, 6, 3, 2, 7, 5, 9, 0]
 
 
@@ -139,7 +139,7 @@ def test_prefetch_stops_with_its_consumer():
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_prefetch_is_depth_steps_ahead_and_no_more(depth):
+def test_prefetch_is_exactly_depth_steps_ahead(depth):
     made, ready = [], threading.Semaphore(0)
 
     def make(step):
@@ -201,10 +201,10 @@ HOLE[1, 2, 3, 0] = np.nan
         (ZEROS.astype(np.float32), None, (), TypeError, r"not float32: pass np.rint\(images \* 255\)"),
         (ZEROS.astype(np.int64), None, (), TypeError, r"not int64: pass images.astype\(np.uint8\)"),
         (ZEROS[..., 0], None, (), ValueError, r"images\[..., None\]"),
-        (ZEROS[:0], None, (), ValueError, "no pictures"),
-        (ZEROS, [0, -1], (), ValueError, "label -1 of picture 1"),
-        (ZEROS, [0, 3], ("a", "b"), ValueError, r"label 3 of picture 1 of arrays is outside 0 .. 1 \(1 such"),
-        (ZEROS, [0], (), ValueError, r"shape \(1,\), but there are 2"),
+        (ZEROS[:0], None, (), ValueError, r"N >= 1, not \(0, 4, 4, 1\)"),
+        (ZEROS, [0, -1], (), ValueError, "label -1 of image 1 of arrays is negative"),
+        (ZEROS, [0, 3], ("a", "b"), ValueError, r"label 3 of image 1 of arrays is outside 0 .. 1 \(1 such"),
+        (ZEROS, [0], (), ValueError, r"labels of arrays have shape \(1,\), but there are 2 images"),
         (ZEROS, [0.0, 1.0], (), TypeError, "integers, not float64"),
         (ZEROS, None, ("a",), ValueError, "no labels"),
     ],
