@@ -1,4 +1,4 @@
-"""The benchmarks, tiny: each runs, checks its rivals against ours, and returns numbers for a table and for JSON."""
+"""The benchmarks, tiny: each runs, checks other programs against ours, and returns numbers for a table and for JSON."""
 
 import dataclasses
 import json
@@ -12,21 +12,38 @@ import numpy as np
 import pytest
 
 from diffusion import models
+from diffusion.models.vit import ViT
 from diffusion.patch import patchify, unpatchify
-from experiments import build
-from experiments.bench import blog, patch, patch_report, patch_rivals, patch_size, patch_size_report, startup, timing, vit
-from experiments.config import Config, Data, Model, Process, Sample, Train
+from experiments.bench import (
+    blog,
+    commands,
+    ours,
+    patch,
+    patch_implementations,
+    patch_report,
+    patch_size,
+    patch_size_cases,
+    patch_size_report,
+    peers,
+    startup,
+    tables,
+    timing,
+    vit,
+)
+from experiments.config import Config, Data, Process, Sample, Train
 from experiments.configs import blog as blog_config
+from experiments.parts import DataSpec, resolve
 
 NAMES = ("slow", "fast")
 ROOT = Path(__file__).parent.parent
+SPEC = DataSpec((8, 12, 2), tuple("abcde"))
 
 
 def tiny() -> Config:
-    """A network with all the fields that the rivals know, small."""
+    """A network with all the fields that the PyTorch one has, small."""
     return Config(
         data=Data(size=(8, 12), channels=2),
-        model=Model(
+        model=ViT(
             patch_size=4,
             width=16,
             depth=1,
@@ -57,31 +74,51 @@ def test_speeds_are_medians_of_ratios_within_a_round():
     consistent(rows, set(NAMES))
     assert rows["fast"]["speed_over"] == {"slow": 1.0}  # of 1, 0.5 and 5
     assert rows["slow"]["seconds"] == 2.0
-    assert timing.over(rows["fast"], "slow") == "1.00 x"
-    assert timing.over(rows["slow"], "slow") == "1"
+    assert tables.over(rows["fast"], "slow") == "1.00 x"
+    assert tables.over(rows["slow"], "slow") == "1"
 
 
-def test_contenders_take_turns_and_every_other_round_runs_backwards():
+def test_programs_take_turns_and_every_other_round_runs_backwards():
     order = []
-    contenders = {name: lambda name=name: order.append(name) for name in NAMES}
-    seconds = timing.interleave(contenders, 3)
+    programs = {name: lambda name=name: order.append(name) for name in NAMES}
+    seconds = timing.interleave(programs, 3)
     assert order == [*NAMES, *NAMES, *NAMES[::-1], *NAMES]
     assert {name: len(s) for name, s in seconds.items()} == dict.fromkeys(NAMES, 3)
 
 
-def test_a_result_that_cannot_be_written_fails_before_the_race(tmp_path):
+def test_calls_of_a_program_count_as_work():
+    calls = []
+    rows = timing.race({"one": lambda: calls.append(1)}, work=3, rounds=2, calls=5)
+    consistent(rows, {"one"})
+    assert len(calls) == 5 * (1 + 2) and rows["one"]["work"] == 15
+
+
+def test_a_result_that_cannot_be_written_fails_before_anything_is_measured(tmp_path):
     with pytest.raises(OSError):
-        timing.check_json(str(tmp_path / "missing" / "result.json"))
-    timing.check_json(None)
-    timing.write_json(str(tmp_path / "result.json"), {"a": 1})
+        commands.check_json(str(tmp_path / "missing" / "result.json"))
+    commands.check_json(None)
+    commands.write_json(str(tmp_path / "result.json"), {"a": 1})
     assert json.loads((tmp_path / "result.json").read_text()) == {"a": 1}
+
+
+def test_targets_say_which_side_is_better():
+    text = tables.targets([("speed", 2.0, "at least", 1.0), ("memory", 2.0, "at most", 1.0)])
+    speed, memory = text.splitlines()[2:]
+    assert speed.split()[-1] == "yes" and memory.split()[-1] == "NO"
+
+
+@pytest.mark.parametrize("error", [2 * peers.TOLERANCE, float("nan")])
+def test_programs_that_differ_are_not_the_same(error):
+    assert peers.check_same("it", {"outputs": 0.0}) == {"outputs": 0.0}
+    with pytest.raises(AssertionError, match="it does not compute what ours does"):
+        peers.check_same("it", {"outputs": 0.0, "gradients": error})
 
 
 def test_vit_against_pytorch():
     pytest.importorskip("torch")
     config = tiny()
-    result = vit.run(config, peers=("eager",), rounds=1, num_classes=5, peak_tflops=0.5)
-    assert max(result["parity"].values()) < vit.TOLERANCE
+    result = vit.run(config, modes=("eager",), rounds=1, num_classes=5, peak_tflops=0.5)
+    assert max(result["parity"].values()) < peers.TOLERANCE
     for kind in ("train", "sample"):
         consistent(result[kind], {"ours", "PyTorch eager"})
         assert all(row["mfu"] == pytest.approx(row["tflops"] / 0.5) for row in result[kind].values())
@@ -92,7 +129,7 @@ def test_vit_against_pytorch():
 def test_another_network_is_not_timed(monkeypatch):
     """Parity can fail: it is run with a network in PyTorch that forgets one thing."""
     pytest.importorskip("torch")
-    from experiments.bench import torch_vit
+    from experiments.bench import torch_vit, vit_peer
 
     copy = torch_vit.copy_params
 
@@ -102,26 +139,35 @@ def test_another_network_is_not_timed(monkeypatch):
         return copy(network, params)
 
     monkeypatch.setattr(torch_vit, "copy_params", other)
-    config, seen = tiny(), build.Seen((8, 12, 2), tuple("abcde"))
-    with pytest.raises(AssertionError, match="not ours"):
-        vit.parity(config, seen, vit.ours.params(config, seen, vit.NOISE))
+    config = tiny()
+    with pytest.raises(AssertionError, match="does not compute what ours does"):
+        vit_peer.parity(config, SPEC, ours.params(resolve(config, SPEC), vit.NOISE))
 
 
 def test_flops_are_those_of_the_matrix_products():
     """XLA's count of a forward pass of the network, which has other operations too."""
-    config, seen = tiny(), build.Seen((8, 12, 2), tuple("abcde"))
-    config.model = dataclasses.replace(config.model, width=64, heads=2, bottleneck=32)
-    model = build.network(config, seen)
-    params = jax.eval_shape(lambda: build.init_params(config, seen))
-    x, t = jax.ShapeDtypeStruct((1, 8, 12, 2), np.float32), jax.ShapeDtypeStruct((1,), np.float32)
-    counted = jax.jit(model.apply).lower(params, x, t, jax.ShapeDtypeStruct((1,), np.int32)).cost_analysis()["flops"]
-    assert vit.forward_flops(config, seen) < counted < 1.15 * vit.forward_flops(config, seen)
+    config = ours.with_model(tiny(), width=64, heads=2, bottleneck=32)
+    model, x = resolve(config, SPEC).model, jax.ShapeDtypeStruct((1, *SPEC.shape), np.float32)
+    t, y = jax.ShapeDtypeStruct((1,), np.float32), jax.ShapeDtypeStruct((1,), np.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x, t, y)
+    counted = jax.jit(model.apply).lower(params, x, t, y).cost_analysis()["flops"]
+    assert vit.forward_flops(config, SPEC) < counted < 1.15 * vit.forward_flops(config, SPEC)
 
 
 def test_a_network_that_pytorch_lacks_is_refused():
-    pytest.importorskip("torch")
     with pytest.raises(ValueError, match="model.dropout=0 only, not 0.5"):
-        vit.peer_module(vit.with_model(tiny(), dropout=0.5))
+        vit.peer_module(ours.with_model(tiny(), dropout=0.5))
+
+
+def test_without_pytorch_a_comparison_says_how_to_do_without(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"pip install -e '.\[torch\]', or pass --peer=none"):
+        vit.peer_module(tiny())
+
+
+def test_another_network_than_vit_is_refused():
+    with pytest.raises(ValueError, match="times the network vit, not blog"):
+        vit.run(tiny_blog())
 
 
 def tiny_blog():
@@ -137,13 +183,13 @@ def test_blog():
     consistent(result["sample"], set(result["sample"]))
     assert result["train"]["ours"]["work"] == 6
     assert json.loads(json.dumps(result)) == result
-    assert "drawing, per picture" in blog.report(result)
+    assert "sampling, per image" in blog.report(result)
 
 
 def test_blog_against_keras():
     pytest.importorskip("tensorflow", reason="the published program needs the bench extra")
     result = blog.run(tiny_blog(), compare=True, rounds=1, sample_steps=2)
-    assert result["parity"] and max(result["parity"].values()) < blog.TOLERANCE
+    assert result["parity"] and max(result["parity"].values()) < peers.TOLERANCE
 
 
 def test_patch(tmp_path):
@@ -151,18 +197,18 @@ def test_patch(tmp_path):
     case = result["cases"]["28x28/7"]
     assert case["bytes"] == 60 * 28 * 28 * 4
     assert {
-        patch_rivals.COPY,
-        patch_rivals.COPIES,
-        patch_rivals.NUMBA,
-        patch_rivals.NUMBAS,
-        patch_rivals.FUSEDS,
-        *patch_rivals.BLOG,
+        patch_implementations.COPY,
+        patch_implementations.COPIES,
+        patch_implementations.NUMBA,
+        patch_implementations.NUMBAS,
+        patch_implementations.FUSEDS,
+        *patch_implementations.BLOG,
     } <= set(case["host"])
     consistent(case["host"], set(case["host"]))
     assert json.loads(json.dumps(result))["generator"] == result["generator"]
     assert "28x28/7" in patch_report.report(result)
-    patch_report.draw(result, tmp_path / "race.png")
-    assert (tmp_path / "race.png").stat().st_size and (tmp_path / "race_roof.png").stat().st_size
+    patch_report.plot(result, tmp_path / "patch.png")
+    assert (tmp_path / "patch.png").stat().st_size and (tmp_path / "patch_against_copy.png").stat().st_size
 
 
 def test_patch_as_a_command_knows_its_flags():
@@ -208,11 +254,11 @@ def linear_unet(*, patch_size, dtype, **fields):
 
 
 def test_patch_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(patch_size, "unet", linear_unet)
+    monkeypatch.setattr(patch_size_cases, "unet", linear_unet)
     fields = {"num_channels": 8, "channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": [4]}
     result = patch_size.run(size=8, patch_sizes=[1, 2], grid=4, fields=fields, batch_size=2, rounds=1)
     names = ["8 px, P = 1", "8 px, P = 2", "4 px, P = 1"]
-    assert result["same_picture"] == names[:2] and result["same_grid"] == names[:0:-1]
+    assert result["same_image"] == names[:2] and result["same_grid"] == names[:0:-1]
     for kind in ("train", "sample"):
         consistent(result[kind], set(names))
     cases = [result["cases"][name] for name in names]
@@ -227,7 +273,7 @@ def test_patch_size(tmp_path, monkeypatch):
     assert claims["training time, 8 px, P = 2 over 4 px, P = 1"] == (pytest.approx(patched / pixels), "at most")
     got, side = claims["sampling speed, 8 px, P = 2 over P = 1"]
     assert side == "at least" and got == result["sample"][names[1]]["speed_over"][names[0]]
-    patch_size_report.draw(result, tmp_path / "chart.png")
+    patch_size_report.plot(result, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size
 
 
@@ -235,15 +281,14 @@ def test_patch_size(tmp_path, monkeypatch):
 def test_operations_of_a_patch_size_are_counted_alike_twice(size, patch):
     """By hand and by XLA, of a network as wide as the command's; nothing is compiled."""
     fields = {"num_channels": 64, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [32]}
-    case, shape = patch_size.Case(size, patch), (2, size, size, 3)
-    training = patch_size.lowered_train(*patch_size.network(case, fields, "float32"), shape)
-    found = patch_size.operations(case, fields, "float32", training, 2)
+    case = patch_size_cases.Case(size, patch)
+    training = patch_size_cases.lowered_train(*patch_size_cases.network(case, fields, "float32"), case.shape(2))
+    found = patch_size_cases.operations(case, fields, "float32", training, 2)
     for kind, flops in found["flops"].items():
         assert 0.95 < found["xla_flops"][kind] / flops < 1.05
 
 
 def test_patch_sizes_and_peers_that_cannot_be_are_refused_before_any_work(tmp_path, monkeypatch):
-    pytest.importorskip("torch")
     monkeypatch.delattr(patch_size, "measured")
     asked = {"size": 8, "grid": 4, "fields": {}}
     with pytest.raises(ValueError, match=r"--patch_sizes=\[0, 3\] do not divide --size=8"):
@@ -267,15 +312,15 @@ def test_another_published_network_is_not_timed(tmp_path):
         "        return super().forward(x) + clock[:, None, None, None] / 1000\n"
     )
     fields = {"num_channels": 8, "channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": [4]}
-    case = patch_size.Case(8, 2)
+    case = patch_size_cases.Case(8, 2)
     amounts = {"batch_size": 2, "steps": 1, "sample_steps": 2}
     with pytest.raises(ValueError, match="does not fit this network"):
-        patch_size.versus(torch_unet, str(tmp_path), case, fields, "float32", ("eager",), **amounts)
+        patch_size_cases.compared(torch_unet, str(tmp_path), case, fields, "float32", ("eager",), **amounts)
     module = torch_unet.network(str(tmp_path), size=8, patch_size=2, channels=3, fields=fields)
     before = [p.detach().clone() for p in module.parameters()]
-    settings = {"mode": "eager", "bfloat16": False}
-    drawn = torch_unet.drawer(module, (2, 8, 8, 3), 2, **settings)()
-    assert drawn.shape == (2, 3, 8, 8) and drawn.dtype == np.uint8
-    torch_unet.trainer(module, np.ones((2, 8, 8, 3), np.float32), 3, rate=0.1, ema=0.9, **settings)()
+    settings = {"mode": "eager", "dtype": "float32"}
+    samples = torch_unet.sample(module, (2, 8, 8, 3), 2, **settings)()
+    assert samples.shape == (2, 3, 8, 8) and samples.dtype == np.uint8
+    torch_unet.train(module, np.ones((2, 8, 8, 3), np.float32), 3, rate=0.1, ema=0.9, **settings)()
     moved = [abs(p.detach() - b).max() for p, b in zip(module.parameters(), before, strict=True)]
     assert min(moved) > 0.05

@@ -1,10 +1,10 @@
-"""The blog's network and its two loops in Keras, made from their description, to be timed against.
+"""The blog's network and its two loops in Keras, written from their description, to compare times with.
 
     z0 = tokens + E,   z_{l+1} = MultiHeadAttention_l(z_l, z_l) + z0,   pred = z_L without its last token   (1)
 
 Piantedosi, "Diffusion model" (piantedosi.github.io/diffusion_model). E has one row per token, five as published
 geometry goes; the published layer has four and looks up a fifth. As published, noise is added in NumPy, training feeds
-whole batches of patches, and sampling patches, predicts and recomposes one picture at a time.
+whole batches of patches, and sampling patches, predicts and recomposes one image at a time.
 """
 
 import os
@@ -60,7 +60,7 @@ def with_level(tokens: np.ndarray, level: np.ndarray) -> np.ndarray:
 def training_batch(
     rng: np.random.Generator, x0: np.ndarray, repeat: int, rate: float, steps: int, window: int, stride: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy tokens with their level, and the noise in tokens: pictures x0 [B, H, W, 1], noised `repeat` times each."""
+    """Noisy tokens with their level, and the noise in tokens: images x0 [B, H, W, 1], noised `repeat` times each."""
     x0 = np.tile(x0, (repeat, 1, 1, 1))
     eps = rng.standard_normal(x0.shape)
     level = rate ** rng.integers(0, steps + 1, len(x0))
@@ -70,10 +70,10 @@ def training_batch(
     return with_level(cut[0], level.astype(np.float32)), cut[1]
 
 
-def draw(
+def sample(
     model: keras.Model, x: np.ndarray, rate: float, steps: int, step_size: float, window: int, stride: int
 ) -> np.ndarray:
-    """A picture [H, W] from noise x [H, W], one `model.predict` per step."""
+    """A sample [H, W] from noise x [H, W], one `model.predict` per step."""
     grid = geometry(x.shape, window, stride).grid
     corners = [(i * stride, j * stride) for i in range(grid[0]) for j in range(grid[1])]
     for n in range(steps, 0, -1):

@@ -1,4 +1,4 @@
-"""Our side of a benchmark: the training step of `experiments.train` and the pictures of `experiments.sample`."""
+"""Our side of a benchmark: the training step of `experiments.train` and the samples of `experiments.sample`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,25 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, drawing, objective
+from experiments import objective, parts, sampling
 from experiments.config import Config
 
 
-def params(config: Config, seen: build.Seen, noise: float) -> Any:
+def params(run: parts.Parts, noise: float) -> Any:
     """Parameters with noise on them, as NumPy: many are zero at first, and no comparison must pass because of that."""
-    leaves, structure = jax.tree.flatten(build.init_params(config, seen))
-    keys = jax.random.split(jax.random.key(config.seed + 1), len(leaves))
+    leaves, structure = jax.tree.flatten(parts.init_params(run))
+    keys = jax.random.split(jax.random.key(run.seed + 1), len(leaves))
     noisy = [p + noise * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
     return structure.unflatten(map(np.asarray, noisy))
 
 
-def train(
-    config: Config, seen: build.Seen, params: Any, batch: dict[str, np.ndarray], steps: int
-) -> Callable[[], None]:
-    """Runs `steps` training steps on a batch of uint8 pictures [B, H, W, C] and labels."""
-    step = jax.jit(objective.make_step(config, seen), donate_argnums=1)
-    key = jax.random.key(config.seed)
-    state = objective.init_state(config, seen, jax.tree.map(jnp.asarray, params))
+def train(run: parts.Parts, params: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[], None]:
+    """Takes `steps` training steps on a batch of uint8 images [B, H, W, C] and labels."""
+    state = objective.init_state(run, jax.tree.map(jnp.asarray, params))
+    return steps_on(jax.jit(objective.make_step(run), donate_argnums=1), run.seed, state, batch, steps)
+
+
+def steps_on(step: Callable[..., tuple[Any, Any]], seed: int, state: Any, batch: Any, steps: int) -> Callable[[], None]:
+    """Takes `steps` steps of a compiled (key, state, batch) -> (state, metrics); the next call goes on from there."""
+    key = jax.random.key(seed)
 
     def run() -> None:
         nonlocal state
@@ -37,11 +39,24 @@ def train(
     return run
 
 
-def draw(
-    config: Config, seen: build.Seen, params: Any, labels: np.ndarray, sample_steps: int
-) -> Callable[[], np.ndarray]:
-    """Draws a picture per label in `sample_steps` steps of DDIM."""
-    few = dataclasses.replace(config.sample, steps=sample_steps, sampler="ddim", last=None, respacing=None)
-    drawer = drawing.drawer(dataclasses.replace(config, sample=few), seen)
-    params, index = jax.tree.map(jnp.asarray, params), np.arange(len(labels))
-    return lambda: np.asarray(drawer(params, index, labels))
+def with_sample_steps(config: Config, steps: int) -> Config:
+    """The config with so many steps of DDIM."""
+    few = dataclasses.replace(config.sample, steps=steps, sampler="ddim", last=None, respacing=None)
+    return dataclasses.replace(config, sample=few)
+
+
+def with_model(config: Config, **fields: Any) -> Config:
+    """The config with other fields of the network."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+
+def guided(config: Config, spec: parts.DataSpec) -> bool:
+    """Whether a step of sampling runs the network with and without the label."""
+    return spec.num_classes > 0 and config.sample.guidance not in (0, 1)
+
+
+def sample(run: parts.Parts, params: Any, labels: np.ndarray) -> Callable[[], np.ndarray]:
+    """Makes a sample for each label, with the sampler and the steps of `run`."""
+    make, index = sampling.sample_fn(run), np.arange(len(labels))
+    params = jax.tree.map(jnp.asarray, params)
+    return lambda: np.asarray(make(params, index, labels))

@@ -1,4 +1,4 @@
-"""What `experiments.bench.patch` found, for people: tables, the targets that were held or not, and two charts."""
+"""What `experiments.bench.patch` measured: tables, the targets and whether they are reached, and two plots."""
 
 from itertools import starmap
 from pathlib import Path
@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench import timing
-from experiments.bench.patch_rivals import BATCH, BLOG, COPIES, COPY, FUSEDS, NUMBA, NUMBAS, REPEAT, VIEW
+from experiments.bench import tables
+from experiments.bench.patch_implementations import BATCH, BLOG, COPIES, COPY, FUSEDS, NUMBA, NUMBAS, REPEAT, VIEW
+
+XLA_COPY = "XLA copy of tokens"
 
 
-def targets(result: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """(what, measured ratio, ratio to reach) of everything this benchmark exists to hold."""
+def targets(result: dict[str, Any]) -> list[tuple[str, float, str, float]]:
+    """(what, measured ratio, "at least", target) of the speeds that this project promises."""
     rows = []
 
     def over(fast: str, slow: str, table: dict[str, Any]) -> float:
@@ -27,54 +29,52 @@ def targets(result: dict[str, Any]) -> list[tuple[str, float, float]]:
         if first:
             best = min((b for b in BLOG if b in host), key=lambda b: host[b]["seconds"])
             rows.append((f"{name}: {NUMBAS} over {best}", over(NUMBAS, best, host), 10))
-        copy = "XLA copy of tokens"
-        rows.append((f"{name}: XLA patchify over its copy", over("XLA patchify", copy, device), 1 / 1.25))
-        rows.append((f"{name}: XLA unpatchify over its copy", over("XLA unpatchify", copy, device), 1 / 1.5))
+        rows.append((f"{name}: XLA patchify over its copy", over("XLA patchify", XLA_COPY, device), 1 / 1.25))
+        rows.append((f"{name}: XLA unpatchify over its copy", over("XLA unpatchify", XLA_COPY, device), 1 / 1.5))
     speed = result["generator"]["noised_patches"]["speed_over"]["blog generator"]
     rows.append(("noised_patches over the blog's generator", speed, 5))
     speed = result["generator"]["noised_patches, noise given"]["speed_over"]["blog generator, noise given"]
     rows.append(("the same, noise given to both", speed, 5))
-    return rows
+    return [(what, got, "at least", goal) for what, got, goal in rows]
 
 
 def report(result: dict[str, Any]) -> str:
-    """All tables, for people."""
-    parts = []
+    """All tables."""
+    parts = [tables.where(result["machine"])]
     for name, case in result["cases"].items():
-        for where, roof in (("host", COPIES), ("device", "XLA copy of tokens")):
+        for where, copy in (("host", COPIES), ("device", XLA_COPY)):
             size = case["bytes"] / case["case"]["images"] / 1e9
             rows = [
-                [rival, f"{row['per_second']:,.0f}", f"{size * row['per_second']:.2f}", timing.over(row, roof)]
-                for rival, row in case[where].items()
-                if rival != VIEW
+                [program, f"{row['per_second']:,.0f}", f"{size * row['per_second']:.2f}", tables.over(row, copy)]
+                for program, row in case[where].items()
+                if program != VIEW
             ]
-            parts.append(timing.table(f"{name}, {where}", ["images/s", "GB/s of tokens", f"over {roof}"], rows))
+            parts.append(tables.table(f"{name}, {where}", ["images/s", "GB/s of tokens", f"over {copy}"], rows))
         view = case["host"][VIEW]
         parts.append(f"{VIEW}, nothing copied: {view['seconds'] * view['work'] * 1e6:.0f} us a call")
         parts.extend(starmap("skipped {}: {}".format, case["skipped"].items()))
     rows = [
-        [name, f"{row['per_second']:,.0f}", timing.over(row, "blog generator")]
+        [name, f"{row['per_second']:,.0f}", tables.over(row, "blog generator")]
         for name, row in result["generator"].items()
     ]
-    parts.append(timing.table(f"generator, {REPEAT} x {BATCH}", ["images/s", "over blog generator"], rows))
-    rows = [[what, f"{got:.2f}", f"{goal:.2f}", "yes" if got >= goal else "NO"] for what, got, goal in targets(result)]
-    parts.append(timing.table("target", ["measured", "at least", "held"], rows))
-    return "\n\n".join(parts)
+    parts.append(tables.table(f"generator, {REPEAT} x {BATCH}", ["images/s", "over blog generator"], rows))
+    return "\n\n".join([*parts, tables.targets(targets(result))])
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Box plot of the first case to `path`, bars of all cases against the copy next to it."""
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Writes a box plot of the first case to `path`, and bars of all cases next to it."""
     from matplotlib.figure import Figure
 
     name, case = next(iter(result["cases"].items()))
     box_plot(Figure((9, 6), layout="constrained"), name, case).savefig(path, dpi=120)
-    bars(Figure((10, 6), layout="constrained"), result).savefig(path.with_stem(f"{path.stem}_roof"), dpi=120)
+    beside = path.with_stem(f"{path.stem}_against_copy")
+    bars(Figure((10, 6), layout="constrained"), result).savefig(beside, dpi=120)
 
 
 def box_plot(figure, name: str, case: dict[str, Any]):
-    """Images per second of every rival in every round, fastest on top."""
-    host = {rival: row for rival, row in case["host"].items() if rival not in (VIEW, "Numba unpatchify")}
-    order = sorted(host, key=lambda rival: host[rival]["per_second"])
+    """Images per second of every implementation in every round, fastest on top."""
+    host = {program: row for program, row in case["host"].items() if program not in (VIEW, "Numba unpatchify")}
+    order = sorted(host, key=lambda program: host[program]["per_second"])
     ax = figure.add_subplot()
     ax.boxplot(
         [[row["work"] / t for t in row["timings"]] for row in map(host.get, order)],
@@ -86,7 +86,7 @@ def box_plot(figure, name: str, case: dict[str, Any]):
 
 
 def bars(figure, result: dict[str, Any]):
-    """Speed of the main contenders in each case, where the copy with all threads is 1."""
+    """Speed of the main implementations in each case, where the copy with all threads is 1."""
     shown = [
         NUMBA,
         NUMBAS,
@@ -99,14 +99,14 @@ def bars(figure, result: dict[str, Any]):
     ]
     ax = figure.add_subplot()
     names = list(result["cases"])
-    for k, rival in enumerate(shown):
+    for k, program in enumerate(shown):
         heights = [
-            result["cases"][name]["host"].get(rival, {"speed_over": {COPIES: 0}})["speed_over"][COPIES]
+            result["cases"][name]["host"].get(program, {"speed_over": {COPIES: 0}})["speed_over"][COPIES]
             for name in names
         ]
-        ax.bar(np.arange(len(names)) + (k - len(shown) / 2) * 0.09, heights, 0.09, label=rival)
+        ax.bar(np.arange(len(names)) + (k - len(shown) / 2) * 0.09, heights, 0.09, label=program)
     ax.axhline(1, color="black", linestyle="--", linewidth=1)
     ax.set_xticks(range(len(names)), names)
-    ax.set(ylabel=f"speed, {COPIES} = 1", title="Against the memory roof")
+    ax.set(ylabel=f"speed, {COPIES} = 1", title="Patch extraction relative to a copy of the same bytes")
     ax.legend(fontsize="small", ncols=3)
     return figure

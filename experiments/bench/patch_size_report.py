@@ -1,15 +1,15 @@
-"""What `experiments.bench.patch_size` found, for people: tables, the targets that were held or not, and a chart."""
+"""What `experiments.bench.patch_size` measured: tables, the targets and whether they are reached, and a plot."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.bench import timing
+from experiments.bench import peers, tables
 
 KINDS = {"train": "training", "sample": "sampling"}
 SAME_COST = 1.15  # the target for equal positions, eq. (1) of `patch_size`: at most
-GROWTH = 0.7  # the target for one picture, eq. (2) there: at least this part of P^2
+GROWTH = 0.7  # the target for one image, eq. (2) there: at least this part of P^2
 
 
 def claims(result: dict[str, Any]) -> list[tuple[str, float, str, float]]:
@@ -26,8 +26,8 @@ def claims(result: dict[str, Any]) -> list[tuple[str, float, str, float]]:
         flops, memory = (cases[last][cost]["train"] / cases[first][cost]["train"] for cost in ("flops", "bytes"))
         rows += [(f"operations, {what}", flops, "at most", SAME_COST)]
         rows += [(f"training memory, {what}", memory, "at most", SAME_COST)]
-    pixels = next((name for name in result["same_picture"] if cases[name]["patch_size"] == 1), None)
-    for name in result["same_picture"]:
+    pixels = next((name for name in result["same_image"] if cases[name]["patch_size"] == 1), None)
+    for name in result["same_image"]:
         patch = cases[name]["patch_size"]
         if pixels is None or patch == 1:
             continue
@@ -50,12 +50,11 @@ def claims(result: dict[str, Any]) -> list[tuple[str, float, str, float]]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """All tables, for people."""
-    machine, fields = result["machine"], result["fields"]
+    """All tables."""
+    fields = result["fields"]
     parts = [
         f"U-Net of width {fields['num_channels']} x {fields['channel_mult']}, {fields['num_res_blocks']} blocks, "
-        f"{result['dtype']}, batches of {result['batch_size']}; "
-        f"{machine['device']}, {machine['cores']} cores, jax {machine['jax']}"
+        f"{result['dtype']}, batches of {result['batch_size']}; {tables.where(result['machine'])}"
     ]
     rows = []
     for name, cost in result["cases"].items():
@@ -70,8 +69,8 @@ def report(result: dict[str, Any]) -> str:
         memory = [f"{cost['bytes'][kind] / 2**20:,.0f}" for kind in KINDS]
         rows.append([name, f"{cost['positions']:,}", f"{cost['parameters']:,}", *counts, *memory])
     heads = ["positions", "parameters", "GFLOP forward", "XLA's", "GFLOP step", "XLA's", "MiB train", "MiB sample"]
-    parts.append(timing.table("a picture; memory of a batch", heads, rows))
-    reference = result["same_picture"][0]
+    parts.append(tables.table("an image; memory of a batch", heads, rows))
+    reference = result["same_image"][0]
     rows = []
     for name in result["cases"]:
         train_row, sample_row = result["train"][name], result["sample"][name]
@@ -80,34 +79,29 @@ def report(result: dict[str, Any]) -> str:
             [
                 name,
                 f"{train_row['per_second']:.2f}",
-                timing.over(train_row, reference),
+                tables.over(train_row, reference),
                 f"{tflops:.3f}",
                 f"{sample_row['per_second']:.2f}",
-                timing.over(sample_row, reference),
+                tables.over(sample_row, reference),
             ]
         )
     heads = ["trained/s", f"over {reference}", "TFLOP/s", "sampling steps/s", f"over {reference}"]
-    parts.append(timing.table("pictures", heads, rows))
+    parts.append(tables.table("images", heads, rows))
     if result["peer"]:
         peer = result["peer"]
-        errors = peer["parity"]
         parts.append(
-            f"PatchDiffusion-Pytorch, torch {peer['torch']}, {peer['case']}, same network: outputs agree to "
-            f"{errors['output']:.1e}, gradients to {errors['gradient']:.1e} (float32)"
+            f"PatchDiffusion-Pytorch, torch {peer['torch']}, {peer['case']}: its network is "
+            f"{peers.agreement(peer['parity'])}"
         )
         for kind, word in KINDS.items():
             rows = [
-                [name, f"{row['per_second']:.2f}", timing.over(row, "PyTorch eager")]
+                [name, f"{row['per_second']:.2f}", tables.over(row, "PyTorch eager")]
                 for name, row in peer[kind].items()
             ]
-            parts.append(timing.table(word, ["pictures/s", "over PyTorch eager"], rows))
+            parts.append(tables.table(word, ["images/s", "over PyTorch eager"], rows))
     else:
-        parts.append("PyTorch is left out: --peer=PATH of a checkout of PatchDiffusion-Pytorch races it")
-    rows = [
-        [what, f"{got:.2f}", f"{side} {goal:.2f}", "yes" if (got <= goal) == (side == "at most") else "NO"]
-        for what, got, side, goal in claims(result)
-    ]
-    parts.append(timing.table("target", ["measured", "", "held"], rows))
+        parts.append("PyTorch is left out: --peer=PATH of a checkout of PatchDiffusion-Pytorch times it too")
+    parts.append(tables.targets(claims(result)))
     return "\n\n".join(parts)
 
 
@@ -123,14 +117,14 @@ def shares(result: dict[str, Any], name: str, base: str) -> dict[str, float]:
     return share
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """One chart: what patches save on a picture, and that they cost nothing at the same number of positions."""
+def plot(result: dict[str, Any], path: Path) -> None:
+    """One plot: what patches save on an image, and that they cost nothing at the same number of positions."""
     from matplotlib.figure import Figure
 
     cases, size = result["cases"], max(case["size"] for case in result["cases"].values())
     figure = Figure((12, 4.6), layout="constrained")
     panels = [
-        (result["same_picture"], f"The same {size} x {size} picture: P x P less to do"),
+        (result["same_image"], f"The same {size} x {size} image: P x P less to do"),
         (result["same_grid"], "The same number of positions: as much to do"),
     ]
     panels = [(names, title) for names, title in panels if names]
@@ -148,7 +142,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             ax.hlines(ideal, i - 0.45, i + 0.45, "black", "--", label="" if i else "positions", linewidth=1)
         labels = [f"P = {cases[n]['patch_size']}\n{cases[n]['size']} x {cases[n]['size']}" for n in names]
         ax.set_xticks(range(len(names)), labels)
-        ax.set(title=title, ylabel=f"cost of a picture, {base} is 1")
+        ax.set(title=title, ylabel=f"cost of an image, {base} is 1")
         if cases[names[-1]]["positions"] < cases[base]["positions"]:
             powers = [4.0**-i for i in range(8) if 4.0**-i >= min(min(part.values()) for part in parts) / 4]
             ax.set_yscale("log", base=2)

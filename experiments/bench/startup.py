@@ -1,4 +1,4 @@
-"""What one waits for before anything happens: imports, and the first training step of the main job.
+"""The time before anything is computed: imports, and the first training step of the main job.
 
     python -m experiments.bench.startup
     python -m experiments.bench.startup -- --config=experiments/configs/smoke.py       flags of experiments.train
@@ -20,8 +20,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import session
-from experiments.bench import timing
+from experiments import command
+from experiments.bench import commands, tables, timing
+from experiments.run_dir import RunDir
 
 _RUNS = flags.DEFINE_integer("runs", 3, "How often the main job is started, cold and warm.", lower_bound=1)
 
@@ -38,10 +39,8 @@ PATIENCE = 600.0
 
 
 def main(argv: Sequence[str]) -> None:
-    timing.check_json(flags.FLAGS.json)
-    result = run(argv[1:], rounds=flags.FLAGS.rounds, runs=_RUNS.value)
-    print(report(result))
-    timing.write_json(flags.FLAGS.json, result)
+    measure = partial(run, argv[1:], rounds=flags.FLAGS.rounds, runs=_RUNS.value)
+    commands.perform(argv[:1], measure, report)
 
 
 def run(arguments: Sequence[str] = (), *, rounds: int = 3, runs: int = 1) -> dict[str, Any]:
@@ -51,13 +50,13 @@ def run(arguments: Sequence[str] = (), *, rounds: int = 3, runs: int = 1) -> dic
       ValueError: the main job ended before its first step.
     """
     programs = {name: partial(execute, program) for name, program in PROGRAMS.items()}
-    imports = timing.summary(timing.interleave(programs, rounds), dict.fromkeys(programs, 1))
+    imports = timing.race(programs, 1, rounds)
     with tempfile.TemporaryDirectory() as cache:
         starts = {
             "cold cache": partial(first_step_cold, arguments),
             "warm cache": partial(first_step, arguments, cache),
         }
-        first = timing.summary(timing.interleave(starts, runs), dict.fromkeys(starts, 1))
+        first = timing.race(starts, 1, runs)
     return {"machine": timing.machine(), "arguments": list(arguments), "import": imports, "first_step": first}
 
 
@@ -87,12 +86,15 @@ def first_step(arguments: Sequence[str], cache: str) -> None:
             stderr=output,
         )
         try:
-            rows = workdir / "metrics.jsonl"
+            rows = RunDir(workdir).metrics
             deadline = time.monotonic() + PATIENCE
             while not (rows.exists() and rows.stat().st_size):
                 if job.poll() is not None or time.monotonic() > deadline:
                     output.seek(0)
-                    raise ValueError(f"experiments.train made no first step; it said:\n{output.read()[-2000:]}")
+                    raise ValueError(
+                        f"experiments.train made no first step in {PATIENCE:.0f} s, or ended before; it printed:\n"
+                        f"{output.read()[-2000:]}"
+                    )
                 time.sleep(0.005)
         finally:
             job.kill()
@@ -101,18 +103,17 @@ def first_step(arguments: Sequence[str], cache: str) -> None:
 
 def report(result: dict[str, Any]) -> str:
     """The result in two tables."""
-    machine = result["machine"]
-    lines = [f"{machine['device']}, {machine['cores']} cores, Python {machine['python']}, jax {machine['jax']}"]
+    lines = [tables.where(result["machine"], ["python", "jax"])]
     rows = result["import"]
     base = rows["import jax"]["seconds"]
     cells = [[name, f"{row['seconds']:.2f}", f"{row['seconds'] - base:+.2f}"] for name, row in rows.items()]
-    lines += ["", timing.table("a process that does", ["s", "against import jax"], cells)]
+    lines += ["", tables.table("a process that does", ["s", "against import jax"], cells)]
     lines += [f"target: import diffusion at most {TARGET:+.1f} s against import jax"]
     rows = result["first_step"]
-    cells = [[name, f"{row['seconds']:.1f}", timing.over(row, "cold cache")] for name, row in rows.items()]
-    lines += ["", timing.table("to the first training step", ["s", "speed over cold"], cells)]
+    cells = [[name, f"{row['seconds']:.1f}", tables.over(row, "cold cache")] for name, row in rows.items()]
+    lines += ["", tables.table("to the first training step", ["s", "speed over cold"], cells)]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    session.run(main, timing.define_flags)
+    command.run(main, commands.define_flags)

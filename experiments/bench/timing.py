@@ -1,54 +1,48 @@
-"""Fair timing: contenders take turns, so that a slow minute of the machine hits all of them alike.
+"""Fair timing: programs take turns, so that a slow minute of the machine affects all of them alike.
 
     time_i = median_r time_ir,        speed_i over j = median_r time_jr / time_ir                   (1)
 
-over the rounds r, of the time for one unit of work. Every result can also be written as JSON.
+over the rounds r, of the time for one unit of work.
 """
 
-import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
+
+Program = Callable[[], Any]  # returns only when its work is done
 
 
-def define_flags(argv: list[str]) -> None:
-    """Defines --json, --rounds, --steps and --sample_steps, for `session.run`.
+def race(programs: dict[str, Program], work: float | dict[str, float], rounds: int, calls: int = 1) -> dict[str, Any]:
+    """`summary` of programs timed in turns; a timing is of `calls` calls, each of which does `work` units."""
+    if not isinstance(work, dict):
+        work = dict.fromkeys(programs, work)
+    timed = programs if calls == 1 else {name: _repeated(program, calls) for name, program in programs.items()}
+    return summary(interleave(timed, rounds), {name: calls * work[name] for name in programs})
 
-    Not on import, since other commands have flags of these names, and a test imports them all.
+
+def interleave(programs: dict[str, Program], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call [rounds] of each program, after one that does not count because it may compile.
+
+    Every other round runs backwards, so that no program always follows the same other one.
     """
-    del argv
-    flags.DEFINE_string("json", None, "Also write the result, every single timing included, to this file.")
-    flags.DEFINE_integer("rounds", 7, "Each contender is timed this many times, in turns.", lower_bound=1)
-    flags.DEFINE_integer("steps", 5, "Training steps per timing.", lower_bound=1)
-    flags.DEFINE_integer("sample_steps", 10, "Sampler steps per timing; all of them cost alike.", lower_bound=1)
-
-
-def interleave(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call [rounds] of each contender, after one that does not count because it may compile.
-
-    A contender returns only when its work is done. Every other round runs backwards, so that nobody always follows
-    the same neighbour.
-    """
-    for run in contenders.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for program in programs.values():
+        program()
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
     for i in range(rounds):
-        for name in list(contenders)[:: -1 if i % 2 else 1]:
+        for name in list(programs)[:: -1 if i % 2 else 1]:
             begin = time.perf_counter()
-            contenders[name]()
+            programs[name]()
             seconds[name].append(time.perf_counter() - begin)
     return seconds
 
 
 def summary(seconds: dict[str, list[float]], work: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Per contender, that did `work` units a call: median time and units per second, and its speed over the others."""
+    """Per program, that did `work` units a call: median time and units per second, and its speed over the others."""
     times = {name: [s / work[name] for s in each] for name, each in seconds.items()}
     return {
         name: {
@@ -66,22 +60,6 @@ def summary(seconds: dict[str, list[float]], work: dict[str, float]) -> dict[str
     }
 
 
-def over(row: dict[str, Any], other: str) -> str:
-    """Speed of a row of `summary` over another one, in print."""
-    return f"{row['speed_over'][other]:.2f} x" if other in row["speed_over"] else "1"
-
-
-def table(title: str, heads: list[str], rows: list[list[str]]) -> str:
-    """Columns of text; all but the first are aligned to the right."""
-    cells = [[title, *heads], *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(heads) + 1)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def machine() -> dict[str, Any]:
     """Where a number was measured."""
     return {
@@ -94,18 +72,13 @@ def machine() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use: what XLA takes, and what a peer is told to take."""
+    """CPU cores that this process may use: what XLA takes, and what another framework is told to take."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_json(path: str | None) -> None:
-    """Raises OSError unless the result can be written, before anything is measured."""
-    if path is not None:
-        with Path(path).open("a"):
-            pass
+def _repeated(program: Program, calls: int) -> Program:
+    def run() -> None:
+        for _ in range(calls):
+            program()
 
-
-def write_json(path: str | None, result: dict[str, Any]) -> None:
-    """Writes the result if a file was asked for."""
-    if path is not None:
-        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+    return run

@@ -1,11 +1,10 @@
-"""The published Patch Diffusion program, PyTorch, beside ours: its network as it is, from a checkout of it.
+"""The published Patch Diffusion program, in PyTorch, to compare with ours: its network as it is, from a checkout.
 
 Its training step here is the one of `patch_size`: noising, forward, backward, AdamW in its fastest form and the
 average of the parameters. The network recomputes its attention in the backward pass, as published. It runs under
 autocast for bfloat16.
 """
 
-import contextlib
 import importlib
 import math
 import sys
@@ -22,10 +21,7 @@ from torch import Tensor, nn
 from diffusion.grids import uniform_grid
 from diffusion.models import Model
 from diffusion.pretrained import layouts
-from experiments.bench import torch_vit
-
-# Outputs and gradients of the two networks, in float32, relative to the largest output and the gradient's norm.
-TOLERANCE = 1e-4
+from experiments.bench import peers, torch_run, torch_vit
 
 
 def network(path: str, *, size: int, patch_size: int, channels: int, fields: dict[str, Any]) -> nn.Module:
@@ -54,27 +50,22 @@ def network(path: str, *, size: int, patch_size: int, channels: int, fields: dic
         num_heads=4,
         use_scale_shift_norm=True,
     )
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in module.named_parameters():
             scale = 0.1 if p.ndim == 1 else 1 / math.sqrt(p[0].numel())
-            p.copy_(scale * torch.randn(p.shape, generator=draw) + (p.ndim == 1 and name.endswith("weight")))
-    return module.to(device())
-
-
-def device() -> str:
-    """What PyTorch calls the device that JAX uses."""
-    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+            p.copy_(scale * torch.randn(p.shape, generator=generator) + (p.ndim == 1 and name.endswith("weight")))
+    return module.to(torch_run.device())
 
 
 def parity(module: nn.Module, model: Model, like: Any, size: int, channels: int) -> tuple[Any, dict[str, float]]:
-    """Our parameters from theirs, and how far apart outputs, and gradients in norm, then are in float32.
+    """Our parameters from theirs, and the largest difference of outputs, and of gradients in norm, in float32.
 
     Raises:
-      ValueError: the published network is of another shape than ours.
-      AssertionError: a difference is larger than TOLERANCE: they are not the same network.
+      ValueError: the published network has other parameters than ours.
+      AssertionError: they are not the same network.
     """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch_run.full_precision()
     rng = np.random.default_rng(2)
     xt, wanted = rng.standard_normal((2, 2, size, size, channels), np.float32)
     clock = np.array([0.2, 0.7], np.float32)
@@ -89,22 +80,19 @@ def parity(module: nn.Module, model: Model, like: Any, size: int, channels: int)
     params = ours(module.state_dict())
     with jax.default_matmul_precision("highest"):
         grads, pred = jax.jit(jax.grad(error, has_aux=True))(params)
-    theirs = module(_channels_first(xt), 1000 * torch.from_numpy(clock).to(device()))
+    theirs = module(_channels_first(xt), 1000 * torch_run.to_device(clock))
     (theirs - _channels_first(wanted)).square().mean().backward()
     slopes = ours({name: p.grad for name, p in module.named_parameters()})
     gradient = _norm(jax.tree.map(np.subtract, grads, slopes)) / _norm(slopes)
     output = np.abs(theirs.detach().cpu().numpy().transpose(0, 2, 3, 1) - pred).max() / np.abs(pred).max()
-    errors = {"output": float(output), "gradient": gradient}
-    if not max(errors.values()) <= TOLERANCE:
-        raise AssertionError(f"the published network is not ours: {errors} exceed {TOLERANCE}")
-    return params, errors
+    return params, peers.check_same("the published network", {"outputs": float(output), "gradients": gradient})
 
 
-def trainer(
-    module: nn.Module, x0: np.ndarray, steps: int, *, rate: float, ema: float, mode: str, bfloat16: bool
+def train(
+    module: nn.Module, x0: np.ndarray, steps: int, *, rate: float, ema: float, mode: str, dtype: str
 ) -> Callable[[], None]:
-    """Runs `steps` training steps on pictures x0 [B, H, W, C]; `mode` is "eager" or "compile"."""
-    apply = _as_run(module, mode)
+    """Takes `steps` training steps on images x0 [B, H, W, C]; `mode` is "eager" or "compile"."""
+    apply = torch_run.compiled(module, mode)
 
     def loss(x0: Tensor, y: None) -> Tensor:
         t = torch.rand(len(x0), device=x0.device)
@@ -113,33 +101,32 @@ def trainer(
         return (apply(xt, 1000 * t) - x0).square().mean()
 
     adamw = torch_vit.optimizer(module, rate=rate, b2=0.999, weight_decay=0.0)
-    step, pictures = torch_vit.make_step(module, loss, adamw, clip=None, ema=ema), _channels_first(x0).cpu()
+    step, images = torch_vit.make_step(module, loss, adamw, clip=None, ema=ema), _channels_first(x0).cpu()
 
     def run() -> None:
         for _ in range(steps):
             # With the backward pass, which recomputes the attention.
-            with _narrow(bfloat16):
-                step(pictures.to(device()), None)
-        if device() == "cuda":
-            torch.cuda.synchronize()
+            with torch_run.narrow(dtype):
+                step(images.to(torch_run.device()), None)
+        torch_run.wait()
 
     return run
 
 
-def drawer(
-    module: nn.Module, shape: Sequence[int], sample_steps: int, *, mode: str, bfloat16: bool
+def sample(
+    module: nn.Module, shape: Sequence[int], sample_steps: int, *, mode: str, dtype: str
 ) -> Callable[[], np.ndarray]:
-    """Draws pictures of `shape` [B, H, W, C] in so many steps of DDIM."""
+    """Makes samples of `shape` [B, H, W, C] in so many steps of DDIM; channels come first."""
     b, h, w, c = shape
-    apply, times = _as_run(module, mode), uniform_grid(sample_steps).tolist()
-    y = torch.zeros(b, device=device())
-    draw = partial(
-        torch_vit.draw, lambda x, t, y: apply(x, 1000 * t), y, (c, h, w), times, null=0, scales=None, low=-1, high=1
+    apply, times = torch_run.compiled(module, mode), uniform_grid(sample_steps).tolist()
+    y = torch.zeros(b, device=torch_run.device())
+    make = partial(
+        torch_vit.sample, lambda x, t, y: apply(x, 1000 * t), y, (c, h, w), times, null=0, scales=None, low=-1, high=1
     )
 
     def run() -> np.ndarray:
-        with _narrow(bfloat16):
-            return draw().cpu().numpy()
+        with torch_run.narrow(dtype):
+            return make().cpu().numpy()
 
     return run
 
@@ -148,16 +135,5 @@ def _norm(tree: Any) -> float:
     return math.sqrt(sum(float(np.square(x).sum()) for x in jax.tree.leaves(tree)))
 
 
-def _as_run(module: nn.Module, mode: str) -> Callable[..., Tensor]:
-    if device() == "cuda":
-        torch.set_float32_matmul_precision("high")  # JAX's default on GPUs
-        torch.backends.cudnn.allow_tf32 = True
-    return torch.compile(module) if mode == "compile" else module
-
-
-def _narrow(bfloat16: bool) -> Any:
-    return torch.autocast(device(), torch.bfloat16) if bfloat16 else contextlib.nullcontext()
-
-
 def _channels_first(x: np.ndarray) -> Tensor:
-    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device())
+    return torch_run.to_device(x).permute(0, 3, 1, 2).contiguous()

@@ -3,7 +3,7 @@
     x0_hat = network(xt, t, y),   xt = (1 - t) x0 + t eps,   L = mean (x0_hat - x0)^2 / max(t, floor)^2     (1)
 
 Same architecture as `diffusion.models.vit`, field by field, with PyTorch's own layers wherever there is one. Modules
-bear the names of our parameters, which `copy_params` relies on; pictures are channels last, [B, H, W, C], as ours.
+have the names of our parameters, which `copy_params` relies on; images are channels last, [B, H, W, C], as ours.
 """
 
 import math
@@ -229,11 +229,11 @@ def make_step(
     return step
 
 
-def draw(
+def sample(
     network: Callable[..., Tensor], y: Tensor, shape: Sequence[int], times: Sequence[float], *, null: int,
     scales: Sequence[float] | None, low: float, high: float,
 ) -> Tensor:  # fmt: skip
-    """uint8 pictures [B, *shape] by DDIM along falling `times`, with a guidance scale for each step, or none."""
+    """uint8 samples [B, *shape] by DDIM along falling `times`, with a guidance scale for each step, or none."""
     x = torch.randn(len(y), *shape, device=y.device)
     with torch.no_grad():
         for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):

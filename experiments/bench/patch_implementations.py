@@ -1,11 +1,11 @@
-"""Who races in `experiments.bench.patch`: every way to cut patches, in host memory and under XLA, ready to call."""
+"""The implementations that `experiments.bench.patch` compares: in host memory and under XLA, ready to call."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import count
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from numpy.lib.stride_tricks import as_strided, sliding_window_view
 from diffusion import patch
 from diffusion.patch import compiled, views
 from diffusion.patch.geometry import geometry
+from experiments.bench.timing import Program
 
 
 class Case(NamedTuple):
@@ -55,8 +56,8 @@ def token_bytes(case: Case) -> int:
     return 4 * case.images * prod(cut.grid) * prod(cut.patch) * case.channels
 
 
-def host_rivals(case: Case) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """Contenders in host memory, checked, and the reasons why others are missing."""
+def host_programs(case: Case) -> tuple[dict[str, Program], dict[str, str]]:
+    """Implementations in host memory, checked, and the reasons why others are missing."""
     _, b, size, c, p, s = case
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (b, *size, c), np.uint8)
@@ -77,7 +78,7 @@ def host_rivals(case: Case) -> tuple[dict[str, Callable[[], Any]], dict[str, str
     def fused(threads: int) -> Callable[[], np.ndarray]:
         return lambda: compiled.patchify(pixels, p, s, scale=1 / 127.5, shift=-1, out=out, threads=threads)
 
-    rivals: dict[str, Callable[[], Any]] = {
+    programs: dict[str, Program] = {
         COPY: lambda: np.copyto(out, expected),
         COPIES: copies,
         NUMBA: numba(1),
@@ -90,25 +91,25 @@ def host_rivals(case: Case) -> tuple[dict[str, Callable[[], Any]], dict[str, str
         VIEW: lambda: views.windows(x, p, s),
     }
     more, skipped = other_libraries(case, x)
-    rivals |= more
-    for name, rival in rivals.items():
+    programs |= more
+    for name, program in programs.items():
         if name in (NUMBA, NUMBAS) or name in more:
-            result = np.asarray(rival())
+            result = np.asarray(program())
             if result.shape[-1] == expected.shape[-1]:  # the others keep channels or windows first
                 np.testing.assert_array_equal(result.reshape(expected.shape), expected, err_msg=name)
-    return rivals, skipped
+    return programs, skipped
 
 
-def other_libraries(case: Case, x: np.ndarray) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """What people use today, as its documentation says."""
+def other_libraries(case: Case, x: np.ndarray) -> tuple[dict[str, Program], dict[str, str]]:
+    """The functions of other libraries, called as their documentation says."""
     _, b, (h, w), c, p, s = case
     gh, gw = geometry(case.size, p, s).grid
-    rivals: dict[str, Callable[[], Any]] = {}
+    programs: dict[str, Program] = {}
     skipped: dict[str, str] = {}
 
     if c == 1:
         images = x[..., 0]
-        rivals |= dict(zip(BLOG, blog(images, p, s, gh), strict=True))
+        programs |= dict(zip(BLOG, blog(images, p, s, gh), strict=True))
     else:
         skipped |= dict.fromkeys(BLOG, "for images without channels")
 
@@ -120,10 +121,10 @@ def other_libraries(case: Case, x: np.ndarray) -> tuple[dict[str, Callable[[], A
         view = sliding_window_view(x, (p, p), (1, 2))[:, ::s, ::s]
         return np.ascontiguousarray(np.moveaxis(view, 3, -1)).reshape(b, gh * gw, -1)
 
-    rivals["as_strided, copied"] = lambda: strided().reshape(b, gh * gw, -1)
-    rivals["sliding_window_view, copied"] = sliding
+    programs["as_strided, copied"] = lambda: strided().reshape(b, gh * gw, -1)
+    programs["sliding_window_view, copied"] = sliding
     if p == s:
-        rivals["NumPy reshape, transpose"] = lambda: (
+        programs["NumPy reshape, transpose"] = lambda: (
             x.reshape(b, gh, p, gw, p, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * gw, -1)
         )
     else:
@@ -139,17 +140,17 @@ def other_libraries(case: Case, x: np.ndarray) -> tuple[dict[str, Callable[[], A
     if not missing("einops", "einops", p == s):
         from einops import rearrange
 
-        rivals["einops"] = lambda: rearrange(x, "b (i p) (j q) c -> b (i j) (p q c)", p=p, q=p)
+        programs["einops"] = lambda: rearrange(x, "b (i p) (j q) c -> b (i j) (p q c)", p=p, q=p)
     if not missing("patchify package", "patchify"):
         from patchify import patchify
 
-        rivals["patchify package"] = lambda: np.stack(
+        programs["patchify package"] = lambda: np.stack(
             [patchify(image, (p, p, c), s if c == 1 else (s, s, c)) for image in x]
         ).reshape(b, gh * gw, -1)
     if not missing("scikit-learn", "sklearn", s == 1 and c == 1, "cuts at stride 1 only"):
         from sklearn.feature_extraction.image import extract_patches_2d
 
-        rivals["scikit-learn"] = lambda: np.stack([extract_patches_2d(image, (p, p)) for image in x[..., 0]]).reshape(
+        programs["scikit-learn"] = lambda: np.stack([extract_patches_2d(image, (p, p)) for image in x[..., 0]]).reshape(
             b, gh * gw, -1
         )
     if not missing("torch unfold", "torch"):
@@ -157,13 +158,13 @@ def other_libraries(case: Case, x: np.ndarray) -> tuple[dict[str, Callable[[], A
 
         torch.set_num_threads(THREADS)
         tensor = torch.from_numpy(x)
-        rivals["torch unfold"] = lambda: (
+        programs["torch unfold"] = lambda: (
             tensor.unfold(1, p, s).unfold(2, p, s).permute(0, 1, 2, 4, 5, 3).reshape(b, gh * gw, -1)
         )
         if not missing("torch pixel_unshuffle", "torch", p == s):
             first = tensor.permute(0, 3, 1, 2).contiguous()
-            rivals["torch pixel_unshuffle"] = lambda: torch.nn.functional.pixel_unshuffle(first, p)
-    return rivals, skipped
+            programs["torch pixel_unshuffle"] = lambda: torch.nn.functional.pixel_unshuffle(first, p)
+    return programs, skipped
 
 
 def blog(images: np.ndarray, p: int, s: int, g: int) -> tuple[Callable[[], np.ndarray], ...]:
@@ -184,15 +185,7 @@ def blog(images: np.ndarray, p: int, s: int, g: int) -> tuple[Callable[[], np.nd
                 n += 1
         return out
 
-    # The second argument only tells guvectorize the shape of the output, which no input has.
-    @guvectorize([(float32[:, :], float32[:, :], float32[:, :])], "(m,n),(q,d)->(q,d)", nopython=True)
-    def vectorized(image, shape, out):
-        n = 0
-        for i in range(g):
-            for j in range(g):
-                window = image[i * s : i * s + p, j * s : j * s + p]
-                out[n, :] = np.ascontiguousarray(window).reshape(p * p)
-                n += 1
+    vectorized = blog_window(p, s, g)
 
     @njit
     def whole(images):
@@ -213,12 +206,12 @@ def blog(images: np.ndarray, p: int, s: int, g: int) -> tuple[Callable[[], np.nd
     )
 
 
-def device_rivals(case: Case) -> tuple[dict[str, Callable[[], Any]], int]:
+def device_programs(case: Case) -> tuple[dict[str, Program], int]:
     """XLA on the default device against its own copies of the same bytes, and how often each cuts in one call."""
     _, b, size, c, p, s = case
     x = jax.random.normal(jax.random.key(0), (b, *size, c))
     tokens = jax.block_until_ready(jax.jit(lambda x: patch.patchify(x, p, s))(x))
-    calls = 1 if x.device.platform == "cpu" else 20  # a device that is fast is asked for more, to hide the asking
+    calls = 1 if x.device.platform == "cpu" else 20  # several in a row hide what starting one costs
 
     def finish(f: Callable, value: jax.Array) -> Callable[[], jax.Array]:
         compiled = jax.jit(f)
@@ -228,18 +221,18 @@ def device_rivals(case: Case) -> tuple[dict[str, Callable[[], Any]], int]:
         order = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated_patches(x, (p, p), (s, s), "VALID", dimension_numbers=order)
 
-    rivals = {
+    programs = {
         "XLA copy of tokens": finish(jnp.copy, tokens),
         "XLA copy of images": finish(jnp.copy, x),
         "XLA patchify": finish(lambda x: patch.patchify(x, p, s), x),
         "XLA unpatchify": finish(lambda t: patch.unpatchify(t, size, p, s), tokens),
         "XLA dilated patches": finish(dilated, x),
     }
-    return rivals, calls
+    return programs, calls
 
 
-def generators() -> dict[str, Callable[[], Any]]:
-    """The blog's data generator, step by step, and ours in one pass, with noise drawn inside or given to both."""
+def generators() -> dict[str, Program]:
+    """The blog's data generator, step by step, and ours in one pass, with noise sampled inside or given to both."""
     p, s, g, n = 18, 10, 2, 28
     rng, seeds = np.random.default_rng(0), count()
     old = np.random.RandomState(0)
@@ -275,7 +268,7 @@ def generators() -> dict[str, Callable[[], Any]]:
 
 
 def blog_window(p: int, s: int, g: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The blog's guvectorized cut, which also serves its generator."""
+    """The blog's cut under guvectorize; the second argument only gives the shape of the output, which no input has."""
 
     @guvectorize([(float32[:, :], float32[:, :], float32[:, :])], "(m,n),(q,d)->(q,d)", nopython=True)
     def cut(image, shape, out):
