@@ -143,9 +143,7 @@ def loss_at(
 
 def _checked_weight(weight: jax.Array, mse: jax.Array) -> jax.Array:
     if jnp.shape(weight) not in ((), mse.shape):
-        raise ValueError(
-            f"the weight has shape {jnp.shape(weight)}; it must be one number per example, {mse.shape}, or one"
-        )
+        raise ValueError(f"the weight has shape {jnp.shape(weight)}; it must have one number per example, {mse.shape}")
     return weight
 
 

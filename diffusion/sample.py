@@ -327,7 +327,8 @@ def dpmpp_2m() -> Sampler:
         now = predict(xt, t)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
         log_t, log_s = (jnp.log(a) - jnp.log(b) for a, b in ((alpha_t, sigma_t), (alpha_s, sigma_s)))
-        log_t = jnp.broadcast_to(log_t, log_before.shape)
+        # A sum, not a broadcast: inside `shard_map` the memory varies over the mesh, and times may not.
+        log_t = jnp.zeros_like(log_before) + log_t
         h, before = log_s - log_t, log_t - log_before
         second = jnp.isfinite(h) & jnp.isfinite(before)
         weight = jnp.where(second, h / jnp.where(second, 2 * before, 1), 0)

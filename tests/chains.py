@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion.grids import respaced_grid
 from diffusion.predict import WithVariance
 from diffusion.process import VP, named_betas
-from diffusion.grids import respaced_grid
 
 FILES = sorted((Path(__file__).parent / "data").glob("*_maths_*.npz"))
 PREDICTIONS = {"EPSILON": "eps", "START_X": "x0", "V": "v"}
@@ -18,7 +18,7 @@ PREDICTIONS = {"EPSILON": "eps", "START_X": "x0", "V": "v"}
 
 @dataclass
 class Chain:
-    """A file: `values` with pictures as NHWC, and what its config says in our words."""
+    """A file: `values` with images as NHWC, and what its config says in our words."""
 
     values: dict
     path: VP

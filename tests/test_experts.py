@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from diffusion.experts import boundaries, expert_of, expert_times, experts
+from diffusion.grids import respaced_grid, uniform_grid
 from diffusion.guide import classifier_free
 from diffusion.predict import WithVariance
 from diffusion.process import VP, Cosine, Linear, linear_betas
-from diffusion.grids import respaced_grid, uniform_grid
 from diffusion.sample import sample
 
 CHAIN = respaced_grid("", 1000)
@@ -77,12 +77,25 @@ def test_a_boundary_belongs_to_the_noisier_expert():
 
 
 def test_times_at_an_experts_edge_stay_its_own(monkeypatch):
-    """Where rounding would carry the largest draw over the boundary: in a narrow range far from 0."""
+    """Where rounding would carry the largest sample over the boundary: in a narrow range far from 0."""
     largest = lambda key, n: jnp.full((n,), np.nextafter(np.float32(1), np.float32(0)))  # noqa: E731
     monkeypatch.setattr("diffusion.experts.uniform_times", largest)
     bounds = boundaries(Linear(), [(0.4 / 0.6) ** 2, (0.39 / 0.61) ** 2])
     for k in range(3):
         assert expert_of(bounds, expert_times(bounds, k)(jax.random.key(0), 1))[0] == k
+
+
+def test_experts_of_a_variance_exploding_path():
+    """Time is sigma up to 80: SNR = 1 / t^2."""
+    exploding, span = lambda t: (jnp.ones_like(t), t), (0.0, 80.0)
+    bounds = boundaries(exploding, [1.0, 0.01], span)
+    np.testing.assert_allclose(bounds, [1, 10], rtol=1e-6)
+    for k, (low, high) in enumerate([(0, 1), (1, 10), (10, 80)]):
+        t = expert_times(bounds, k, span=span)(jax.random.key(k), 2000)
+        assert (expert_of(bounds, t) == k).all()
+        np.testing.assert_allclose([t.min(), t.max()], [low, high], atol=0.01 * high)
+    with pytest.raises(ValueError, match=r"snr_splits=\[0.0001\]: .* stays above 0.0001 up to t=80"):
+        boundaries(exploding, [1e-4], span)
 
 
 def test_more_than_ten_experts():
@@ -103,7 +116,7 @@ def test_one_expert_runs_at_a_time_in_sampling(key):
     np.testing.assert_allclose(x0, 0.1, atol=1e-6)
 
 
-def test_a_batch_with_several_times_asks_every_expert_for_its_own(key):
+def test_a_batch_with_several_times_runs_every_expert_for_its_own(key):
     calls = []
     pick = experts([constant(float(k), calls) for k in range(3)], boundaries(Linear(), [4.0, 0.25]))
     t = jnp.array([0.1, 0.9, 0.2, 0.8])
@@ -140,7 +153,7 @@ def test_experts_of_one_structure_with_labels_guidance_and_variance(key):
         ([1.0, 0.0], "positive"),
         ([np.inf], "positive"),
         ([1e-9], "stays above 1e-09"),
-        ([1.0 + 1e-9, 1.0], "two thresholds fall on one time"),
+        ([1.0 + 1e-9, 1.0], "two thresholds are reached at the same time"),
     ],
 )
 def test_impossible_splits_are_refused(splits, message):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from diffusion import guide
+from diffusion.grids import respaced_grid
 from diffusion.predict import WithVariance, convert, decode, target
 from diffusion.process import VP, Cosine, Linear, coefficients, linear_betas
-from diffusion.grids import respaced_grid
 from diffusion.sample import sample
 
 NULL = 3
@@ -55,8 +55,8 @@ def test_guiding_in_eps_space_is_guiding_in_the_predictions_own(inputs, predicti
     """Patch Diffusion converts to eps, guides, and converts back."""
     path = Cosine()
     in_eps = guide.classifier_free(convert(denoise, path, prediction, "eps"), NULL, 3.0)
-    there_and_back = convert(in_eps, path, "eps", prediction)(*inputs)
-    np.testing.assert_allclose(there_and_back, guide.classifier_free(denoise, NULL, 3.0)(*inputs), rtol=1e-4, atol=1e-4)
+    twice = convert(in_eps, path, "eps", prediction)(*inputs)
+    np.testing.assert_allclose(twice, guide.classifier_free(denoise, NULL, 3.0)(*inputs), rtol=1e-4, atol=1e-4)
 
 
 def learned(xt, t, y):
@@ -97,27 +97,125 @@ def test_interval_guides_inside_only(inputs):
     np.testing.assert_allclose(guided[jnp.array([0, 3])], plain[jnp.array([0, 3])], atol=1e-6)
 
 
-def test_guidance_without_labels_is_refused(inputs):
-    with pytest.raises(ValueError, match="labels"):
-        guide.classifier_free(denoise, NULL, 2.0)(inputs[0], inputs[1], None)
+def test_guidance_without_a_condition_is_refused(inputs):
+    for scale in (0.0, 1.0, 2.0):
+        with pytest.raises(ValueError, match="needs a condition y"):
+            guide.classifier_free(denoise, NULL, scale)(inputs[0], inputs[1], None)
 
 
-@pytest.mark.parametrize("bounds", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)])
-def test_impossible_intervals_are_refused(bounds):
-    with pytest.raises(ValueError, match="must satisfy"):
-        guide.interval(2.0, *bounds)
+def test_impossible_intervals_are_refused():
+    with pytest.raises(ValueError, match=r"\[0.5, 0.5\]: its low end must be below"):
+        guide.interval(2.0, 0.5, 0.5)
 
 
-def test_labels_are_dropped_at_the_given_rate_and_otherwise_kept(key):
+def test_scales_and_ends_of_an_interval_may_be_traced_and_one_per_example(inputs):
+    xt, t, y = inputs
+
+    @jax.jit
+    def guided(scale, low, high):
+        return guide.classifier_free(denoise, NULL, guide.interval(scale, low, high))(xt, t, y)
+
+    scales, low, high = jnp.array([0.0, 1.5, 3.0, 2.0]), jnp.array([0.0, 0.5, 0.5, 0.5]), jnp.full(4, 0.95)
+    each = guided(scales, low, high)
+    factor = [0.0, 1.0, 3.0, 2.0]  # the second time, 0.4, lies outside
+    for i in range(4):
+        alone = guide.classifier_free(denoise, NULL, factor[i])(xt[i : i + 1], t[i : i + 1], y[i : i + 1])
+        np.testing.assert_allclose(each[i], alone[0], atol=1e-5)
+    np.testing.assert_allclose(
+        guided(2.0, 0.3, 0.7), guide.classifier_free(denoise, NULL, guide.interval(2.0, 0.3, 0.7))(xt, t, y), atol=1e-6
+    )
+    with pytest.raises(ValueError, match=r"one per example \(4,\), not \(3,\)"):
+        guide.classifier_free(denoise, NULL, jnp.ones(3))(xt, t, y)
+
+
+def test_an_interval_in_sigma(inputs):
+    """Times of a variance-exploding path go beyond 1; a scale that is a function is guided inside as well."""
+    scale = guide.interval(lambda t: t, 0.3, 30.0)
+    np.testing.assert_array_equal(scale(jnp.array([0.1, 0.3, 20.0, 80.0])), np.float32([1, 0.3, 20, 1]))
+
+
+def test_any_combination_of_the_two_predictions_is_a_guidance(inputs):
+    """`paired` with a combination of one's own: a mean, and one that depends on the time."""
+    xt, t, y = inputs
+    cond, uncond = denoise(xt, t, y), denoise(xt, t, jnp.full_like(y, NULL))
+    mean = guide.paired(learned, NULL, lambda a, b, t: (a + b) / 2)(xt, t, y)
+    np.testing.assert_allclose(mean.pred, (cond + uncond) / 2, atol=1e-6)
+    np.testing.assert_array_equal(mean.v, learned(xt, t, y).v)
+    timed = guide.paired(denoise, NULL, lambda a, b, t: jnp.where(t[:, None] > 0.5, a, b))(xt, t, y)
+    np.testing.assert_allclose(timed, jnp.concatenate([uncond[:2], cond[2:]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2.5, jnp.array([0.0, 1.0, 2.0, 3.0]), lambda t: 1 + t])
+def test_autoguidance_extrapolates_from_the_weak_to_the_strong(inputs, scale):
+    xt, t, y = inputs
+    weak = lambda xt, t, y: 0.5 * xt  # noqa: E731
+    factor = scale(t) if callable(scale) else scale
+    factor = factor if jnp.ndim(factor) == 0 else factor[:, None]
+    guided = guide.extrapolate(learned, weak, scale)(xt, t, y)
+    np.testing.assert_allclose(guided.pred, 0.5 * xt + factor * (denoise(xt, t, y) - 0.5 * xt), atol=1e-5)
+    np.testing.assert_array_equal(guided.v, learned(xt, t, y).v)
+
+
+def test_conditions_are_dropped_at_the_given_rate_and_otherwise_kept(key):
     y = jnp.arange(20000) % 10
     a, b, c = jax.random.split(key, 3)
-    dropped = guide.drop_labels(a, y, 10, 0.1)
+    dropped = guide.drop_condition(a, y, 10, 0.1)
     np.testing.assert_allclose((dropped == 10).mean(), 0.1, atol=0.01)
     np.testing.assert_array_equal(dropped[dropped != 10], y[dropped != 10])
-    np.testing.assert_array_equal(guide.drop_labels(b, y, 10, 0.0), y)
-    np.testing.assert_array_equal(guide.drop_labels(c, y, 10, 1.0), jnp.full_like(y, 10))
+    np.testing.assert_array_equal(guide.drop_condition(b, y, 10, 0.0), y)
+    np.testing.assert_array_equal(guide.drop_condition(c, y, 10, 1.0), jnp.full_like(y, 10))
     with pytest.raises(ValueError, match="rate=1.5"):
-        guide.drop_labels(jax.random.key(1), y, 10, 1.5)
+        guide.drop_condition(jax.random.key(1), y, 10, 1.5)
+
+
+TEXT = {"tokens": jnp.arange(24.0).reshape(4, 3, 2) + 1, "mask": jnp.ones((4, 3), bool)}
+NO_TEXT = {"tokens": jnp.zeros(2), "mask": jnp.array([True, False, False])}
+
+
+def test_whole_rows_of_a_condition_are_dropped_in_all_of_its_arrays(key):
+    y = jax.tree.map(lambda a: jnp.repeat(a, 200, 0), TEXT)
+    dropped = guide.drop_condition(key, y, NO_TEXT, 0.3)
+    null = guide.null_like(y, NO_TEXT)
+    rows = np.asarray((dropped["tokens"] == 0).all((1, 2)))
+    assert 0.2 < rows.mean() < 0.4
+    for name in y:
+        assert dropped[name].dtype == y[name].dtype
+        np.testing.assert_array_equal(dropped[name][rows], null[name][rows])
+        np.testing.assert_array_equal(dropped[name][~rows], y[name][~rows])
+
+
+def test_conditions_of_several_arrays_are_guided(inputs):
+    xt, t, _ = inputs
+
+    def network(xt, t, y):
+        return xt * t[:, None] + (y["tokens"] * y["mask"][..., None]).sum((1, 2))[:, None]
+
+    null = guide.null_like(TEXT, NO_TEXT)
+    expected = network(xt, t, null) + 3 * (network(xt, t, TEXT) - network(xt, t, null))
+    np.testing.assert_allclose(guide.classifier_free(network, NO_TEXT, 3.0)(xt, t, TEXT), expected, rtol=1e-5)
+    np.testing.assert_array_equal(guide.classifier_free(network, NO_TEXT, 0)(xt, t, TEXT), network(xt, t, null))
+    embedding = jnp.arange(20.0).reshape(4, 5)
+    plain = lambda xt, t, y: xt + y  # noqa: E731
+    guided = guide.classifier_free(plain, jnp.zeros(5), 2.0)(xt, t, embedding)
+    np.testing.assert_allclose(guided, xt + 2 * embedding, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("null", "message"),
+    [
+        (0, "null must have the structure of the condition y"),
+        ({"tokens": jnp.zeros(3), "mask": True}, r"null of shape \(3,\) does not fit .*\(3, 2\)"),
+        ({"tokens": 0.0, "mask": jnp.ones((4, 3))}, r"null of shape \(4, 3\) does not fit .*\(3,\)"),
+    ],
+)
+def test_a_null_that_does_not_fit_is_refused(key, null, message):
+    with pytest.raises(ValueError, match=message):
+        guide.drop_condition(key, TEXT, null, 0.1)
+
+
+def test_arrays_of_different_batches_are_refused(key):
+    with pytest.raises(ValueError, match="must share their first axis"):
+        guide.drop_condition(key, (jnp.zeros(3), jnp.zeros(4)), (0, 0), 0.1)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
@@ -161,7 +259,7 @@ def test_dynamic_thresholding_in_another_range(key):
 
 
 def test_dynamic_thresholding_has_no_largest_batch():
-    """Twelve pictures of 1024 x 1024: more values than a 24-bit index counts."""
+    """Twelve images of 1024 x 1024: more values than a 24-bit index counts."""
     fix = guide.dynamic_threshold(lambda xt, t, y: xt, Linear(), "x0")
     x = jax.ShapeDtypeStruct((12, 1024, 1024, 3), jnp.float32)
     assert jax.jit(fix).lower(x, jax.ShapeDtypeStruct((12,), jnp.float32)).compile().memory_analysis() is not None

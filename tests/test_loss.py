@@ -1,18 +1,22 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion import loss as losses
+from diffusion.grids import respaced_grid
 from diffusion.patch import patchify
 from diffusion.predict import WithVariance, convert, target
 from diffusion.process import VP, Cosine, Linear, coefficients, linear_betas, noise
-from diffusion.grids import respaced_grid
+from diffusion.times import antithetic_times, grid_times
+from diffusion.vlb import Vlb
 from tests.chains import FILES, close, load
 
 
 def oracle(path, prediction, x0, error=0.0):
-    """Knows x0, reads eps off xt, and is wrong by `error` in its own coordinates."""
+    """Returns the target computed from x0 and xt, plus `error` in its own coordinates."""
 
     def denoise(xt, t, y):
         coef = coefficients(path, t)
@@ -58,7 +62,7 @@ def test_measured_in_stays_finite_at_the_data():
 
 
 def test_space_measures_on_patches(key, x0):
-    """A network that answers in tokens, and one that answers in pictures, agree on the same error."""
+    """A network that answers in tokens, and one that answers in images, agree on the same error."""
     space = lambda x: patchify(x, 4, 2)  # noqa: E731
     pixels = oracle(Linear(), "eps", x0, 0.1)
     tokens = lambda xt, t, y: space(pixels(xt, t, y))  # noqa: E731
@@ -68,7 +72,7 @@ def test_space_measures_on_patches(key, x0):
         losses.loss(jax.random.key(2), pixels, Linear(), x0, prediction="eps", space=space)
 
 
-def test_denoiser_sees_the_noised_picture_and_its_label(key, x0):
+def test_denoiser_sees_the_noised_image_and_its_label(key, x0):
     seen = {}
 
     def denoise(xt, t, y):
@@ -96,12 +100,12 @@ def test_published_losses(file):
         jnp.asarray(v["x0"]),
         prediction=chain.prediction,
         weight=losses.weighting(chain.weighting, chain.prediction) if chain.weighting else None,
-        bound=losses.Bound(chain.grid, chain.variance) if learned else None,
+        vlb=Vlb(chain.grid, chain.variance) if learned else None,
     )
     close(value, v["loss"])
-    close(value - parts["bound"] if learned else value, v["mse"])
+    close(value - parts["vlb"] if learned else value, v["mse"])
     if learned:
-        close(parts["bound"], v["vb"])
+        close(parts["vlb"], v["vb"])
 
 
 PUBLISHED = {
@@ -172,10 +176,10 @@ def learner(params, xt, t, y):
 
 def bounded(params, x0, **options):
     chain = np.arange(20, -1, -1) / 20
-    bound = losses.Bound(chain, "learned_range", **options)
+    vlb = Vlb(chain, "learned_range", **options)
     drawn = losses.Draw(jnp.tile(jnp.array([0.05, 0.5, 0.9, 1.0]), 16), jax.random.normal(jax.random.key(3), x0.shape))
     return losses.loss_at(
-        drawn, lambda *at: learner(params, *at), VP(linear_betas(20)), x0 / 4, prediction="eps", bound=bound
+        drawn, lambda *at: learner(params, *at), VP(linear_betas(20)), x0 / 4, prediction="eps", vlb=vlb
     )
 
 
@@ -190,12 +194,12 @@ def test_the_bound_trains_the_variance_and_leaves_the_prediction_to_the_squared_
 def test_rescaled_and_lone_bounds(x0):
     params = {"pred": jnp.float32(0.4), "v": jnp.float32(0.1)}
     value, parts = bounded(params, x0)
-    np.testing.assert_allclose(value, parts["mse"] + parts["bound"], rtol=1e-6)
-    rescaled, _ = bounded(params, x0, scale=20 / 1000)
-    np.testing.assert_allclose(rescaled, parts["mse"] + 0.02 * parts["bound"], rtol=1e-6)
-    lone, _ = bounded(params, x0, scale=20.0, alone=True)
-    np.testing.assert_allclose(lone, 20 * parts["bound"], rtol=1e-6)
-    assert jax.grad(lambda p: bounded(p, x0, alone=True)[0].mean())(params)["pred"] != 0
+    np.testing.assert_allclose(value, parts["mse"] + parts["vlb"], rtol=1e-6)
+    rescaled, _ = bounded(params, x0, weight=20 / 1000)
+    np.testing.assert_allclose(rescaled, parts["mse"] + 0.02 * parts["vlb"], rtol=1e-6)
+    lone, _ = bounded(params, x0, weight=20.0, only=True)
+    np.testing.assert_allclose(lone, 20 * parts["vlb"], rtol=1e-6)
+    assert jax.grad(lambda p: bounded(p, x0, only=True)[0].mean())(params)["pred"] != 0
 
 
 def test_the_bound_of_a_respaced_chain_steps_to_the_next_time_kept(x0):
@@ -205,25 +209,25 @@ def test_the_bound_of_a_respaced_chain_steps_to_the_next_time_kept(x0):
     drawn = losses.Draw(t, jax.random.normal(jax.random.key(3), x0.shape))
 
     def term(grid):
-        bound = losses.Bound(grid, "fixed_large", alone=True)
+        vlb = Vlb(grid, "fixed_large", only=True)
         denoise = lambda xt, t, y: 0.5 * xt  # noqa: E731
-        return losses.loss_at(drawn, denoise, path, x0 / 4, prediction="x0", bound=bound)[0]
+        return losses.loss_at(drawn, denoise, path, x0 / 4, prediction="x0", vlb=vlb)[0]
 
     np.testing.assert_array_equal(term(chain), term(np.array([1.0, chain[2], chain[3], 0.0])))
     assert (term(chain) > 5 * term(respaced_grid("", 100))).all()
 
 
-def test_what_a_bound_cannot_do_is_refused(x0):
+def test_what_a_variational_term_cannot_do_is_refused(x0):
     learned = lambda xt, t, y: WithVariance(xt, xt)  # noqa: E731
     plain = lambda xt, t, y: xt  # noqa: E731
     drawn = losses.Draw(jnp.full(64, 0.5), x0)
-    bound = losses.Bound(np.array([1.0, 0.5, 0.0]), "learned_range")
+    vlb = Vlb(np.array([1.0, 0.5, 0.0]), "learned_range")
     for denoise, options, message in (
         (learned, {}, "nothing would train"),
-        (plain, {"bound": bound}, "no variance for the bound"),
-        (plain, {"bound": bound._replace(alone=True)}, "'learned_range' needs a network"),
-        (learned, {"bound": bound, "space": lambda x: x}, "cannot be combined with space"),
-        (learned, {"bound": bound._replace(chain=np.array([1.0, 0.5]))}, "ends at 0"),
+        (plain, {"vlb": vlb}, "no variance for the variational term"),
+        (plain, {"vlb": vlb._replace(only=True)}, "'learned_range' needs a network"),
+        (learned, {"vlb": vlb, "space": lambda x: x}, "cannot be combined with space"),
+        (learned, {"vlb": vlb._replace(chain=np.array([1.0, 0.5]))}, "ends at 0"),
     ):
         with pytest.raises(ValueError, match=message):
             losses.loss_at(drawn, denoise, Linear(), x0, prediction="x0", **options)
@@ -231,7 +235,7 @@ def test_what_a_bound_cannot_do_is_refused(x0):
 
 def test_a_batch_can_be_cut_after_drawing(key, x0):
     denoise = lambda xt, t, y: jnp.tanh(xt) * t[:, None, None]  # noqa: E731
-    drawn = losses.draw(key, x0, losses.antithetic_times)
+    drawn = losses.draw(key, x0, antithetic_times)
     whole, _ = losses.loss_at(drawn, denoise, Linear(), x0, prediction="v")
     parts = [
         losses.loss_at(jax.tree.map(lambda a, i=i: a[i::4], drawn), denoise, Linear(), x0[i::4], prediction="v")[0]
@@ -242,8 +246,8 @@ def test_a_batch_can_be_cut_after_drawing(key, x0):
 
 def test_loss_is_a_draw_and_its_value_there(x0):
     denoise = lambda xt, t, y: jnp.tanh(xt)  # noqa: E731
-    value, _ = losses.loss(jax.random.key(5), denoise, Linear(), x0, prediction="x0", times=losses.grid_times(10))
-    drawn = losses.draw(jax.random.key(5), x0, losses.grid_times(10))
+    value, _ = losses.loss(jax.random.key(5), denoise, Linear(), x0, prediction="x0", times=grid_times(10))
+    drawn = losses.draw(jax.random.key(5), x0, grid_times(10))
     np.testing.assert_array_equal(value, losses.loss_at(drawn, denoise, Linear(), x0, prediction="x0")[0])
 
 
@@ -266,38 +270,51 @@ def test_quartile_means_average_to_the_mean(key):
     assert np.isnan(losses.by_quartile(t[:3], values[:3])["loss_q3"])
 
 
-SAMPLERS = {
-    "uniform": losses.uniform_times,
-    "antithetic": losses.antithetic_times,
-    "logit_normal": losses.logit_normal_times(0.5, 0.7),
-    "grid": losses.grid_times(10),
-    "listed": losses.listed_times(np.array([1.0, 0.7, 0.1])),
-}
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": lambda coef: jnp.ones((64, 1))}, r"the weight has shape \(64, 1\); it must have one .* \(64,\)"),
+        ({"weight": lambda coef: jnp.ones(1)}, r"the weight has shape \(1,\)"),
+        ({"times": lambda key, n: 0.5}, r"times of shape \(\); a batch of 64 needs \(64,\)"),
+        ({"times": lambda key, n: jnp.full((n, 1), 0.5)}, r"times of shape \(64, 1\)"),
+        ({"times": lambda key, n: (jnp.full(n, 0.5), jnp.ones(()))}, r"weights of shape \(\)"),
+        ({"times": lambda key, n: jnp.ones(n, int)}, r"t must be a floating-point array \[64\], .* not int32 \(64,\)"),
+        ({"x0": jnp.zeros((64, 6, 1), jnp.uint8)}, "images must be floating-point, not uint8"),
+    ],
+)
+def test_wrong_shapes_and_types_are_refused_at_trace_time(options, message):
+    options = {"x0": jnp.zeros((64, 6, 1)), **options}
+    run = lambda key: losses.loss(key, lambda xt, t, y: xt, Linear(), prediction="x0", **options)  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(run, jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_times_lie_in_the_unit_interval_and_depend_on_the_key(key, name):
-    a, b = (SAMPLERS[name](k, 512) for k in jax.random.split(key))
-    assert a.shape == (512,) and (a >= 0).all() and (a <= 1).all()
-    assert (a != b).any()
+@pytest.mark.parametrize("t", [0.5, jnp.float32(0.5), jnp.full((64, 1), 0.5), jnp.ones(64, int)])
+def test_a_time_that_is_not_one_per_example_is_refused(x0, t):
+    with pytest.raises(ValueError, match=r"t must be a floating-point array \[64\], one time per example, not"):
+        losses.loss_at(losses.Draw(t, x0), lambda xt, t, y: xt, Linear(), x0, prediction="x0")
 
 
-def test_time_samplers_have_their_distributions(key):
-    a, b, c, d = jax.random.split(key, 4)
-    np.testing.assert_allclose(jnp.quantile(losses.uniform_times(a, 20000), 0.25), 0.25, atol=0.01)
-    logit = jax.scipy.special.logit(losses.logit_normal_times(0.5, 0.7)(b, 20000))
-    np.testing.assert_allclose([logit.mean(), logit.std()], [0.5, 0.7], atol=0.02)
-    counts = np.bincount(np.round(np.asarray(losses.grid_times(10)(c, 22000)) * 10).astype(int))
-    np.testing.assert_allclose(counts, 2000, rtol=0.1)
-    assert len(counts) == 11
-    ordered = jnp.sort(losses.antithetic_times(d, 100))
-    np.testing.assert_allclose(jnp.diff(ordered), 0.01, atol=1e-5)
+def test_a_constant_weight_may_be_a_scalar(key, x0):
+    run = partial(losses.loss, denoise=lambda xt, t, y: xt, path=Linear(), x0=x0, prediction="x0")
+    np.testing.assert_allclose(
+        run(key, weight=lambda coef: jnp.float32(2.0))[0], 2 * run(jax.random.clone(key))[0], rtol=1e-6
+    )
 
 
-def test_listed_times_are_the_list_and_nothing_else(key):
-    t, counts = np.unique(losses.listed_times(respaced_grid("ddim10", 1000)[:-1])(key, 10000), return_counts=True)
-    np.testing.assert_array_equal(t, (np.arange(0, 1000, 100) + 1).astype(np.float32) / np.float32(1000))
-    np.testing.assert_allclose(counts, 1000, rtol=0.15)
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
+def test_times_may_be_noise_levels_beyond_1(x0, prediction):
+    """A variance-exploding path whose time is sigma, and times of Karras et al. 2022: log sigma is normal."""
+    exploding = lambda t: (jnp.ones_like(t), t)  # noqa: E731
+    times = lambda key, n: jnp.exp(-1.2 + 1.2 * jax.random.normal(key, (n,))).at[0].set(80.0)  # noqa: E731
+    denoise = oracle(exploding, prediction, x0, 0.5)
+    value, parts = losses.loss(jax.random.key(3), denoise, exploding, x0, prediction=prediction, times=times)
+    assert parts["t"].max() == 80
+    np.testing.assert_allclose(value, 0.25, rtol=0.02)
+    weight = losses.measured_in("eps", prediction, floor=1e-6)
+    coef = coefficients(exploding, parts["t"])
+    scale = {"x0": coef.sigma, "v": jnp.sqrt(1 + jnp.square(coef.sigma)) ** 2}.get(prediction, 1.0)
+    np.testing.assert_allclose(weight(coef), 1 / jnp.square(scale) * jnp.ones(64), rtol=1e-4)
 
 
 def test_unknown_weightings_are_named():
@@ -308,9 +325,6 @@ def test_unknown_weightings_are_named():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: losses.logit_normal_times(0.0, 0.0),
-        lambda: losses.grid_times(0),
-        lambda: losses.listed_times(np.array([])),
         lambda: losses.weighting("min_snr", "x0", gamma=0.0),
     ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.predict import WithVariance, convert, decode, estimate, target
+from diffusion.predict import WithVariance, convert, decode, estimate, predictor, target
 from diffusion.process import coefficients, noise
 from tests.test_process import PATHS
 
@@ -34,7 +34,7 @@ def test_decode_at_the_end_points_is_exact_where_the_system_is_regular_and_finit
     coef = coefficients(PATHS[name], t)
     xt = noise(PATHS[name], x0, t, eps)
     x0_hat, eps_hat = decode(prediction, coef, xt, target(prediction, coef, x0, eps))
-    # The picture at t = 0 and the noise at t = 1 are what xt itself shows: never lost.
+    # The image at t = 0 and the noise at t = 1 are what xt itself shows: never lost.
     np.testing.assert_allclose(x0_hat[0], x0[0], atol=1e-5)
     np.testing.assert_allclose(eps_hat[1], eps[1], atol=1e-2 if name == "vp cosine" else 1e-4)
     # The other one can only be known if the prediction is not xt once more.
@@ -47,7 +47,7 @@ def test_decode_at_the_end_points_is_exact_where_the_system_is_regular_and_finit
 
 
 def test_decode_reads_xt_where_a_path_stands_still(key):
-    """A path whose derivatives vanish at the end: the flow says nothing there, xt says it all."""
+    """A path whose derivatives vanish at the end: the flow is zero there, xt determines the noise."""
     path = lambda t: (jnp.cos(jnp.pi / 2 * t) ** 2, jnp.sin(jnp.pi / 2 * t) ** 2)  # noqa: E731
     coef, xt = coefficients(path, jnp.ones(1)), jax.random.normal(key, (1, 4))
     x0_hat, eps_hat = decode("flow", coef, xt, jnp.zeros((1, 4)))
@@ -78,7 +78,7 @@ def test_flow_is_the_velocity_of_xt(key):
     np.testing.assert_allclose(target("flow", coefficients(path, t), x0, eps), velocity, rtol=1e-4, atol=1e-4)
 
 
-def test_a_learned_variance_rides_beside_the_prediction(key):
+def test_a_learned_variance_is_kept_with_the_prediction(key):
     path, t = PATHS["cosine"], jnp.array([0.2, 0.6])
     x0, eps = draw(key, 2)
     coef, xt, v = coefficients(path, t), noise(path, x0, t, eps), x0 * eps
@@ -90,6 +90,17 @@ def test_a_learned_variance_rides_beside_the_prediction(key):
     np.testing.assert_array_equal(estimate("v", coef, xt, converted).v, v)
     np.testing.assert_allclose(estimate("v", coef, xt, converted).x0, x0, atol=1e-5)
     assert estimate("eps", coef, xt, plain(xt, t, None)).v is None
+
+
+def test_a_predictor_evaluates_a_denoiser_at_one_time_or_one_per_example(key):
+    path, t = PATHS["cosine"], jnp.array([0.2, 0.6])
+    x0, eps = draw(key, 2)
+    y = {"a": x0, "b": eps}
+    predict = predictor(lambda xt, t, y: target("v", coefficients(path, t), y["a"], y["b"]), path, "v", y)
+    at_each, at_one = predict(noise(path, x0, t, eps), t), predict(noise(path, x0, t[:1].repeat(2), eps), t[0])
+    for found in (at_each, at_one):
+        np.testing.assert_allclose(found.x0, x0, atol=1e-5)
+        np.testing.assert_allclose(found.eps, eps, atol=1e-5)
 
 
 def test_unknown_prediction_is_named():

@@ -128,6 +128,14 @@ def test_noise_mixes_each_example_at_its_own_time(key):
     np.testing.assert_array_equal(xt[2], eps[2])
 
 
+def test_a_path_of_a_scalar_time_is_that_of_a_vector():
+    for path in PATHS.values():
+        alone, vector = process.coefficients(path, jnp.float32(0.3)), process.coefficients(path, jnp.full(2, 0.3))
+        for a, b in zip(alone, vector, strict=True):
+            assert a.shape == ()
+            np.testing.assert_allclose(a, b[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "make",
     [

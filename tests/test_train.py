@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion.io import checkpoint
-from diffusion import times, optimize, train
 from diffusion import loss as losses
+from diffusion import optimize, times, train
+from diffusion.io import checkpoint
 from diffusion.process import VP, Linear, linear_betas
 
 
@@ -39,7 +39,7 @@ def test_four_steps_are_two_and_two_more_bit_for_bit(key, setup):
     jax.tree.map(np.testing.assert_array_equal, four, again)
 
 
-def test_steps_draw_different_noise_from_one_key(key, setup):
+def test_steps_use_different_noise_from_one_key(key, setup):
     state, _ = setup
     drawn = []
 
@@ -102,7 +102,7 @@ def test_the_default_state_has_the_leaves_it_always_had():
 
 
 def test_a_state_with_everything_is_stored_and_restored(tmp_path):
-    kinds = {"ema_decay": (0.9, 0.99), "log2_scale": 20.0, "carry": times.empty(4, 2)}
+    kinds = {"ema_decay": (0.9, 0.99), "log2_scale": 20.0, "carry": times.empty_history(4, 2)}
     state = train.init_state({"w": jnp.arange(3.0)}, optax.adam(0.1), **kinds)
     checkpoint.save(tmp_path, 1, state)
     again, _ = checkpoint.restore(tmp_path, jax.eval_shape(lambda: state))
@@ -112,8 +112,8 @@ def test_a_state_with_everything_is_stored_and_restored(tmp_path):
 def diffusion_step(microbatch, **options):
     """A small denoiser under the real loss, times antithetic over the batch, labels dropped."""
 
-    def draw(key, batch, carry):
-        return {**batch, "drawn": losses.draw(key, batch["x"], losses.antithetic_times)}
+    def draw(key, batch, state):
+        return {**batch, "drawn": losses.draw(key, batch["x"], times.antithetic_times)}
 
     def loss_fn(params, key, batch):
         denoise = lambda xt, t, y: jnp.tanh(xt @ params["w"]) * t[:, None] + params["b"].reshape(1, -1)  # noqa: E731
@@ -157,7 +157,7 @@ def test_gradients_of_microbatches_add_up_exactly(key):
     np.testing.assert_array_equal(results[2][1]["first"], batch[:, 0])
 
 
-def test_without_a_draw_microbatches_have_noise_of_their_own(key):
+def test_without_draw_microbatches_have_noise_of_their_own(key):
     def loss_fn(params, key, batch):
         return params["w"].sum() * 0, {"drawn": jnp.full(len(batch), jax.random.normal(key))}
 
@@ -168,17 +168,17 @@ def test_without_a_draw_microbatches_have_noise_of_their_own(key):
 
 def test_a_batch_that_cannot_be_cut_is_refused(key):
     step, state = diffusion_step(5)
-    with pytest.raises(ValueError, match="the batch of 12 is no multiple of microbatch=5"):
+    with pytest.raises(ValueError, match="the batch of 12 is not a multiple of microbatch=5"):
         step(key, state, {"x": jnp.ones((12, 3))})
 
 
 @pytest.mark.parametrize("microbatch", [None, 16])
 def test_the_loss_decides_where_it_is_measured_next(key, microbatch):
-    """A times rides in the state: a loss that is large late in the chain draws the times there."""
+    """A history is part of the state: a loss that is large late in the chain samples times there."""
     steps = 4
 
-    def draw(key, batch, seen):
-        return {"x": batch, "drawn": losses.draw(key, batch, times.times(seen))}
+    def draw(key, batch, state):
+        return {"x": batch, "drawn": losses.draw(key, batch, times.history_times(state.carry))}
 
     def loss_fn(params, key, batch):
         wrong = lambda xt, t, y: params["w"] + jnp.where(t[:, None] > 0.9, 30.0, 1.0)  # noqa: E731
@@ -189,7 +189,7 @@ def test_the_loss_decides_where_it_is_measured_next(key, microbatch):
         seen = times.remember(seen, parts["t"], parts["loss"])
         return {"late": (parts["t"] > 0.9).mean()}, seen
 
-    state = train.init_state({"w": jnp.zeros((1, 2))}, optax.sgd(0.0), carry=times.empty(steps, 2))
+    state = train.init_state({"w": jnp.zeros((1, 2))}, optax.sgd(0.0), carry=times.empty_history(steps, 2))
     step = jax.jit(train.make_step(loss_fn, optax.sgd(0.0), draw=draw, report=report, microbatch=microbatch))
     late = []
     for _ in range(3):
@@ -197,6 +197,24 @@ def test_the_loss_decides_where_it_is_measured_next(key, microbatch):
         late.append(float(metrics["late"]))
     assert late[0] < 0.6 and min(late[1:]) > 0.9
     assert state.carry.counts.sum() == 3 * 64
+
+
+def test_what_a_loss_compares_with_may_come_from_the_averages(key):
+    """Self-distillation: `draw` puts the averaged network's prediction into the batch."""
+
+    def draw(key, batch, state):
+        return {"x": batch, "teacher": jnp.broadcast_to(state.ema["w"], batch.shape)}
+
+    def loss_fn(params, key, batch):
+        return jnp.square(params["w"][None] - batch["x"]).mean(), {"teacher": batch["teacher"]}
+
+    state = train.init_state({"w": jnp.zeros(3)}, optax.sgd(0.5), ema_decay=0.9)
+    step = jax.jit(train.make_step(loss_fn, optax.sgd(0.5), ema_decay=0.9, draw=draw, microbatch=2))
+    for _ in range(2):
+        before = state
+        state, metrics = step(key, state, jnp.ones((4, 3)))
+        np.testing.assert_array_equal(metrics["teacher"], jnp.broadcast_to(before.ema["w"], (4, 3)))
+    assert (before.ema["w"] != before.params["w"]).all()
 
 
 def half_precision(params, key, batch):
@@ -237,7 +255,7 @@ def test_scaled_gradients_are_unscaled_in_every_group_of_parameters(key):
 
 @pytest.mark.parametrize("log2_scale", [None, 4.0])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_loss_that_is_no_number_changes_nothing_and_is_seen_in_the_step(key, bad, log2_scale):
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_seen_in_the_step(key, bad, log2_scale):
     def loss_fn(params, key, batch):
         return (params["w"] * batch).sum(), {"seen": batch.sum()}
 
@@ -254,7 +272,7 @@ def test_a_loss_that_is_no_number_changes_nothing_and_is_seen_in_the_step(key, b
 
 
 @pytest.mark.parametrize("log2_scale", [None, 0.0])
-def test_a_gradient_that_is_no_number_changes_nothing(key, log2_scale):
+def test_a_gradient_that_is_not_finite_changes_nothing(key, log2_scale):
     """The loss is 0 and its slope infinite, with no scale to lower."""
     loss_fn = lambda params, key, batch: (jnp.sqrt(params["w"]).sum(), {})  # noqa: E731
     state = train.init_state({"w": jnp.zeros(2)}, optax.sgd(0.1), log2_scale=log2_scale)

@@ -24,9 +24,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("diffusion.patch.arrays"), name)
     if name in _MODULES:
         return importlib.import_module(f"diffusion.patch.{name}")
-    raise AttributeError(
-        f"module 'diffusion.patch' has no attribute {name!r}; it has {', '.join([*__all__, *_MODULES])}"
-    )
+    raise AttributeError(f"module 'diffusion.patch' has no attribute {name!r}, only {', '.join([*__all__, *_MODULES])}")
 
 
 def __dir__() -> list[str]:
