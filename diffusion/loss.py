@@ -61,8 +61,8 @@ def loss(
       space: linear map from images to where the error is measured, default none.
       vlb: the variational term, which a learned variance needs; images must then be in [-1, 1].
     """
-    drawn = draw(key, x0, times)
-    return loss_at(drawn, denoise, path, x0, y, prediction=prediction, weight=weight, space=space, vlb=vlb)
+    sampled = draw(key, x0, times)
+    return loss_at(sampled, denoise, path, x0, y, prediction=prediction, weight=weight, space=space, vlb=vlb)
 
 
 def draw(key: jax.Array, x0: jax.Array, times: Times | None = None) -> Draw:
@@ -84,7 +84,7 @@ def draw(key: jax.Array, x0: jax.Array, times: Times | None = None) -> Draw:
 
 
 def loss_at(
-    drawn: Draw,
+    sampled: Draw,
     denoise: Denoise,
     path: Path,
     x0: jax.Array,
@@ -103,7 +103,7 @@ def loss_at(
       ValueError: the prediction or the weight has another shape than expected; the denoiser learns a variance and there
         is no `vlb`, or the other way round; `vlb` is combined with `space`; x0 or t are of the wrong type.
     """
-    t, eps, importance = drawn
+    t, eps, importance = sampled
     xt = noise(path, x0, t, eps)
     coef = coefficients(path, t)
     output = denoise(xt, t, y)

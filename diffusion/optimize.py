@@ -1,10 +1,10 @@
-"""Optimisers: AdamW, and Muon for the matrices inside a transformer beside NAdam for all else.
+"""Optimisers: AdamW, and Muon for the matrices inside a transformer with NAdam for all other parameters.
 
     rate(step) = peak * step / warmup before `warmup`, then peak * schedule(step - warmup)           (1)
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) moves a matrix along its averaged gradient with the
-singular values pushed towards one, so that rare directions are learned at more nearly the pace of common ones. A step
-costs more and fewer are needed.
+singular values pushed towards one, so that rare directions are learned at nearly the rate of common ones. A step costs
+more and fewer are needed.
 """
 
 from collections.abc import Callable
@@ -32,14 +32,14 @@ def adamw(
 
     Args:
       learning_rate: the peak, eq. (1).
-      steps: of training: a schedule that falls has reached zero there.
-      warmup: steps in which the rate grows from zero.
+      steps: the number of training steps; a falling schedule reaches zero there.
+      warmup: the number of steps in which the rate grows from zero.
       schedule: "cosine", "linear" or "constant", after the warm-up.
       weight_decay: acts on what `decayed` marks, by rate(step) * weight_decay per step.
       clip: largest norm of all gradients together; None for no clipping.
 
     Raises:
-      ValueError: the schedule is unknown or has no room for the warm-up.
+      ValueError: the schedule is unknown, or `warmup` is not shorter than `steps`.
     """
     rate = scheduled(learning_rate, steps, warmup=warmup, schedule=schedule)
     return _clipped(clip, optax.adamw(rate, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed))
@@ -58,7 +58,7 @@ def muon(
     weight_decay: float = 0.0,
     clip: float | None = None,
 ) -> optax.GradientTransformation:
-    """Muon on the matrices that `hidden` marks, NAdam on all else; otherwise as `adamw`.
+    """Muon on the matrices that `hidden` marks, NAdam on all other parameters; otherwise as `adamw`.
 
     Three Newton-Schulz iterations (Muon has five), since on a small network they are what a step costs, after scaling
     by the Schatten-4 norm (Grishina et al. 2025, 2506.10935). An update's leading singular values come out at 0.7 to
@@ -74,13 +74,13 @@ def muon(
       clip: bounds the gradients, so that none dominates the average; Muon's updates do not depend on their size.
 
     Raises:
-      ValueError: as `adamw`; from `init`, `hidden` marks nothing or something that is no matrix.
+      ValueError: as `adamw`; from `init`, `hidden` marks nothing or something that is not a matrix.
     """
 
     def axes(params: Params) -> Params:
         def of(is_hidden: bool, p: jax.Array) -> contrib.MuonDimensionNumbers | None:
             if is_hidden and p.ndim < 2:
-                raise ValueError(f"hidden marks a parameter of shape {p.shape}, which is no matrix")
+                raise ValueError(f"hidden marks a parameter of shape {p.shape}, which is not a matrix")
             return contrib.MuonDimensionNumbers(0, tuple(range(1, p.ndim))) if is_hidden else None
 
         mask = hidden(params)
@@ -107,7 +107,7 @@ def scheduled(peak: float, steps: int, *, warmup: int = 0, schedule: str = "cosi
     """The rate at each step, eq. (1): linear warm-up, then a cosine or a line to zero at `steps`, or a constant.
 
     Raises:
-      ValueError: the schedule is unknown or has no room for the warm-up.
+      ValueError: the schedule is unknown, or `warmup` is not shorter than `steps`.
     """
     schedules = {
         "cosine": optax.cosine_decay_schedule,

@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion.io import checkpoint
 from diffusion import optimize, train
+from diffusion.io import checkpoint
 from diffusion.models.vit import hidden_matrices, vit
 
 
@@ -130,7 +130,7 @@ def test_what_muon_cannot_be_given_is_refused(some):
     params, _ = some
     with pytest.raises(ValueError, match=r"hidden marks none of the parameters \['bias', 'heads', 'matrix', 'table'\]"):
         optimize.muon(1e-3, 10, hidden=hidden_matrices).init(params)
-    with pytest.raises(ValueError, match=r"hidden marks a parameter of shape \(16,\), which is no matrix"):
+    with pytest.raises(ValueError, match=r"hidden marks a parameter of shape \(16,\), which is not a matrix"):
         optimize.muon(1e-3, 10, hidden=lambda p: {**two_matrices(p), "bias": True}).init(params)
     with pytest.raises(ValueError, match="schedule='step'"):
         optimize.muon(1e-3, 10, hidden=two_matrices, schedule="step")

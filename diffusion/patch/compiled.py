@@ -1,21 +1,21 @@
-"""Patches in Numba: what `diffusion.patch_numpy` says in views, copied at the speed of memory by compiled kernels.
+"""Patches in Numba: the views of `diffusion.patch.views`, copied at memory speed by compiled kernels.
 
-A view of windows already knows where each value of the output lies. What remains is a copy, and three facts about
-memory decide its speed:
+The strides of a view of windows give the address of each output value, so patching is a copy. Its speed depends on
+three properties of memory:
 
-1. Values that lie together in both arrays form runs (a row of a window: 28 bytes at patch size 7). With a length known
-   at compile time a run is two vector moves, else a loop. So one kernel is compiled per shape of *piece*, the longest
-   tail of the view's axes that fits in 1 KiB; the rest of the geometry is a table of offsets, built by NumPy.
-2. A store to a line that is not in cache first reads that line: a third of the traffic of a copy. Pieces are therefore
-   collected in one page of scratch memory, which leaves in whole 64-byte lines, converted and scaled on the way, and
-   past the caches (non-temporal) if the arrays would not fit there anyway. One page, since a store that crosses two
-   waits for all earlier ones.
-3. The order in which windows read rows defeats the hardware's prefetcher. The kernel prefetches in the order of memory,
+1. Values that are contiguous in both arrays form runs (a row of a window: 28 bytes at patch size 7). With a length
+   known at compile time a run is two vector moves, otherwise a loop. So one kernel is compiled per shape of *piece*,
+   the last axes of the view that fit in 1 KiB; the rest of the geometry is a table of offsets, built by NumPy.
+2. A store to a cache line that is not in cache first reads that line: a third of the traffic of a copy. Pieces are
+   therefore collected in one page of scratch memory and written in whole 64-byte lines, converted and scaled on the
+   way, and past the caches (non-temporal stores) if the arrays would not fit there anyway. One page, because a store
+   that crosses a page boundary waits for all earlier ones.
+3. The hardware prefetcher does not follow the order in which windows read rows. The kernel prefetches in memory order,
    as far ahead as the rows of one line of windows reach.
 
-Kernels (`patch_kernels`) release the GIL and run on plain threads that begin and end inside the call. No threading
-layer of Numba takes part and nothing survives a call, so calls from many threads, after fork and in spawned workers are
-all alike. Compiled code is kept on disk between processes where Numba finds a folder to write to.
+Kernels (`patch.kernels`) release the GIL and run on plain threads that start and end inside the call. They use no
+threading layer of Numba and keep no state between calls, so calls from many threads, after a fork and in spawned
+workers behave alike. Compiled code is cached on disk between processes where Numba finds a folder to write to.
 
 Signatures, order of values and errors are those of `diffusion.patch`; results are the same bit for bit.
 """
@@ -30,16 +30,15 @@ from operator import index
 
 import numpy as np
 
-from diffusion.patch import kernels as kernels
-from diffusion.patch import views
+from diffusion.patch import kernels, views
 from diffusion.patch.geometry import array_geometry, check_summable, coverage, token_geometry
 from diffusion.patch.random_numbers import gauss_kernel
 
 _LEAD = 8192  # bytes to prefetch beyond the rows that a line of windows spans
-_STREAM = 1 << 24  # bytes read and written from which the caches are no help
+_STREAM = 1 << 24  # bytes read and written from which the caches do not help
 _CHUNK = 1 << 22  # bytes written per call of a copying kernel
-_BLOCK = 1 << 19  # the same where a second pass over the chunk should find it in cache
-_THREADS = 8  # more threads than this do not make memory faster
+_BLOCK = 1 << 19  # the same where a second pass should find the chunk in cache
+_THREADS = 8  # more threads do not increase memory bandwidth
 
 _SUMMABLE = ("float32", "float64", "complex64", "complex128")
 
@@ -155,17 +154,17 @@ def noised_patches(
     out: tuple[np.ndarray, np.ndarray] | None = None,
     threads: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One pass from images x0 [B, *S, C] and noise eps [R, *S, C] to noised tokens [R, N + 1, D] and targets [R, N, D].
+    """Images x0 [B, *S, C] and noise eps [R, *S, C] to noised tokens [R, N + 1, D] and targets [R, N, D], in one pass.
 
         tokens[r, :N] = patchify(alpha[r] (scale x0[r mod B] + shift) + sigma[r] eps[r])
         tokens[r, N] = level[r]                                   (default alpha[r])
         targets[r] = patchify(eps[r])
 
     in float32. This is the data generator of Piantedosi, "Diffusion model" (piantedosi.github.io/diffusion_model),
-    whose steps tile x0 R / B times, mix, cast, cut twice and append the noise level as a token, each through memory.
+    which repeats x0 R / B times, mixes, converts, cuts twice and appends the noise level as a token, each in a pass.
 
-    If eps is a number it is the seed of normal noise, drawn in the same pass by vector code, for as many examples as
-    alpha has: eps[r] is then a function of (seed, r), on any machine and with any number of threads.
+    If eps is a number it is the seed of normal noise, generated in the same pass by vector code, for as many examples
+    as alpha has: eps[r] is then a function of (seed, r), on any machine and with any number of threads.
 
     >>> tokens, targets = noised_patches(np.full((1, 4, 1), 255, np.uint8), np.ones((2, 4, 1), np.float32),
     ...                                  np.array([1.0, 0.5]), np.array([0.0, 0.5]), 2, scale=1 / 255)
@@ -182,7 +181,7 @@ def noised_patches(
     if seed is not None:
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"eps={seed} is not a seed, which is at least 0 and below 2^64")
-        eps = np.broadcast_to(np.float32(0), (np.size(alpha), *x0.shape[1:]))  # the shape of what will be drawn
+        eps = np.broadcast_to(np.float32(0), (np.size(alpha), *x0.shape[1:]))  # the shape of the noise to generate
     eps = np.asarray(eps)
     b, cut, c = array_geometry(x0.shape, x0.dtype, patch_size, stride, layout)
     _, grid, patch, step = _three_axes(cut)
@@ -255,7 +254,7 @@ def _copy(view: np.ndarray, out: np.ndarray, ordered: bool, affine, threads: int
     threads = _check_threads(threads)
     if not out.size:
         return
-    while len(view) == 1 and view.ndim > 2:  # a single image: its first axis takes the place of the batch
+    while len(view) == 1 and view.ndim > 2:  # a single image: its first axis becomes the batch
         view = view[0]
     out = out.reshape(len(view), -1)
     source, target = view.dtype, out.dtype

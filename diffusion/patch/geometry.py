@@ -82,7 +82,7 @@ def check_layout(layout: str) -> None:
 def array_geometry(
     shape: Sequence[int], dtype, patch_size: int | Sequence[int], stride: int | Sequence[int] | None, layout: str
 ) -> tuple[int, Geometry, int]:
-    """Batch, geometry and channels of an array [B, *S, C] about to be cut: every check of every `patchify`.
+    """Batch, geometry and channels of an array [B, *S, C] for `patchify`, with all of its checks.
 
     Raises:
       ValueError: the shape has no spatial axis, the layout is unknown, or the windows do not tile the array.
@@ -104,7 +104,7 @@ def token_geometry(
     stride: int | Sequence[int] | None,
     layout: str,
 ) -> tuple[int, Geometry, int]:
-    """Batch, geometry and channels of tokens [B, N, D] about to be joined: every check of `unpatchify`.
+    """Batch, geometry and channels of tokens [B, N, D] for `unpatchify`, with all of its checks.
 
     Raises:
       ValueError: N or D does not belong to the geometry, the layout is unknown, or the windows do not tile `size`.
@@ -133,7 +133,7 @@ def check_summable(dtype) -> None:
 def coverage(
     size: Sequence[int], patch_size: int | Sequence[int], stride: int | Sequence[int] | None = None
 ) -> np.ndarray:
-    """How many windows cover each element, int [*size], known before anything runs.
+    """The number of windows that cover each element, int [*size].
 
     >>> coverage((5,), 3, 2).tolist()
     [1, 1, 2, 1, 1]
@@ -149,9 +149,9 @@ def coverage(
 
 def _check_numeric(what: str, dtype) -> None:
     try:
-        # The one question that extension types (bfloat16 and friends) answer in the same way as NumPy's own.
+        # The test that works for extension types such as bfloat16 as well as for NumPy's own.
         numeric = np.can_cast(dtype, np.complex128, "same_kind")
-    except TypeError:  # not a NumPy dtype at all: JAX's random keys
+    except TypeError:  # not a NumPy dtype, such as JAX's random keys
         numeric = False
     if not numeric:
         raise TypeError(f"{what} of dtype {dtype} cannot be cut into patches: the dtype must be a number or a boolean")

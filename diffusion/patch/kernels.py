@@ -1,7 +1,7 @@
-"""Compiled kernels under `diffusion.patch_numba`: one per shape of piece, with every bound known to the compiler.
+"""The kernels of `diffusion.patch.compiled`: one per shape of piece, with every loop bound known to the compiler.
 
-A kernel takes addresses and offsets that its caller made from arrays it checked; nothing in here checks bounds. The
-moves between memory and registers are LLVM instructions that Numba has no word for.
+A kernel takes addresses and offsets computed from arrays that the caller has checked; nothing here checks bounds. Moves
+between memory and registers are LLVM instructions for which Numba has no Python form.
 """
 
 import os
@@ -41,7 +41,7 @@ def compiled(make: Callable, *constants) -> Callable:
             function.__qualname__ = "_".join(str(part) for part in (make.__name__, *constants))
             try:
                 kernel = njit(signature, nogil=True, cache=True)(function)
-            except Exception:  # no folder, no space, a damaged file: whatever is wrong with the cache, do without
+            except Exception:  # no folder, no space, a damaged file: compile without the cache
                 kernel = njit(signature, nogil=True)(function)
             programs[key] = kernel
         return programs[key]
@@ -63,7 +63,7 @@ def copy_kernel(n1: int, n2: int, n3: int, run: int, source: str, target: str, w
         scratch = np.empty(room + _PAGE, np.uint8)
         base = scratch.ctypes.data + _PAGE - 1
         base -= base % _PAGE
-        skip = out % LINE // unit  # values of the first line that are not ours
+        skip = out % LINE // unit  # values of the first line that lie before `out`
         out -= out % LINE
         fill = base + skip * item
         written = 0
@@ -97,7 +97,7 @@ def copy_kernel(n1: int, n2: int, n3: int, run: int, source: str, target: str, w
                             _put(out, at, scale, shift, source, target, wide, lanes, False)
                             at += line
                             out += LINE
-                    _move(base, at, line)  # what is left, less than a line, begins the next
+                    _move(base, at, line)  # the rest, less than a line, is the start of the next
                     fill = base + (fill - at)
                     if ahead > 0:
                         written += lines
@@ -121,7 +121,7 @@ def copy_kernel(n1: int, n2: int, n3: int, run: int, source: str, target: str, w
             at += item
             out += unit
         _fence()
-        return scratch.size  # Numba frees an array after its last mention, and would not count its address as one
+        return scratch.size  # Numba frees an array after its last use, and an address is not a use
 
     return signature, copy
 
@@ -223,7 +223,7 @@ def _given(dtype, ndim: int) -> types.Array:
     return types.Array(dtype, ndim, "C", readonly=True)
 
 
-# Four instructions that Numba has no word for. They take addresses; nothing in them checks bounds.
+# Four instructions for which Numba has no Python form. They take addresses and check no bounds.
 
 
 @intrinsic(prefer_literal=True)

@@ -5,8 +5,8 @@ p elements every s elements along an axis of length n and byte stride b needs no
 
     (n; b)  ->  (g; s b), (p; b)        g = (n - p) / s + 1                                        (1)
 
-and the last byte reached, (g - 1) s b + (p - 1) b = (n - 1) b, is the one the array already had. Everything that could
-break (1) is checked before a view exists, so no combination of arguments reads memory outside the array. Signatures,
+and the last byte reached, (g - 1) s b + (p - 1) b = (n - 1) b, is the last one of the array. Every condition of (1) is
+checked before the view is made, so no combination of arguments reads memory outside the array. Signatures,
 order of values, and errors are those of `diffusion.patch`; sums run over windows in ascending order, last axis first.
 """
 
@@ -28,7 +28,7 @@ def windows(
 ) -> np.ndarray:
     """Windows of x [B, *S, C] as a read-only view [B, *grid, *patch, C], eq. (1): nothing is copied.
 
-    With `channels=False` x is [B, *S] and the view [B, *grid, *patch]. Any memory layout will do (Fortran order,
+    With `channels=False` x is [B, *S] and the view [B, *grid, *patch]. Any memory layout is allowed (Fortran order,
     slices, negative strides, foreign byte order). Reductions over the patch axes pool, `einsum` convolves.
 
     >>> x = np.arange(16).reshape(1, 4, 4, 1)
@@ -138,7 +138,7 @@ def split_tokens(tokens: np.ndarray, b: int, cut, c: int, layout: str) -> np.nda
 
 
 def image_view(split: np.ndarray) -> np.ndarray:
-    """[B, *grid, *patch, C] with each axis of the grid beside its axis of the patch: [B, g1, p1, g2, p2, .., C]."""
+    """[B, *grid, *patch, C] with each axis of the grid before its axis of the patch: [B, g1, p1, g2, p2, .., C]."""
     rank = split.ndim // 2 - 1
     pairs = [axis for k in range(rank) for axis in (1 + k, 1 + rank + k)]
     return split.transpose(0, *pairs, split.ndim - 1)
