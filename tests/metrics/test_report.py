@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion import data
+from diffusion.metrics import distances
 from diffusion.metrics.features import Extracted
 from diffusion.metrics.features.digits import digit_features
 from diffusion.metrics.report import report, with_current_names
@@ -87,6 +88,28 @@ def test_report_with_features_of_your_own_for_images_of_any_size_and_without_lab
         assert real["ratio"] < 3
     dark = report(images[70:] // 4, None, train, held_out, features=pixels)
     assert dark["ratio"] > 3 and dark["reference"] == real["reference"]
+
+
+def test_report_is_the_sum_of_its_parts():
+    """Of unequal classes, so that an image with the label of another would change the numbers."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [30, 20])
+    images = (rng.integers(0, 100, (50, 2, 2, 1)) + 150 * labels[:, None, None, None]).astype(np.uint8)
+    train, held_out = data.from_arrays(images[:20], labels[:20], "ab"), data.from_arrays(images[20:], labels[20:], "ab")
+    fakes = rng.integers(0, 256, (10, 2, 2, 1)).astype(np.uint8)
+    values = report(fakes, None, train, held_out, features=pixels, repeats=2, seed=3)
+    fake, real = pixels(fakes).features, pixels(images).features
+    part, rest = distances.split_real(labels, 10, np.random.default_rng(3))
+    distance, reference = distances.distance_and_reference(fake, real, labels, repeats=2, seed=3)
+    assert values == {
+        "distance": distance,
+        "reference": reference,
+        "ratio": distance / reference,
+        "kernel_distance": distances.kernel_distance(fake, real[rest]),
+        "kernel_reference": distances.kernel_distance(real[part], real[rest]),
+        **dict(zip(("precision", "recall"), distances.precision_recall(real[part], fake), strict=True)),
+        "nearest_ratio": distances.nearest_ratio(fakes, images[:20], images[20:]),
+    }
 
 
 def test_unlabelled_samples_have_no_agreement():
