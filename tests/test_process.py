@@ -128,6 +128,14 @@ def test_noise_mixes_each_example_at_its_own_time(key):
     np.testing.assert_array_equal(xt[2], eps[2])
 
 
+def test_images_of_integers_and_times_that_are_not_one_per_example_are_refused():
+    x, t = jnp.zeros((2, 3)), jnp.full(2, 0.5)
+    with pytest.raises(ValueError, match="must be floating-point, not uint8: convert them first, x / 127.5 - 1"):
+        process.noise(process.Linear(), x.astype(jnp.uint8), t, x)
+    with pytest.raises(ValueError, match=r"array \[2\], one time per example, not 0.5"):
+        process.noise(process.Linear(), x, 0.5, x)
+
+
 def test_a_path_of_a_scalar_time_is_that_of_a_vector():
     for path in PATHS.values():
         alone, vector = process.coefficients(path, jnp.float32(0.3)), process.coefficients(path, jnp.full(2, 0.3))
