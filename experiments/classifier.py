@@ -29,7 +29,7 @@ from diffusion.io import files
 from diffusion.metrics import distances
 from diffusion.metrics.features import digits
 from diffusion.models import classifier
-from experiments import session
+from experiments import command
 
 BATCH_SIZE = 128
 # Largest changes to a training digit: radians, logarithm of the scale of each side, shear, pixels.
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     files.check_writable(out.parent)
     source = data.load("mnist5k", "train", data_dir=values.data_dir)
     held_out = data.load("mnist5k", "test", data_dir=values.data_dir)
-    session.start()
+    command.start()
     start = time.perf_counter()
     params = train(source, seed=values.seed, steps=values.steps)
     seconds = time.perf_counter() - start
@@ -121,4 +121,4 @@ def warp(key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-    session.run(main, define)
+    command.run(main, define)
