@@ -14,10 +14,9 @@ from experiments.config import Config
 
 def params(run: parts.Parts, noise: float) -> Any:
     """Parameters with noise on them, as NumPy: many are zero at first, and no comparison must pass because of that."""
-    leaves, structure = jax.tree.flatten(parts.init_params(run))
-    keys = jax.random.split(jax.random.key(run.seed + 1), len(leaves))
-    noisy = [p + noise * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return structure.unflatten(map(np.asarray, noisy))
+    rng = np.random.default_rng(run.seed + 1)
+    initial = parts.init_params(run)
+    return jax.tree.map(lambda p: np.asarray(p) + np.float32(noise) * rng.standard_normal(p.shape, np.float32), initial)
 
 
 def train(run: parts.Parts, params: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[], None]:

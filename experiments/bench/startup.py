@@ -33,6 +33,7 @@ PROGRAMS = {
     "import its core modules": CORE,
     "nothing": "",
 }
+JOB = [sys.executable, "-m", "experiments.train"]
 # Seconds that `import diffusion` may take beyond `import jax`.
 TARGET = 0.2
 PATIENCE = 600.0
@@ -80,7 +81,7 @@ def first_step(arguments: Sequence[str], cache: str) -> None:
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "output").open("w+") as output:
         workdir = Path(folder) / "run"
         job = subprocess.Popen(
-            [sys.executable, "-m", "experiments.train", *arguments, f"--workdir={workdir}"],
+            [*JOB, *arguments, f"--workdir={workdir}"],
             env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
             stdout=output,
             stderr=output,
