@@ -66,7 +66,8 @@ def paired(denoise: Denoise, null: Any, combine: Callable[[jax.Array, jax.Array,
     def guided(xt: jax.Array, t: jax.Array, y: Any) -> Output:
         twice = jax.tree.map(lambda a, n: jnp.concatenate([a, n]), _given(y), null_like(y, null))
         both = denoise(jnp.concatenate([xt, xt]), jnp.concatenate([t, t]), twice)
-        pred = combine(*jnp.split(pred_of(both), 2), t)
+        conditional, unconditional = jnp.split(pred_of(both), 2)
+        pred = combine(conditional, unconditional, t)
         return WithVariance(pred, both.v[: len(xt)]) if isinstance(both, WithVariance) else pred
 
     return guided

@@ -149,8 +149,8 @@ def _checked_weight(weight: jax.Array, mse: jax.Array) -> jax.Array:
 
 def _next_time(chain: np.ndarray, t: jax.Array) -> jax.Array:
     """The time in the chain that follows the one nearest to t."""
-    chain = jnp.asarray(chain, t.dtype)
-    return chain[1:][jnp.abs(chain[None, :-1] - t[:, None]).argmin(1)]
+    times = jnp.asarray(chain, t.dtype)
+    return times[1:][jnp.abs(times[None, :-1] - t[:, None]).argmin(1)]
 
 
 def by_quartile(t: jax.Array, values: jax.Array, name: str = "loss") -> dict[str, jax.Array]:

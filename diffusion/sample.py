@@ -216,7 +216,7 @@ def _walk(
     grid = (times[:-1], times[1:], jnp.arange(steps), jnp.asarray(slots[1:]))
     (x0, _, frames), _ = jax.lax.scan(advance, (start, sampler.init(start), frames), grid)
     x0 = x0.astype(x1.dtype)
-    return x0 if keep is None else (x0, frames)
+    return x0 if frames is None else (x0, frames)
 
 
 def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
