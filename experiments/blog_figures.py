@@ -27,7 +27,7 @@ from experiments.run_dir import RunDir
 
 flags.declare_key_flag("workdir")
 
-# The blog's step size, how many image_files a strip and a side of a grid hold, and inches per picture.
+# The blog's step size, how many images a strip and a side of a grid hold, and inches per picture.
 _OVERSTEP, _FRAMES, _SIDE, _INCHES = 1.5, 6, 5, 0.9
 
 
@@ -99,7 +99,7 @@ def denoising(config: Config, spec: DataSpec, params: Any, labels: np.ndarray) -
 
 
 def steps_shown(n: int) -> np.ndarray:
-    """The numbers of steps, 0 to n, whose image_files make a strip: those that `diffusion.sample` keeps."""
+    """The numbers of steps, 0 to n, whose images make a strip: those that `diffusion.sample` keeps."""
     return np.linspace(0, n, min(_FRAMES, n + 1)).round().astype(int)
 
 

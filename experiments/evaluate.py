@@ -1,4 +1,4 @@
-"""Measures image_files of digits against real ones.
+"""Measures images of digits against real ones.
 
     python -m experiments.evaluate --workdir=runs/mnist
     python -m experiments.evaluate --samples=samples.npz --json
@@ -18,7 +18,7 @@ from experiments.config import Config
 from experiments.run_dir import RunDir
 
 flags.declare_key_flag("workdir")
-_SAMPLES = flags.DEFINE_string("samples", None, "File of image_files; default: samples.npz of --workdir.")
+_SAMPLES = flags.DEFINE_string("samples", None, "File of images; default: samples.npz of --workdir.")
 _JSON = flags.DEFINE_bool("json", False, "Print the numbers as JSON.")
 
 
@@ -51,7 +51,7 @@ def table(path: Path, values: dict[str, float]) -> str:
         ("kernel distance", f"{values['kernel_distance']:.4f}", "lower is better; real digits fall below 0"),
         ("precision", f"{values['precision']:.1%}", "samples that look like real ones"),
         ("recall", f"{values['recall']:.1%}", "real ones that look like some sample"),
-        ("nearest ratio", f"{values['nearest_ratio']:.2f}", "about 1: no copies of training image_files; 0: copies"),
+        ("nearest ratio", f"{values['nearest_ratio']:.2f}", "about 1: no copies of training images; 0: copies"),
     ]
     if "agreement" in values:
         rows.append(("agreement", f"{values['agreement']:.1%}", "a classifier reads the label as given"))
@@ -61,7 +61,7 @@ def table(path: Path, values: dict[str, float]) -> str:
     lines = [f"{name:<18}{value:>10}   {meaning}".rstrip() for name, value, meaning in rows]
     if values["measured"] < report.ENOUGH:
         lines += ["", report.caution(values["measured"], "experiments.sample --num_samples")]
-    return "\n".join([f"{values['measured']:,} image_files of {path}, against real digits", "", *lines])
+    return "\n".join([f"{values['measured']:,} images of {path}, against real digits", "", *lines])
 
 
 if __name__ == "__main__":

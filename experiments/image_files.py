@@ -1,4 +1,4 @@
-"""Pictures out of arrays: grids, film strips, animations. uint8 [N, H, W, C] in, files out, whole or not at all."""
+"""Images out of arrays: grids, film strips, animations. uint8 [N, H, W, C] in, files out, whole or not at all."""
 
 import zipfile
 import zlib
@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusion.io.files import atomic_write
 
-# Small pictures are enlarged until they reach this many pixels, so that a grid of digits can be looked at.
+# Small images are enlarged until they reach this many pixels, so that a grid of digits can be looked at.
 _READABLE = 56
 
 
@@ -31,13 +31,13 @@ def grid(images: np.ndarray, columns: int, *, gap: int = 2, background: int = 25
 
 
 def strip(frames: np.ndarray) -> Image.Image:
-    """Frames [K, N, H, W, C] as N rows that read from noise on the left to picture on the right."""
+    """Frames [K, N, H, W, C] as N rows that read from noise on the left to image on the right."""
     k, n = frames.shape[:2]
     return grid(frames.swapaxes(0, 1).reshape(n * k, *frames.shape[2:]), k)
 
 
 def save(path: Path, image: Image.Image) -> None:
-    """Writes a picture in the format of the path's suffix."""
+    """Writes an image in the format of the path's suffix."""
     atomic_write(path, lambda file: image.save(file, format=path.suffix[1:].upper()))
 
 
@@ -55,7 +55,7 @@ def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pictures arr_0 [N, ...] and labels arr_1 [N], or None where the file has none.
+    """Images arr_0 [N, ...] and labels arr_1 [N], or None where the file has none.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -69,5 +69,5 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"{path} is not a whole npz file: {e}") from e
     if "arr_0" not in found:
-        raise ValueError(f"{path} holds {sorted(found)}, but no arr_0, the pictures")
+        raise ValueError(f"{path} holds {sorted(found)}, but no arr_0, the images")
     return found["arr_0"], found.get("arr_1")

@@ -33,7 +33,7 @@ def held_out(config: Config, labels: np.ndarray) -> np.ndarray:
     images = source(config, config.data.held_out)
     if not config.data.labels or not images.num_classes:
         return images.images[np.arange(len(labels)) % len(images.labels)]
-    places = {label: np.flatnonzero(images.labels == label) for label in np.unique(labels)}
+    places = {label: np.flatnonzero(images.labels == label) for label in np.unique(labels).tolist()}
     missing = [label for label, found in places.items() if not len(found)]
     if missing:
         raise ValueError(f"{images.name} has no held-out images of the classes {missing}; see --config.data.held_out")

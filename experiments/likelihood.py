@@ -3,9 +3,9 @@
     python -m experiments.likelihood --workdir=runs/patch_unet_mnist
     python -m experiments.likelihood --workdir=runs/unet_split0,runs/unet_split1 --num_samples=100 --respacing=100
 
-Every step of the chain is evaluated on every picture, in the order of the data set, as it is: nothing is mirrored or
-moved. Writes vlb.json, vlb.npz (total, prior [N]; terms, x0_mse, eps_mse [T, N]; labels [N]) and
-vlb.png, the bits of each step, into --outdir. Picture i's bits depend on the seed and i alone.
+Every step of the chain is evaluated on every image, in the order of the data set, as it is: nothing is mirrored or
+moved. Writes likelihood.json, likelihood.npz (total, prior [N]; terms, x0_mse, eps_mse [T, N]; labels [N]) and
+likelihood.png, the bits of each step, into --outdir. Image i's bits depend on the seed and i alone.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         f"{values['bits_per_dim']:.4f} bits per dimension (standard error {values['standard_error']:.4f}) over "
         f"{values['count']} images: {values['prior']:.4f} for the start of the chain, "
         f"{values['between']:.4f} for the steps between, {values['decoder']:.4f} for the last one, to the pixels.\n"
-        f"Written to {folder}: vlb.json, vlb.npz, vlb.png"
+        f"Written to {folder}: likelihood.json, likelihood.npz, likelihood.png"
     )
 
 

@@ -88,11 +88,12 @@ def from_fields(network: Callable[..., Network], fields: Mapping[str, Any]) -> M
     return network(**{name: value for name, value in fields.items() if name not in task}).model(Task(**task))
 
 
-def from_module(module: nn.Module, *, num_classes: int = 0, times: int = 1) -> Model:
+def from_module(module: nn.Module, *, num_classes: int | None = None, times: int = 1) -> Model:
     """Model of a Flax module with signature module(xt, t, y, train), which takes `times` times, t [B] or [B, times].
 
-    Calls raise ValueError when they are traced: for images that are not of a floating type, for t of another shape, for
-    labels of an unconditional network, and for concrete labels outside 0..num_classes.
+    Calls raise ValueError when they are traced: for images that are not of a floating type and for t of another shape.
+    With `num_classes`, y must be labels [B] in 0..num_classes (where they are concrete), or None; with 0 the network is
+    unconditional and y must be None. Without, y may be any pytree, for networks with other conditions.
     """
 
     def check(xt: jax.Array, t: jax.Array, y: Any) -> None:
@@ -101,9 +102,9 @@ def from_module(module: nn.Module, *, num_classes: int = 0, times: int = 1) -> M
         if not hasattr(t, "dtype") or t.shape != shape or not jnp.issubdtype(t.dtype, jnp.floating):
             given = f"{t.dtype} {tuple(t.shape)}" if hasattr(t, "dtype") else repr(t)
             raise ValueError(f"t must be a floating-point array of shape {shape}, not {given}")
-        if y is None:
+        if y is None or num_classes is None:
             return
-        if not num_classes:
+        if num_classes == 0:
             raise ValueError("this network is unconditional (num_classes=0): call it without labels y")
         if y.shape != xt.shape[:1] or not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(f"labels y must be integers of shape {xt.shape[:1]}, not {y.dtype} {tuple(y.shape)}")

@@ -47,7 +47,7 @@ class Blog:
         check_names(self, task)
         if task.path is None:
             raise ValueError("path=None: the last token of this network is alpha(t) of a path; pass one")
-        return from_module(_Blog(replace(self), lambda t: task.path(t)[0]))
+        return from_module(_Blog(replace(self), lambda t: task.path(t)[0]), num_classes=0)
 
 
 def blog(path: Path, **fields: Any) -> Model:

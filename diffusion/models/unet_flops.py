@@ -21,7 +21,7 @@ def unet_flops(size: Sequence[int], channels: int, **fields: Any) -> int:
 
     Raises:
       TypeError: `unet` has no such field.
-      ValueError: patches do not tile the picture.
+      ValueError: patches do not tile the image.
     """
     task = Task(**{name: value for name, value in fields.items() if name in Task._fields})
     f = UNet(**{name: value for name, value in fields.items() if name not in Task._fields})

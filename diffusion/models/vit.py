@@ -219,7 +219,7 @@ class _Clock(nn.Module):
 def hidden_matrices(params: Any) -> Any:
     """Marks the matrices for which `optimize.muon` is made, those of attention and MLP: params as a tree of bools.
 
-    The maps from the condition to shifts, scales and gates, which see one vector per picture, are not among them.
+    The maps from the condition to shifts, scales and gates, which see one vector per image, are not among them.
     Queries, keys and values count as one matrix, and so do the two halves of SwiGLU.
     """
 

@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=experiments/configs/ffhq1024.py --config.data.name=folder:PATH
 
-For accelerators; PATH holds the 70,000 pictures of FFHQ.
+For accelerators; PATH holds the 70,000 images of FFHQ.
 """
 
 from diffusion.models.unet import UNet

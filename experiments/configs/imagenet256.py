@@ -4,7 +4,7 @@
     python -m experiments.train --config=experiments/configs/imagenet256.py:1 --config.data.data_dir=...
     python -m experiments.sample --workdir=runs/imagenet256_split0,runs/imagenet256_split1 --num_samples=64
 
-The second expert, of the noisier pictures, begins with the first one's averaged weights, at half its learning rate.
+The second expert, of the noisier images, begins with the first one's averaged weights, at half its learning rate.
 For accelerators. ImageNet must have been prepared by TFDS, or use --config.data.name=folder:PATH.
 """
 

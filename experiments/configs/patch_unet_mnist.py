@@ -1,8 +1,8 @@
-"""A U-Net on 4x4 patches learns to draw digits: Patch Diffusion (2207.04316) at a size for two CPU cores.
+"""A U-Net on 4x4 patches learns to make digits: Patch Diffusion (2207.04316) at a size for two CPU cores.
 
     python -m experiments.train --config=experiments/configs/patch_unet_mnist.py
 
-With two experts, 0 for the cleaner and 1 for the noisier pictures:
+With two experts, 0 for the cleaner and 1 for the noisier images:
 
     python -m experiments.train --config=experiments/configs/patch_unet_mnist.py:0
     python -m experiments.train --config=experiments/configs/patch_unet_mnist.py:1

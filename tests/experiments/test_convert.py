@@ -11,30 +11,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from absl import flags
 from absl.testing import flagsaver
 
 from diffusion.io import checkpoint, stored_config
 from diffusion.pretrained import layouts
-from experiments import build, convert, objective, sample, session, train
+from diffusion.models.vit import ViT
 from experiments import config as configs
-from tests.test_interop import value
-
-ROOT = Path(__file__).parent.parent
+from experiments import convert, objective, parts
+from experiments.parts import DataSpec
+from experiments.run_dir import RunDir
+from tests.experiments.runs import ROOT, call, samples
+from tests.pretrained.test_layouts import value
 
 
 def tiny() -> configs.Config:
     config = configs.Config(name="dit")
     config.data.size, config.data.channels = (8, 8), 1
-    config.model = configs.Model(patch_size=4, width=8, depth=1, heads=2)
+    config.model = ViT(patch_size=4, width=8, depth=1, heads=2)
     config.process = configs.Process(path="vp", prediction="eps", loss_in=None, times="grid")
     config.train = configs.Train(steps=2, batch_size=2, warmup=0, log_every=1)
     config.sample = configs.Sample(count=4, steps=2, batch_size=4)
     return config
 
 
-def dit(config: configs.Config, classes: int) -> dict[str, torch.Tensor]:
+def dit(config: configs.Config, classes: int) -> dict[str, np.ndarray]:
     """A state dict as DiT's program has it."""
     w, p, c = config.model.width, config.model.patch_size, config.data.channels
     shapes = {
@@ -61,17 +62,20 @@ def dit(config: configs.Config, classes: int) -> dict[str, torch.Tensor]:
         "final_layer.adaLN_modulation.1.weight": (2 * w, w),
         "final_layer.adaLN_modulation.1.bias": (2 * w,),
     }
-    return {name: torch.tensor(value(name, shape)) for name, shape in shapes.items()}
+    return {name: value(name, shape) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A converted run, made by the command line."""
     folder = tmp_path_factory.mktemp("convert")
-    torch.save({"ema": dit(tiny(), 3), "step": 7}, folder / "dit.pt")
+    np.savez(folder / "dit.npz", **dit(tiny(), 3))
     (folder / "classes.txt").write_text("ant\nbee\ncat\n")
-    (folder / "config.py").write_text(f"from experiments.config import *\ndef get_config(): return {tiny()!r}\n")
-    command = f"""{sys.executable} -m experiments.convert --source={folder}/dit.pt --entry=ema --layout=dit
+    (folder / "config.py").write_text(
+        "from experiments.config import *\nfrom diffusion.models.vit import ViT\n"
+        f"def get_config(): return {tiny()!r}\n"
+    )
+    command = f"""{sys.executable} -m experiments.convert --source={folder}/dit.npz --layout=dit
         --config={folder}/config.py --classes={folder}/classes.txt --workdir={folder}/run"""
     done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -80,44 +84,47 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_the_run_describes_itself_and_holds_the_weights(run):
-    config, seen = build.stored(run)
-    assert config == tiny() and seen == build.Seen((8, 8, 1), ("ant", "bee", "cat"))
+    config, spec = RunDir(run).stored()
+    assert config == tiny() and spec == DataSpec((8, 8, 1), ("ant", "bee", "cat"))
     ema, step = checkpoint.restore_ema(run / "checkpoints")
-    wanted = layouts.from_torch(
-        {k: v.numpy() for k, v in dit(config, 3).items()},
-        jax.eval_shape(lambda: build.init_params(config, seen)),
-        layouts.dit(4),
-    )
+    like = jax.eval_shape(lambda: parts.init_params(parts.resolve(config, spec)))
     assert step == 0
-    jax.tree.map(np.testing.assert_array_equal, ema["0"], wanted)
+    jax.tree.map(np.testing.assert_array_equal, ema["0"], layouts.from_torch(dit(config, 3), like, layouts.dit(4)))
 
 
-def test_pictures_are_drawn_from_it(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "start", lambda: None)
-    given = [f"--workdir={run}", f"--outdir={tmp_path / 'drawn'}", "--num_samples=3", "--labels=bee,cat"]
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()) as printed:
-        flags.FLAGS.unparse_flags()
-        sample.main(flags.FLAGS(["sample", *given]))
-    assert "from step 0" in printed.getvalue()
-    with np.load(tmp_path / "drawn" / "samples.npz") as file:
-        assert file["arr_0"].shape == (3, 8, 8, 1) and file["arr_1"].tolist() == [1, 2, 1]
-        assert file["arr_0"].std() > 0
+def test_the_weights_of_an_entry_of_a_training_checkpoint_are_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.tensor(array) for name, array in dit(tiny(), 3).items()}
+    torch.save({"ema": tensors, "step": 7}, tmp_path / "dit.pt")
+    convert.convert(
+        tiny(), tmp_path / "run", str(tmp_path / "dit.pt"), layouts.dit(4), class_names=("a", "b", "c"), entry="ema"
+    )
+    found = RunDir(tmp_path / "run").weights()[0]
+    np.testing.assert_array_equal(found["embed"]["bias"], dit(tiny(), 3)["x_embedder.proj.bias"])
+
+
+def test_it_is_sampled_from(run, tmp_path):
+    printed = call(run, f"--outdir={tmp_path / 'sampled'}", "--num_samples=3", "--labels=bee,cat")
+    assert "from step 0" in printed
+    images, labels = samples(tmp_path / "sampled")
+    assert images.shape == (3, 8, 8, 1) and labels.tolist() == [1, 2, 1]
+    assert images.std() > 0
 
 
 def test_training_goes_on_from_it(run):
-    """The state is the one that training would have begun with, had it drawn these parameters."""
-    config, seen = build.stored(run)
+    """The state is the one that training would have started with, had it initialised these parameters."""
+    config, spec = RunDir(run).stored()
     params = jax.tree.map(jnp.asarray, checkpoint.restore_ema(run / "checkpoints")[0]["0"])
-    wanted = objective.init_state(config, seen, params)
+    wanted = objective.init_state(parts.resolve(config, spec), params)
     state, step = checkpoint.restore(run / "checkpoints", wanted)
     assert step == 0 and jax.tree.structure(state) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, state, wanted)
-    train.claim(run, build.to_stored(config, seen))  # the same config continues it
+    RunDir(run).open(config, spec)  # the same config continues it
 
 
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path):
-    source, workdir = tmp_path / "dit.pt", tmp_path / "run"
-    torch.save(dit(tiny(), 3), source)
+    source, workdir = tmp_path / "dit.npz", tmp_path / "run"
+    np.savez(source, **dit(tiny(), 3))
     names = ("0", "1", "2")
 
     def refused(message, *, change=lambda config: None, source=source, layout=None, class_names=names):
@@ -131,10 +138,10 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path
     refused("none.pt: there is no such file", source=tmp_path / "none.pt")
     refused(r"--config\.data\.size=None", change=lambda c: setattr(c.data, "size", None))
     refused(r"--config\.data\.channels=None", change=lambda c: setattr(c.data, "channels", None))
-    refused(r"3 classes need --config\.model\.conditional", change=lambda c: setattr(c.model, "conditional", False))
-    refused(r"surplus: y_embedder\.embedding_table\.weight \[4, 8\]", class_names=())
+    refused(r"3 classes need --config\.data\.labels", change=lambda c: setattr(c.data, "labels", False))
+    refused(r"unexpected key: y_embedder\.embedding_table\.weight \[4, 8\]", class_names=())
     refused(
-        r"misshapen: x_embedder\.proj\.bias is \[8\], must be \[16\]", change=lambda c: setattr(c.model, "width", 16)
+        r"shape mismatch: x_embedder\.proj\.bias is \[8\], must be \[16\]", change=lambda c: setattr(c.model, "width", 16)
     )
     refused("no entry for the parameter block_0", layout=layouts.patch_unet())
     refused("sample.sampler='euler'", change=lambda c: setattr(c.sample, "sampler", "euler"))

@@ -26,7 +26,7 @@ def cells(image, rows, columns, h, w, gap=2):
 
 
 @pytest.mark.parametrize("c", [1, 3])
-def test_a_grid_holds_its_pictures_in_rows(c):
+def test_a_grid_holds_its_images_in_rows(c):
     images = some(5, 60, 70, c)
     found, between = cells(image_files.grid(images, 3, background=77), 2, 3, 60, 70)
     np.testing.assert_array_equal(found.reshape(6, 60, 70, c)[:5], images)
@@ -34,7 +34,7 @@ def test_a_grid_holds_its_pictures_in_rows(c):
     assert (between == 77).all()
 
 
-def test_small_pictures_are_enlarged_by_whole_pixels():
+def test_small_images_are_enlarged_by_whole_pixels():
     images = some(2, 28, 20, 1)
     found, _ = cells(image_files.grid(images, 2), 1, 2, 56, 40)
     np.testing.assert_array_equal(found[0, :, ::2, ::2], images)
@@ -54,7 +54,7 @@ def test_a_strip_reads_from_left_to_right():
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_saved_pictures_are_what_was_saved(tmp_path, suffix):
+def test_saved_images_are_what_was_saved(tmp_path, suffix):
     image = image_files.grid(some(2, 60, 60, 3), 2)
     path = tmp_path / f"grid.{suffix}"
     image_files.save(path, image)

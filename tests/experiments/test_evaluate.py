@@ -1,0 +1,103 @@
+"""experiments.evaluate: the numbers of a file of samples, and files that it cannot measure."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import evaluate, report
+from tests.experiments.runs import call, samples
+
+
+def test_evaluation_repeats_the_numbers_of_the_report(run):
+    printed = call(run.workdir, "--json", command=evaluate)
+    values = json.loads(printed)
+    assert values.pop("samples") == str(run.workdir / "samples.npz")
+    assert values.items() <= run.report.items()
+    assert values["measured"] == 15
+    assert {"agreement_0", "distance", "reference", "precision", "nearest_ratio"} <= set(values)
+
+
+def test_evaluation_of_a_file_prints_a_table_with_the_real_data_reference(run):
+    printed = call(None, f"--samples={run.workdir / 'samples.npz'}", command=evaluate)
+    title, _, *lines, _, caution = printed.splitlines()
+    assert caution.startswith("Of 15 samples these numbers are mostly noise")
+    assert title.startswith(f"15 images of {run.workdir / 'samples.npz'}")
+    table = {line[:18].strip(): line[18:28].strip() for line in lines}
+    assert table["feature distance"] == f"{run.report['distance']:.2f}"
+    assert table["of real digits"] == f"{run.report['reference']:.2f}"
+    assert table["ratio"] == f"{run.report['ratio']:.2f}"
+    assert table["agreement"] == f"{run.report['agreement']:.1%}"
+    assert table["of 7"] == f"{run.report['agreement_7']:.1%}"
+
+
+def test_images_without_labels_have_no_agreement(run, blog_run, tmp_path):
+    np.savez(tmp_path / "unlabelled.npz", samples(run.workdir)[0])
+    for where in ({"workdir": blog_run.workdir}, {"workdir": None, "samples": tmp_path / "unlabelled.npz"}):
+        workdir, extra = where["workdir"], [f"--samples={path}" for path in [where.get("samples")] if path]
+        values = json.loads(call(workdir, *extra, "--json", command=evaluate))
+        assert values["distance"] > 0
+        assert not [name for name in values if "agreement" in name]
+    assert not [name for name in blog_run.report if "agreement" in name]
+
+
+def test_a_run_on_other_images_has_no_features(folder_run):
+    with pytest.raises(ValueError, match=r"was trained on folder:.*, and there are features for digits only"):
+        call(folder_run.workdir, command=evaluate)
+
+
+def test_of_more_samples_than_can_be_compared_some_are_measured(run, monkeypatch):
+    given = []
+    monkeypatch.setattr(report, "measure", lambda images, labels, *_, **__: given.append((images, labels)) or {})
+    images = np.arange(3000).astype(np.uint8)[:, None, None, None]
+    values = report.quality(run.config, images, np.arange(3000), None)
+    assert values == {"measured": 350}
+    ((chosen, labels),) = given
+    assert len(set(labels.tolist())) == 350
+    assert set(labels % 2) == {0, 1}
+    np.testing.assert_array_equal(chosen, images[labels])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((5, 28, 28, 1))}, "images must be uint8"),
+        ({"arr_0": np.zeros((5, 28, 28, 3), np.uint8)}, r"images of different shapes \[\(28, 28, 3\), \(28, 28, 1\)"),
+        ({"arr_0": np.zeros((5, 28, 28), np.uint8)}, r"must have shape \[N, H, W, C\].*, not \(5, 28, 28\)"),
+        ({"arr_0": np.zeros((2, 28, 28, 1), np.uint8)}, "at least 4 images, .* not 2"),
+        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(4)}, r"there are 4 labels for 5 images"),
+        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(8, 13)}, r"label 10 of image 2 is outside 0 \.\. 9"),
+        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.zeros(5)}, r"labels must be integers"),
+        ({"images": np.zeros((5, 28, 28, 1), np.uint8)}, r"holds \['images'\], but no arr_0"),
+        ({"arr_0": np.array([None])}, r"is not a whole npz file: .*pickle"),
+    ],
+    ids=lambda value: "",
+)
+def test_what_are_not_digits_is_refused(tmp_path, arrays, message):
+    path = tmp_path / "samples.npz"
+    np.savez(path, **arrays)
+    with pytest.raises((TypeError, ValueError), match=message) as refusal:
+        call(None, f"--samples={path}", command=evaluate)
+    assert str(refusal.value).startswith(str(path))
+    assert "\n" not in str(refusal.value)
+
+
+def test_files_that_cannot_be_measured_are_refused(run, tmp_path):
+    for content in (b"", b"text", (run.workdir / "samples.npz").read_bytes()[:-100]):
+        (tmp_path / "broken.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.npz is not a whole npz file"):
+            call(None, f"--samples={tmp_path / 'broken.npz'}", command=evaluate)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "broken.npz", samples(run.workdir)[0])
+        content = bytearray((tmp_path / "broken.npz").read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / "broken.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.npz is not a whole npz file"):
+            call(None, f"--samples={tmp_path / 'broken.npz'}", command=evaluate)
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"single\.npy is not a whole npz file"):
+        call(None, f"--samples={tmp_path / 'single.npy'}", command=evaluate)
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no file .*none\.npz; experiments.train and experiments.sample write"
+    ):
+        call(None, f"--samples={tmp_path / 'none.npz'}", command=evaluate)

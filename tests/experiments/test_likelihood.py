@@ -1,0 +1,46 @@
+"""experiments.likelihood: bits of the images of a run, alone or with experts."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import likelihood
+from experiments.run_dir import trained
+
+
+def test_bits_depend_on_the_image_alone_and_add_up(chain_run, tmp_path):
+    options = {"count": 5, "split": "test"}
+    values = likelihood.measure(trained([chain_run]), tmp_path / "a", batch_size=5, **options)
+    again = likelihood.measure(trained([chain_run]), tmp_path / "b", batch_size=2, **options)
+    assert values["bits_per_dim"] == pytest.approx(again["bits_per_dim"], rel=1e-5)
+    total = values["prior"] + values["between"] + values["decoder"]
+    assert values["bits_per_dim"] == pytest.approx(total, rel=1e-5)
+    assert json.loads((tmp_path / "a" / "likelihood.json").read_text()) == values
+    with np.load(tmp_path / "a" / "likelihood.npz") as file:
+        assert file["terms"].shape == (8, 5)
+        np.testing.assert_allclose(file["prior"] + file["terms"].sum(0), file["total"], rtol=1e-5)
+    with Image.open(tmp_path / "a" / "likelihood.png") as image:
+        assert image.width > 500
+
+
+def test_experts_code_images_each_at_its_own_times(expert_runs, tmp_path):
+    run = trained(expert_runs[0])
+    likelihood.measure(run, tmp_path / "both", count=3)
+    worse = (run.params[0], jax.tree.map(lambda p: p + 0.3, run.params[1]))
+    likelihood.measure(run._replace(params=worse), tmp_path / "worse", count=3)
+    with np.load(tmp_path / "both" / "likelihood.npz") as a, np.load(tmp_path / "worse" / "likelihood.npz") as b:
+        same = np.isclose(a["terms"], b["terms"]).all(1)
+    assert same.any() and not same.all()
+    assert (np.diff(same.astype(int)) >= 0).all(), "the noisier steps come first, and only they are the second expert's"
+
+
+def test_likelihood_needs_a_chain(chain_run, tmp_path):
+    run = trained([chain_run])
+    c = run.config
+    c.process.path, c.process.betas, c.process.variance, c.process.vlb_weight = "linear", "linear", "fixed_small", 0.0
+    c.model.clock, c.sample.respacing = "1000 t", None
+    with pytest.raises(ValueError, match=r"--config\.process\.path is not a chain of steps.*: set it to vp"):
+        likelihood.measure(run, tmp_path)

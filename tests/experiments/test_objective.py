@@ -1,0 +1,135 @@
+"""From parts to a training step: what is random in it, and that cutting a batch into pieces changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import experts
+from diffusion.models.vit import ViT
+from experiments import objective, parts, sampling
+from experiments.configs import patch_unet_mnist
+from experiments.parts import DataSpec
+
+SPEC = DataSpec((8, 8, 1), ("a", "b", "c"))
+
+
+def tiny():
+    """A U-Net on 4x4 patches with a learned variance, and a chain of 20 steps."""
+    config = patch_unet_mnist.get_config()
+    config.model.patch_size, config.model.num_channels, config.model.num_res_blocks = 4, 8, 1
+    config.model.channel_mult, config.model.num_head_channels, config.model.num_heads = (1.0,), None, 2
+    config.process.steps, config.train.batch_size, config.train.warmup = 20, 8, 0
+    config.sample.respacing = "10"
+    return config
+
+
+def batch(n=8):
+    rng = np.random.default_rng(0)
+    return {"x": rng.integers(0, 256, (n, 8, 8, 1), np.uint8), "y": rng.integers(0, 3, n).astype(np.int32)}
+
+
+def small():
+    """The same with a vision transformer, which compiles in a moment."""
+    config = tiny()
+    config.model = ViT(patch_size=4, width=8, depth=1, heads=2, clock="index")
+    config.process.variance = "learned_range"
+    return config
+
+
+def stepped(config, key=3):
+    run = parts.resolve(config, SPEC)
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), parts.init_params(run))
+    state = objective.init_state(run, params)
+    return jax.jit(objective.make_step(run))(jax.random.key(key), state, batch())
+
+
+def test_labels_are_dropped_in_training_only():
+    config = tiny()
+    config.train.label_drop = 0.5
+    many = batch(400)
+    training, measuring = (objective.objective(parts.resolve(config, SPEC), training=flag) for flag in (True, False))
+    y = np.asarray(training.draw(jax.random.key(0), many, None)["y"])
+    assert 0.4 < (y == 3).mean() < 0.6
+    np.testing.assert_array_equal(y[y < 3], many["y"][y < 3])
+    np.testing.assert_array_equal(measuring.draw(jax.random.key(0), many, None)["y"], many["y"])
+
+
+def test_a_batch_cut_up_makes_the_same_step():
+    whole, cut = small(), small()
+    cut.train.microbatch = 2
+    (one, metrics), (other, cut_metrics) = stepped(whole), stepped(cut)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one.params, other.params)
+    assert metrics.keys() == cut_metrics.keys() >= {"loss", "mse", "vlb", "loss_q0", "loss_q3"}
+    np.testing.assert_allclose(metrics["loss"], cut_metrics["loss"], rtol=1e-5)
+
+
+def test_every_decay_of_the_list_has_its_average():
+    config = small()
+    config.train.ema = (0.0, 0.9)
+    state, _ = stepped(config)
+    at_once, slow = (jax.tree.leaves(ema) for ema in state.ema)
+    np.testing.assert_array_equal(at_once[0], jax.tree.leaves(state.params)[0])
+    assert any(not np.array_equal(a, b) for a, b in zip(at_once, slow, strict=True))
+
+
+@pytest.mark.parametrize("times", ["grid", "uniform"])
+def test_experts_sample_times_of_their_own_and_share_none(times):
+    config = tiny()
+    config.process.snr_splits, config.process.times = (4.0, 0.25), times
+    config.process.variance, config.process.vlb_weight = "fixed_small", 0.0
+    for split in range(3):
+        config.process.split = split
+        run = parts.resolve(config, SPEC)
+        t = objective.objective(run).draw(jax.random.key(0), batch(200), None)["at"].t
+        assert set(np.asarray(experts.expert_of(run.bounds, t)).tolist()) == {split}
+        grid = sampling.expert_grid(run)
+        assert set(np.asarray(experts.expert_of(run.bounds, jnp.asarray(grid[:-1]))).tolist()) == {split}
+        assert grid[-1] == 0
+
+
+def test_times_follow_the_loss_once_every_step_was_seen():
+    config = small()
+    config.process.times = "loss_second_moment"
+    run, (state, _) = parts.resolve(config, SPEC), stepped(config)
+    history = run.history._replace(losses=run.history.losses.at[4].set(1.0), counts=run.history.counts + 10)
+    pieces = objective.objective(run)
+    t = pieces.draw(jax.random.key(0), batch(200), state._replace(carry=history))["at"].t
+    assert (np.isclose(t, 5 / 20)).mean() > 0.95
+    assert state.carry.counts.sum() == 8
+
+
+def test_float16_scales_its_loss():
+    config = tiny()
+    scales = []
+    for dtype in ("float32", "float16"):
+        config.model.dtype = dtype
+        run = parts.resolve(config, SPEC)
+        state = jax.eval_shape(lambda: objective.init_state(run, parts.init_params(run)))  # noqa: B023
+        scales.append(state.log2_scale)
+    assert scales[0] is None and scales[1].shape == ()
+
+
+def test_estimates_are_kept_in_range():
+    config = small()
+    config.process.variance, config.process.vlb_weight, config.sample.clip = "fixed_small", 0.0, False
+    params = parts.init_params(parts.resolve(config, SPEC))
+    params = jax.tree.map(lambda p: p + jax.random.normal(jax.random.key(p.size), p.shape), params)
+    given = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.full(4, 0.5), jnp.arange(4) % 3
+    free = sampling.denoiser(parts.resolve(config, SPEC), params)(*given)
+    config.sample.clip = True
+    clipped = sampling.denoiser(parts.resolve(config, SPEC), params)(*given)
+    config.sample.clip, config.sample.threshold = False, 0.9
+    scaled = sampling.denoiser(parts.resolve(config, SPEC), params)(*given)
+    np.testing.assert_allclose(clipped, jnp.clip(free, -1, 1), atol=1e-4)
+    assert jnp.abs(free).max() > 2 and jnp.abs(scaled).max() <= 1.0001
+    assert jnp.abs(scaled - clipped).max() > 0.1
+
+
+def test_a_low_resolution_image_is_the_conditioning_input():
+    config = tiny()
+    config.condition.size, config.condition.noise = (4, 4), 0.5
+    drawn = objective.objective(parts.resolve(config, SPEC)).draw(jax.random.key(0), batch(), None)
+    assert drawn["conditioning"].shape == (8, 8, 8, 2)
+    level = np.asarray(drawn["conditioning"][:, 0, 0, 1])
+    assert 0 <= level.min() < level.max() <= 0.5

@@ -1,0 +1,189 @@
+"""From a config to parts: what each field becomes, and what is refused before anything is done."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.models.blog import Blog
+from diffusion.models.unet import UNet
+from diffusion.models.vit import ViT
+from experiments import config as configs
+from experiments import parts, preflight
+from experiments.configs import patch_unet_mnist
+from experiments.parts import DataSpec
+
+SPEC = DataSpec((8, 8, 1), ("a", "b", "c"))
+
+
+def tiny():
+    """A U-Net on 4x4 patches with a learned variance, and a chain of 20 steps."""
+    config = patch_unet_mnist.get_config()
+    config.model = UNet(patch_size=4, num_channels=8, num_res_blocks=1, channel_mult=(1.0,), num_heads=2, clock="index")
+    config.process.steps, config.train.batch_size, config.train.warmup = 20, 8, 0
+    config.sample.respacing = "10"
+    return config
+
+
+def change(config, fields):
+    for name, value in fields.items():
+        section, _, field = name.partition(".")
+        setattr(getattr(config, section), field, value)
+
+
+def test_resolving_leaves_the_config_alone():
+    config = tiny()
+    before = configs.to_dict(config)
+    run = parts.resolve(config, SPEC)
+    assert configs.to_dict(config) == before
+    config.model.num_channels = 16
+    assert jax.eval_shape(lambda: parts.init_params(run))["input_0"]["kernel"].shape[-1] == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"process.vlb_weight": 0.0}, "variance=learned_sigmoid is learned from the variational term: .*vlb_weight=1"),
+        ({"process.vlb_weight": -1.0}, "vlb_weight=-1.0 must not be negative"),
+        (
+            {"process.path": "linear", "process.betas": "linear", "sample.respacing": None, "model.clock": "1000 t"},
+            "needs --config.process.path=vp and times=grid",
+        ),
+        ({"process.times": "uniform"}, "needs --config.process.path=vp and times=grid"),
+        ({"data.low": 0.0}, r"needs images in \[-1, 1\], not \[0.0, 1.0\]"),
+        ({"data.low": 1.0}, r"--config\.data\.low=1\.0 must be below --config\.data\.high=1\.0"),
+        ({"process.variance": "fixed_small", "process.vlb_weight": 0.0, "process.vlb_only": True}, "needs a weight"),
+        (
+            {"process.path": "linear", "process.betas": "linear", "process.vlb_weight": 0.0}
+            | {"process.variance": "fixed_small"},
+            "path=linear is not a chain of steps, which this needs: set it to vp",
+        ),
+        ({"process.split": 0}, "split=0 needs --config.process.snr_splits"),
+        ({"process.snr_splits": (0.25,), "process.split": 2}, "split=2: .* --split=0 to --split=1"),
+        ({"process.snr_splits": (0.25,), "process.split": -1}, "split=-1: .* --split=0 to --split=1"),
+        ({"process.snr_splits": (0.1, 0.25), "process.split": 0}, "must fall"),
+        ({"process.snr_splits": (0.25, 0.25), "process.split": 0}, "must fall"),
+        ({"process.snr_splits": (0.25, 0.2499999), "process.split": 1}, "range is empty|fall on one time"),
+        (
+            {"process.snr_splits": (0.25,), "process.split": 0, "process.times": "antithetic"}
+            | {"process.vlb_weight": 0.0, "process.variance": "fixed_small"},
+            "not one of uniform, grid",
+        ),
+        ({"process.weighting": "p3"}, "weighting='p3' is not one of"),
+        ({"condition.noise": 0.2}, "condition.noise=0.2 has no effect on this run"),
+        ({"process.rate": 0.9}, "process.rate=0.9 has no effect on this run"),
+        ({"process.weighting_gamma": 1.0}, "weighting_gamma=1.0 has no effect"),
+        ({"model.num_head_channels": 4}, r"--config\.model\.num_heads=2 has no effect on this run: leave it at 4"),
+        ({"process.variance": "fixed_smal"}, "variance='fixed_smal' is not one of"),
+        ({"condition.size": ()}, r"condition.size=\(\) must be a pair"),
+        ({"condition.size": (3, 3)}, r"condition.size: size=\(3, 3\) must divide the images' \(8, 8\)"),
+        ({"condition.size": (4, 4), "condition.sample_noise": 0.1}, "sample_noise=0.1 must not exceed"),
+        ({"process.patches": True}, "needs a network that predicts patches, such as blog, not unet"),
+        ({"model.dtype": "float8"}, r"--config\.model: dtype='float8' is not"),
+        ({"model.sinusoids": "vit"}, r"--config\.model: sinusoids='vit' is not one of"),
+        ({"sample.sampler": "ddim", "sample.eta": 1.5}, r"eta=1.5 must lie in \[0, 1\]"),
+        ({"sample.eta": 0.5}, r"--config\.sample\.eta=0\.5 has no effect on this run: leave it at 0\.0"),
+        ({"sample.respacing": "30"}, "keeps 30 of a section of 20 steps"),
+        ({"sample.respacing": "ddim6"}, "no integer stride keeps '6' of 20"),
+        ({"sample.last": 0.2}, "leave out sample.shift and sample.last"),
+        ({"sample.threshold": 0.9}, "threshold=0.9 keeps estimates in range already: leave out clip"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(fields, message):
+    config = tiny()
+    change(config, fields)
+    with pytest.raises(ValueError, match=message):
+        parts.resolve(config, SPEC)
+
+
+def test_labels_need_a_network_that_takes_them():
+    config = configs.Config(model=Blog(patch_size=4, stride=None, depth=1, heads=1, head_dim=2))
+    with pytest.raises(ValueError, match=r"the network blog is unconditional: set --noconfig\.data\.labels"):
+        parts.resolve(config, SPEC)
+    assert parts.resolve(config, DataSpec((8, 8, 1))).spec.num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("train", "steps", 0, r"--config\.train\.steps=0 must be at least 1"),
+        ("train", "batch_size", 0, r"--config\.train\.batch_size=0 must be"),
+        ("train", "log_every", -1, r"--config\.train\.log_every=-1 must be"),
+        ("train", "clip", 0.0, r"--config\.train\.clip=0\.0 must be positive"),
+        ("train", "patience", 3, r"--config\.train\.patience=3 needs --config\.train\.eval_every"),
+        ("train", "warmup", 2000, r"train.warmup=2000 must be below --config.train.steps=2000"),
+        ("train", "schedule", "cosin", r"schedule='cosin' is not one of"),
+        ("train", "ema", (), r"--config\.train\.ema=\(\) must list one or more decays"),
+        ("train", "microbatch", 5, r"--config\.train\.microbatch=5 must divide the 64 examples"),
+        ("sample", "steps", 0, r"--config\.sample\.steps=0 must be"),
+        ("sample", "count", 0, r"--config\.sample\.count=0 must be"),
+        ("sample", "sampler", "dim", r"--config\.sample\.sampler='dim' is not one of ddim, ancestral, heun, dpmpp_2m"),
+        ("process", "path", "strait", r"--config\.process\.path='strait' is not one of linear"),
+        ("process", "times", "often", r"--config\.process\.times='often' is not one of uniform"),
+        ("process", "snr_splits", (0.25,), r"split=None: .* train one expert at a time, --split=0 to --split=1"),
+    ],
+)
+def test_values_out_of_range_are_refused(section, field, value, message):
+    config = configs.Config()
+    preflight.check(config)
+    if field == "snr_splits":
+        config.process.times = "uniform"
+    setattr(getattr(config, section), field, value)
+    with pytest.raises(ValueError, match=message):
+        preflight.check(config)
+
+
+@pytest.mark.parametrize(
+    ("network", "fields", "message"),
+    [
+        (ViT, {"optimizer": "Muon", "matrix_rate": 0.1}, "optimizer='Muon' is not one of adamw, muon"),
+        (ViT, {"matrix_rate": 0.1}, r"--config\.train\.matrix_rate=0\.1 has no effect on this run"),
+        (ViT, {"optimizer": "muon", "matrix_rate": 0.0}, r"--config\.train\.matrix_rate=0\.0 must be positive"),
+        (UNet, {"optimizer": "muon"}, r"optimizer=muon needs a network .* such as vit, not unet: set it to adamw"),
+    ],
+)
+def test_optimisers_that_do_not_fit_are_refused(network, fields, message):
+    config = configs.Config(model=network(), train=configs.Train(**fields))
+    with pytest.raises(ValueError, match=message):
+        preflight.check(config)
+
+
+def test_each_rate_reaches_the_parameters_it_is_for():
+    config = configs.Config(model=ViT(width=16, depth=1, heads=2))
+    config.train.optimizer, config.train.schedule, config.train.warmup = "muon", "constant", 0
+    params = parts.init_params(parts.resolve(config, DataSpec((8, 8, 1))))
+    moved = {}
+    for field in (None, "learning_rate", "matrix_rate"):
+        now = dataclasses.replace(config.train, **({field: 2 * getattr(config.train, field)} if field else {}))
+        optimizer = parts.resolve(dataclasses.replace(config, train=now), DataSpec((8, 8, 1))).optimizer
+        updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+        block = updates["block_0"]
+        moved[field] = np.array([abs(block[name]["kernel"]).max() for name in ("qkv", "gates")])
+    np.testing.assert_allclose(moved["learning_rate"] / moved[None], [1, 2], rtol=1e-5)
+    np.testing.assert_allclose(moved["matrix_rate"] / moved[None], [2, 1], rtol=1e-5)
+
+
+def test_images_survive_the_way_to_the_network_and_back():
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    config = configs.Config()
+    for low, high in ((-1.0, 1.0), (-0.5, 255 / 256 - 0.5), (0.0, 1.0)):
+        config.data.low, config.data.high = low, high
+        run = parts.resolve(config, SPEC)
+        x = parts.to_float(run, images)
+        assert (float(x.min()), float(x.max())) == (low, high)
+        np.testing.assert_array_equal(parts.to_uint8(run, x), images)
+
+
+def test_uses_of_a_seed_share_no_random_numbers():
+    keys = [parts.key(seed, use) for seed in (0, 1) for use in ("init", "train", "sample")]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 6
+
+
+def test_the_last_step_of_a_grid_jumps_to_the_data():
+    config = configs.Config()
+    config.sample.steps, config.sample.last = 4, 0.3
+    grid = parts.resolve(config, SPEC).grid
+    assert len(grid) == 5 and grid[0] == 1 and grid[-1] == 0 and grid[-2] == pytest.approx(0.3)

@@ -1,0 +1,146 @@
+"""Sampling with experts, averages, chains and super-resolution, through the commands' own functions."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.models.vit import ViT
+from diffusion.sample import initial_noise
+from experiments import inputs, parts, sampling
+from experiments.parts import DataSpec
+from experiments.run_dir import trained
+from tests.experiments import runs
+from tests.experiments.runs import call, samples, tiny_chain, with_unet
+
+
+def sampled(outdir, *arguments):
+    """samples.npz of experiments.sample with these flags."""
+    call(None, *arguments, f"--outdir={outdir}")
+    return samples(outdir)
+
+
+def test_an_expert_shows_what_it_denoises_and_says_how_to_go_on(expert_runs):
+    workdirs, printed = expert_runs
+    for workdir, words in zip(workdirs, printed, strict=True):
+        assert "of 2, 2 steps" in words and "experiments.sample --workdir=" in words
+        with Image.open(workdir / "previews" / "0000001.png") as image:
+            assert image.height > 8 * 28
+        assert not (workdir / "samples.npz").exists()
+    assert "starting from the averaged weights" in printed[1]
+
+
+def test_experts_sample_together_in_any_order(expert_runs, tmp_path):
+    workdirs, _ = expert_runs
+    one, labels = sampled(tmp_path / "a", f"--workdir={workdirs[0]},{workdirs[1]}", "--num_samples=6", "--batch_size=3")
+    other, _ = sampled(tmp_path / "b", f"--workdir={workdirs[1]},{workdirs[0]}", "--num_samples=6", "--batch_size=3")
+    np.testing.assert_array_equal(one, other)
+    assert one.shape == (6, 8, 8, 1) and labels.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_each_expert_has_its_own_part_in_a_sample(expert_runs):
+    run = trained(expert_runs[0])
+    resolved, members = run.parts()
+    sample = sampling.sample_fn(resolved, members=members)
+    index, labels = np.arange(4), np.arange(4)
+    together = np.asarray(sample(run.params, index, labels))
+    for split in (0, 1):
+        params = list(run.params)
+        params[split] = jax.tree.map(lambda p: p + 0.3, params[split])
+        assert not np.array_equal(sample(tuple(params), index, labels), together)
+
+
+def test_flags_of_the_chain_reach_the_sampler(chain_run, tmp_path):
+    arguments = [f"--workdir={chain_run}", "--num_samples=3"]
+    plain, _ = sampled(tmp_path / "a", *arguments)
+    same, _ = sampled(tmp_path / "b", *arguments, "--respacing=4", "--clip")
+    np.testing.assert_array_equal(plain, same)
+    for i, other in enumerate((["--sampler=ddim", "--eta=0.5", "--respacing=2,1"], ["--ema=0.9"])):
+        changed, _ = sampled(tmp_path / str(i), *arguments, *other)
+        assert not np.array_equal(plain, changed), other
+    with pytest.raises(ValueError, match=r"--ema=0\.7: .* averages with the decays 0\.0, 0\.9"):
+        sampled(tmp_path / "c", *arguments, "--ema=0.7")
+
+
+def test_a_cascade_enlarges_the_samples_of_another_run(tmp_path):
+    """With a vision transformer, that learns a variance."""
+    config = tiny_chain("large")
+    config.condition.size, config.condition.noise = (4, 4), 0.2
+    runs.trained(config, tmp_path / "large")
+    assert (tmp_path / "large" / "samples.npz").exists()
+    small = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), np.uint8)
+    base = tmp_path / "small.npz"
+    np.savez(base, small, np.arange(5))
+    arguments = [f"--workdir={tmp_path / 'large'}", f"--base_samples={base}"]
+    images, labels = sampled(tmp_path / "a", *arguments, "--batch_size=5")
+    assert images.shape == (5, 8, 8, 1) and labels.tolist() == [0, 1, 2, 3, 4]
+    noisy, _ = sampled(tmp_path / "b", *arguments, "--condition_noise=0.2", "--batch_size=5")
+    assert not np.array_equal(images, noisy)
+    few, _ = sampled(tmp_path / "few", *arguments, "--condition_noise=0.2", "--batch_size=2")
+    np.testing.assert_array_equal(few, noisy)
+    for wrong, message in (
+        (["--condition_noise=0.3"], "sample_noise=0.3 must not exceed"),
+        (["--num_samples=9"], "holds only 5 images"),
+        (["--labels=12"], "not among the classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampled(tmp_path / "c", *arguments, *wrong)
+    np.savez(base, np.zeros((5, 8, 8, 1), np.uint8))
+    with pytest.raises(ValueError, match=r"holds uint8 \(5, 8, 8, 1\), but this run enlarges uint8 \('N', 4, 4, 1\)"):
+        sampled(tmp_path / "c", *arguments)
+    with pytest.raises(ValueError, match="this run enlarges images of 4x4: pass some, --base_samples="):
+        sampled(tmp_path / "c", arguments[0])
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("network", ["vit", "unet"])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_super_resolution_predicts_the_image_and_not_its_conditioning_input(network, noise):
+    """Shapes: the input has the low-resolution image, and the level of noise on it, as further channels."""
+    config = tiny_chain() if network == "vit" else with_unet(tiny_chain())
+    config.condition.size, config.condition.noise = (4, 4), noise
+    run = parts.resolve(config, DataSpec((8, 8, 3), ("a", "b")))
+    params = jax.eval_shape(lambda: parts.init_params(run))
+    channels = 6 + (noise > 0)
+    first = params["embed" if network == "vit" else "input_0"]["kernel"]
+    assert first.shape[-2] == 4 * 4 * channels
+    out = jax.eval_shape(run.model.apply, params, *(np.zeros((2, 8, 8, channels), np.float32), np.zeros(2, np.float32)))
+    assert out.pred.shape == out.v.shape == (2, 8, 8, 3)
+    one, low = np.zeros(2, np.int32), np.zeros((2, 4, 4, 3), np.uint8)
+    images = jax.eval_shape(sampling.sample_fn(run), params, one, one, low)
+    assert (images.shape, images.dtype) == ((2, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="needs low-resolution images to start from"):
+        jax.eval_shape(sampling.sample_fn(run), params, one, one)
+
+
+def test_noise_on_the_conditioning_image_is_not_the_noise_that_sampling_starts_from():
+    config = tiny_chain()
+    config.condition.size, config.condition.noise, config.condition.sample_noise = (8, 8), 1.0, 1.0
+    run, low = parts.resolve(config, DataSpec((8, 8, 1))), np.zeros((50, 8, 8, 1), np.uint8)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(50))
+    noise = sampling.conditioning(run, keys, low)[..., :1] + 1
+    start = initial_noise(keys, (8, 8, 1))
+    assert abs(np.corrcoef(noise.ravel(), start.ravel())[0, 1]) < 0.1
+    assert 0.9 < noise.std() < 1.1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "heun", "dpmpp_2m"])
+def test_every_sampler_of_the_config_samples(sampler):
+    config = tiny_chain()
+    config.model = ViT(patch_size=8, width=4, depth=1, heads=1)
+    config.sample.sampler, config.sample.clip = sampler, False
+    run = parts.resolve(config, DataSpec((8, 8, 1)))
+    params = jax.tree.map(lambda p: p + 0.1, parts.init_params(run))
+    images = np.asarray(sampling.sample_fn(run)(params, np.arange(2), np.zeros(2, np.int32)))
+    assert images.shape == (2, 8, 8, 1) and len(np.unique(images)) > 10
+
+
+def test_held_out_images_have_the_labels_asked_for():
+    config = tiny_chain()
+    labels = np.arange(130) % 10
+    images = inputs.held_out(config, labels)
+    source = inputs.source(config, "test")
+    places = [np.flatnonzero((source.images == image).all((1, 2, 3)))[0] for image in images]
+    np.testing.assert_array_equal(source.labels[places], labels)
+    assert len(set(places[:100])) == 100
+
