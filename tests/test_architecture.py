@@ -50,6 +50,7 @@ DOORS = {
     "models/vit": {"geometry", "models", "patch", "predict"},
     "models/unet": {"geometry", "models", "patch", "predict"},
     "models/unet_flops": {"geometry", "models"},
+    "models/vit_flops": {"geometry"},
 }
 WITHOUT_JAX = (
     "geometry.py",

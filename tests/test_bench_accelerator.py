@@ -1,0 +1,387 @@
+"""The accelerator run at its tiny sizes: every section, the budget, failures, the report; and its PyTorch U-Net."""
+
+import json
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import loss
+from experiments import build, drawing, objective
+from experiments.bench.accelerator import command, compile_ahead, images, jobs, peers, record, report, sections
+from experiments.configs import jit_b16, lsun, mnist
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A whole tiny run in this process: its folder and its report."""
+    folder = tmp_path_factory.mktemp("accelerator")
+    return folder, command.run(folder, report.SECTIONS, budget=600, tiny=True, start=command.here)
+
+
+def test_every_section_runs_and_writes_what_it_has_measured(everything):
+    folder, _ = everything
+    for name in report.SECTIONS:
+        values = json.loads((folder / "sections" / f"{name}.json").read_text())
+        assert not values["errors"] and "error" not in values, values
+        left_out = {entry.partition(":")[0] for entry in values["left_out"]}
+        assert left_out <= {"attention by cuDNN", "PyTorch"}
+        assert set(values["rows"]) == set(values["planned"]) and values["rows"]
+        for row in values["rows"].values():
+            assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))
+    assert json.loads((folder / "results.json").read_text()) == report.collected(folder)
+
+
+def test_what_is_measured_follows_from_its_timings(everything):
+    results = report.collected(everything[0])
+    step = results["jit_train"]["rows"]["batch 4, xla"]
+    assert step["seconds"] == pytest.approx(np.median(step["timings"]))
+    assert step["images_per_second"] == pytest.approx(4 / step["seconds"])
+    roof = results["machine"]["rows"]["matrix product"]["flops_per_second"]
+    wanted = results["jit_train"]["operations_per_image"] * step["images_per_second"] / roof
+    assert step["mfu"] == pytest.approx(wanted)
+    assert step["bytes"] > 16 * sum(a.size for a in jax.tree.leaves(jobs.params_like(jobs.jit_b16(tiny=True))))
+    several = results["digits"]["rows"]["10 steps a dispatch"]
+    assert several["seconds_for_3600_steps"] == pytest.approx(360 * several["seconds"])
+    cut = results["patch"]["rows"]["patchify, 10 every 6"]
+    assert cut["bytes"] == sections.COPIES * 4 * 2 * 3 * (28**2 + 16 * 100)
+
+
+def test_numbers_hold_on_this_machine(everything):
+    rows = report.collected(everything[0])["numbers"]["rows"]
+    gradients = rows["gradients, bfloat16 against float32"]
+    assert 0 < gradients["relative_difference"] < 0.1 and "block_0" in gradients["by_module"]
+    assert rows["JiT-B/16's step twice"]["equal"] and rows["the U-Net's step twice"]["equal"]
+    assert rows["samples in two batch sizes"]["max_difference_of_255"] <= 1
+
+
+def test_the_report_names_the_machine_and_sets_values_beside_aims(everything):
+    folder, text = everything
+    assert text == (folder / "results.md").read_text()
+    assert jax.devices()[0].device_kind in text and "Tiny sizes" in text
+    rows = report.rows(report.collected(folder))
+    assert {row.section for row in rows} == set(report.SECTIONS)
+    aims = {row.what: (row.aim, row.met) for row in rows}
+    assert aims["batch 4, xla: share of the matrix product"][0] == "at least 50 %"
+    assert aims["training, 32 px, P = 4 over 8 px, P = 1: memory"][0] == "1.0"
+    assert aims["patchify, P = 4"][0] == "at least 0.8 of a copy"
+
+
+def test_the_peers_are_measured_and_are_the_same_networks(everything):
+    pytest.importorskip("torch")
+    results = report.collected(everything[0])
+    for name in ("jit_train", "unet"):
+        same = results[name]["rows"]["PyTorch is the same network"]
+        assert max(same["output"], same["gradient"]) < peers.TOLERANCE
+    ours, theirs = (results["unet"]["rows"][f"{who}training, 32 px, P = 4"] for who in ("", "PyTorch, "))
+    ratio = {row.what: row.value for row in report.rows(results)}["training, 32 px, P = 4: speed over compiled PyTorch"]
+    assert ratio == f"{theirs['seconds'] / ours['seconds']:.2f} x"
+
+
+def test_the_short_training_ends_with_samples_to_look_at(everything):
+    folder, _ = everything
+    row = report.collected(folder)["training"]["rows"]["JiT, tiny"]
+    assert row["steps"] == 8 and len(row["loss"]) == 2
+    for name in row["written"]:
+        assert decoded((folder / name).read_bytes()).shape == (2 + 18, 2 + 9 * 18, 3)
+
+
+def decoded(png):
+    """A PNG of `images.png`, by its chunks."""
+    width, height = struct.unpack(">II", png[16:24])
+    at = png.index(b"IDAT")
+    (length,) = struct.unpack(">I", png[at - 4 : at])
+    lines = np.frombuffer(zlib.decompress(png[at + 4 : at + 4 + length]), np.uint8).reshape(height, 1 + 3 * width)
+    return lines[:, 1:].reshape(height, width, 3)
+
+
+def test_a_grid_of_images_is_a_png_that_others_read(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    x = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), np.uint8)
+    images.save_grid(tmp_path / "grid.png", x, 2)
+    canvas = np.asarray(image.open(tmp_path / "grid.png"))
+    assert canvas.shape == (2 + 2 * 6, 2 + 2 * 7, 3) and (canvas == decoded((tmp_path / "grid.png").read_bytes())).all()
+    np.testing.assert_array_equal(canvas[2:6, 9:14], x[1])
+
+
+def test_made_images_show_their_labels():
+    x, labels = images.made(40, 32)
+    again, _ = images.made(40, 32)
+    assert x.shape == (40, 32, 32, 3) and (x == again).all() and set(labels) <= set(range(9))
+    centre = x[:, 12:20, 12:20].reshape(40, -1, 3).astype(int)
+    # The colour of the label is the strongest somewhere in the middle, by far.
+    contrast = [(c[:, k] - np.delete(c, k, 1).max(1)).max() for c, k in zip(centre, labels % 3, strict=True)]
+    assert np.median(contrast) > 80
+
+
+def test_given_images_are_trained_on_and_others_are_refused(tmp_path):
+    x, y = images.made(16, 16)
+    np.savez(tmp_path / "given.npz", x, y)
+    given = record.Record(tmp_path, "training", time.time() + 60, tiny=True, images=str(tmp_path / "given.npz"))
+    sections.training(given)
+    row = given.values["rows"]["JiT, tiny"]
+    assert (row["images"], row["count"], row["classes"]) == ("given", 16, int(y.max()) + 1)
+    np.savez(tmp_path / "grey.npz", x[..., 0])
+    with pytest.raises(ValueError, match=r"arr_0 must be uint8 \[N, H, W, 3\], not uint8 \(16, 16, 16\)"):
+        images.load(str(tmp_path / "grey.npz"))
+    with pytest.raises(ValueError, match="there is no such file"):
+        command.run(tmp_path, ["training"], budget=9, tiny=True, images="nowhere.npz", start=command.here)
+
+
+def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
+    def broken(record):
+        record.run({"first": record_attempt(lambda: {"fine": 1}), "second": record_attempt(lambda: 1 / 0)})
+        raise RuntimeError("the section broke")
+
+    monkeypatch.setitem(sections.OURS, "patch", broken)
+    text = command.run(tmp_path, ["patch", "digits"], budget=600, tiny=True, start=command.here)
+    values = record.read(tmp_path, "patch")
+    assert values["rows"]["first"]["fine"] == 1 and "ZeroDivisionError" in values["errors"]["second"]
+    assert "the section broke" in values["error"]
+    assert "ZeroDivisionError" in text and "the section broke" in text
+    assert len(record.read(tmp_path, "digits")["rows"]) == 2
+
+
+def record_attempt(measure):
+    return record.Attempt(0, measure)
+
+
+def test_a_budget_that_is_used_up_leaves_sections_out_and_says_so(tmp_path):
+    text = command.run(tmp_path, report.SECTIONS, budget=0, tiny=True, start=command.here)
+    for name in report.SECTIONS:
+        values = record.read(tmp_path, name)
+        assert not values["rows"] and "all of it: the budget was used up" in values["left_out"]
+        assert f"- {name}: all of it: the budget was used up" in text
+
+
+def test_an_attempt_too_long_for_what_is_left_is_left_out(tmp_path):
+    short = record.Record(tmp_path, "patch", time.time() + 30)
+    short.run({"long": record.Attempt(60, dict), "short": record.Attempt(1, dict)})
+    assert list(short.values["rows"]) == ["short"]
+    assert short.values["left_out"][0].startswith("long: about 60 s needed, ")
+
+
+def test_shares_that_are_not_used_go_to_those_that_follow(tmp_path):
+    asked = []
+    start = lambda task, record, grace: asked.append((task.section, record.left()))  # noqa: E731
+    command.run(tmp_path, ["patch", "training"], budget=100, tiny=True, start=start)
+    given = dict(asked)
+    assert given["machine"] == pytest.approx(100 * 20 / 90, abs=1)
+    assert given["training"] == pytest.approx(100, abs=1)
+
+
+def test_a_process_that_hangs_is_ended_and_what_it_planned_is_left_out(tmp_path, monkeypatch):
+    script = "import sys, time; print('begun', flush=True); time.sleep(600)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen([sys.executable, "-c", script], **options))
+    late = record.Record(tmp_path, "patch", time.time() + 2)
+    late.values["planned"] = ["patchify"]
+    late.save()
+    begin = time.time()
+    command.in_process(command.Task("patch", command.OURS, 1), late, 0)
+    values = record.read(tmp_path, "patch")
+    assert time.time() - begin < 60 and "its share of the budget being used up" in values["error"]
+    assert "begun" in values["error"] and values["left_out"] == ["patchify: not reached"]
+
+
+def test_as_a_command_without_an_accelerator_or_optional_packages(tmp_path):
+    """As users type it, every package blocked that a device image may lack; each section a process of its own."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {MISSING!r}:\n"
+        "            raise ModuleNotFoundError(f'blocked: {name}', name=name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+    )
+    out = tmp_path / "out"
+    arguments = ["--only=patch", f"--out={out}", "--budget_s=200"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.bench.accelerator", *arguments],
+        cwd=ROOT,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "JAX_PLATFORMS": "cpu",
+            "HOME": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "This machine has no accelerator" in done.stdout and "| patch | patchify, P = 4 |" in done.stdout
+    assert len(record.read(out, "patch")["rows"]) == 8
+
+
+MISSING = (
+    "ml_collections",
+    "tensorflow_datasets",
+    "orbax",
+    "PIL",
+    "tqdm",
+    "matplotlib",
+    "mlxtend",
+    "torch",
+    "safetensors",
+)
+
+
+def test_sections_and_cards_that_are_not_there_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"--only=jit: \['jit'\] are not among machine, jit_train"):
+        command.chosen(["jit"])
+    assert command.chosen(["training", "unet"]) == ("unet", "training")
+    with pytest.raises(ValueError, match="no such card is described in targets/, only h100"):
+        compile_ahead.target("abacus")
+    monkeypatch.setattr(compile_ahead.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'jax-cuda12-plugin\[with-cuda\]=="):
+        compile_ahead.prepare()
+
+
+def test_every_section_can_be_compiled_ahead_at_its_full_size():
+    """All programs are made and traced, which is where a wrong shape or field is found; none is compiled."""
+    for name, make, options in compile_ahead.programs(report.SECTIONS, tiny=False):
+        program = make()
+        if "cudnn" not in name and not name.startswith(("numbers", "jit_train, batch 256", "jit_train, batch 64")):
+            jax.eval_shape(program.function, *program.args)
+        assert bool(options) == name.startswith("numbers")
+
+
+def test_the_text_of_a_program_is_counted():
+    text = """
+      %fusion.1 = f32[2]{0} fusion(%a), kind=kLoop
+      %c.1 = (f32[2]{0}, s8[4]{0}) custom-call(%fusion.1), custom_call_target="__cublas$gemm"
+      %c.2 = f32[2]{0} custom-call(%c.1), custom_call_target="__cublas$gemm"
+      %r.1 = f32[2]{0} all-reduce-start(%c.2)
+    """
+    assert compile_ahead.calls(text) == {
+        "fusions": 1,
+        "library_calls": {"__cublas$gemm": 2},
+        "collectives": {"all-reduce": 1},
+    }
+
+
+CONFIGS = {
+    "jit_b16": (jit_b16.get_config, jobs.jit_b16, (256, 256, 3), 1000),
+    "lsun": (lsun.get_config, jobs.lsun, (256, 256, 3), 0),
+    "digits": (mnist.get_config, jobs.digits, (28, 28, 1), 10),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_jobs_are_the_configs_of_the_same_names(name):
+    get_config, make, shape, classes = CONFIGS[name]
+    config, job = get_config(), make()
+    seen = build.Seen(shape, tuple(map(str, range(classes))))
+    assert (job.shape, job.num_classes, job.ema) == (seen.shape, classes, config.train.ema[0])
+    wanted = jax.eval_shape(lambda: build.init_params(config, seen))
+    assert jax.tree.map(lambda a: a.shape, jobs.params_like(job)) == jax.tree.map(lambda a: a.shape, wanted)
+    grid = drawing.time_grid(config)
+    np.testing.assert_allclose(job.grid, grid[-len(job.grid) :])
+    t = jnp.linspace(0.05, 0.95, 5)
+    for ours, theirs in zip(job.path(t), build.path(config)(t), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    coef = sections_coefficients(job.path, t)
+    np.testing.assert_array_equal(job.weight(coef), objective._weight(config)(coef))
+    drawn = [times(jax.random.key(0), 64) for times in (job.times, objective.time_sampler(config))]
+    np.testing.assert_array_equal(*drawn)
+    # One step of each optimiser from the same gradients.
+    params = jax.tree.map(jnp.ones_like, jobs.random_params(small(wanted)))
+    steps = [o.update(params, o.init(params), params)[0] for o in (job.optimizer, build.optimizer(config))]
+    jax.tree.map(np.testing.assert_array_equal, *steps)
+
+
+def small(like):
+    """The same tree with short axes, for an optimiser that knows names and ranks only."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(tuple(min(n, 2) for n in a.shape), a.dtype), like)
+
+
+def sections_coefficients(path, t):
+    from diffusion.process import coefficients
+
+    return coefficients(path, t)
+
+
+@pytest.fixture(scope="module")
+def torch_unet():
+    """Our U-Net and the one in PyTorch with its parameters, tiny, and a batch."""
+    torch = pytest.importorskip("torch")
+    from experiments.bench import torch_patch_unet
+
+    job = jobs.lsun(tiny=True, dtype=jnp.float32)
+    params = jobs.random_params(jobs.params_like(job))
+    module = torch_patch_unet.copy_params(torch_patch_unet.UNet(32, 3, **job.fields), params)
+    rng = np.random.default_rng(0)
+    x0, eps = rng.uniform(-1, 1, (4, 32, 32, 3)).astype(np.float32), rng.standard_normal((4, 32, 32, 3), np.float32)
+    return torch, torch_patch_unet, job, params, module, x0, eps
+
+
+def test_the_pytorch_unet_has_our_loss_at_both_ends_of_the_chain(torch_unet):
+    torch, peer, job, params, module, x0, eps = torch_unet
+    i = np.array([1, 2, 500, 1000])
+    drawn = loss.Draw(jnp.asarray(i / 1000, jnp.float32), jnp.asarray(eps))
+    value, grads = jax.jit(jax.value_and_grad(lambda p: jobs.loss_at(job, p, drawn, x0, None)))(params)
+    module.zero_grad()
+    theirs = peer.loss_at(module, peer.linear_chain("cpu"), *map(torch.from_numpy, (x0, i, eps)))
+    theirs.backward()
+    assert theirs.item() == pytest.approx(float(value), rel=1e-4)
+    slopes = peer.copy_params(peer.UNet(32, 3, **job.fields), jax.tree.map(np.asarray, grads))
+    pairs = [(p.grad, g) for p, g in zip(module.parameters(), slopes.parameters(), strict=True)]
+    assert sum((a - b).square().sum() for a, b in pairs) < 1e-6 * sum(b.square().sum() for _, b in pairs)
+
+
+def test_the_pytorch_unet_samples_as_ours_without_noise(torch_unet, monkeypatch):
+    """Both samplers from the same start, the noise of every step taken for zero."""
+    torch, peer, job, params, module, _, eps = torch_unet
+    from diffusion import sample
+
+    steps = [1000, 600, 200, 1, 0]
+    monkeypatch.setattr(sample, "_normal", lambda keys, like: jnp.zeros_like(like))
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    denoise = job.guided(lambda xt, t, y: job.model.apply(params, xt, t))
+    grid = np.array(steps) / 1000
+    x = sample.sample(jax.random.key(0), denoise, job.path, jnp.asarray(eps), grid, prediction="x0", step=job.step)
+    theirs = peer.sample(module, peer.linear_chain("cpu"), torch.from_numpy(eps), steps).numpy()
+    ours = np.round((np.clip(x, -1, 1) + 1) * 127.5)
+    assert abs(ours - theirs).max() <= 1 and theirs.std() > 1
+
+
+def test_a_unet_that_pytorch_lacks_is_refused(torch_unet):
+    _, peer, job, params, *_ = torch_unet
+    with pytest.raises(ValueError, match="do not halve evenly"):
+        peer.UNet(20, 3, **job.fields)
+    with pytest.raises(ValueError, match="learned_variance='head' only"):
+        peer.UNet(32, 3, **job.fields | {"learned_variance": "none"})
+    with pytest.raises(ValueError, match="no counterpart"):
+        peer.copy_params(peer.UNet(32, 3, **job.fields), {"more": np.zeros(1), **params})
+
+
+def test_the_pytorch_sampler_of_the_transformer_is_ours():
+    torch = pytest.importorskip("torch")
+    from diffusion import sample
+
+    job = jobs.jit_b16(tiny=True, dtype=jnp.float32)
+    network = lambda x, t, y: x * t[:, None, None, None] + 0.01 * y[:, None, None, None]  # noqa: E731
+    x1 = np.random.default_rng(0).standard_normal((3, *job.shape), np.float32)
+    y, grid = np.array([0, 1, 2], np.int32), np.linspace(1, 0, 4)
+    settings = dict(prediction="x0", step=job.step)
+    ours = sample.sample(
+        jax.random.key(0), job.guided(network), job.path, jnp.asarray(x1), grid, jnp.asarray(y), **settings
+    )
+    scales = [2.9 if t <= 0.9 else 1.0 for t in grid]
+    start = torch.from_numpy(x1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "randn", lambda *shape, device: start)
+        theirs = peers.heun(
+            torch, network, torch.from_numpy(y), job.shape, grid.tolist(), job.num_classes, scales
+        ).numpy()
+    assert abs(np.round((np.clip(ours, -1, 1) + 1) * 127.5) - theirs).max() <= 1 and theirs.std() > 1
