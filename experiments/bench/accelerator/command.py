@@ -7,10 +7,10 @@
 
     section      share  what
     machine        4 %  the machine's own matrix product and copy: the roof
-    jit_train     31 %  JiT-B/16's training step at 256x256, attention by XLA and cuDNN, and in PyTorch
-    jit_sample    16 %  its sampling, 50 steps of Heun with guidance, and in PyTorch
-    unet          22 %  Patch Diffusion's U-Net at 256x256 with P = 4 and at 64x64 with P = 1, and in PyTorch
-    patch          5 %  patchify, fold, unpatchify against a copy
+    jit_train     32 %  JiT-B/16's training step at 256x256, attention by XLA and cuDNN, and in PyTorch
+    jit_sample    15 %  its sampling, 50 steps of Heun with guidance, and in PyTorch
+    unet          23 %  Patch Diffusion's U-Net at 256x256 with P = 4 and at 64x64 with P = 1, and in PyTorch
+    patch          4 %  patchify, fold, unpatchify against a copy
     digits         5 %  the main job's step, one and ten a dispatch
     numbers        8 %  bfloat16 against float32, a step repeated, samples in two batch sizes
     training       9 %  a JiT on 64x64 images, `--images` or made ones, and samples to look at
@@ -53,17 +53,17 @@ class Task(NamedTuple):
 
 
 TASKS = (
-    Task("machine", OURS, 20),
-    Task("jit_train", OURS, 85),
-    Task("jit_train", PEER, 65),
-    Task("jit_sample", OURS, 40),
-    Task("jit_sample", PEER, 35),
-    Task("unet", OURS, 60),
-    Task("unet", PEER, 45),
-    Task("patch", OURS, 25),
-    Task("digits", OURS, 25),
-    Task("numbers", OURS, 35),
-    Task("training", OURS, 45),
+    Task("machine", OURS, 18),
+    Task("jit_train", OURS, 90),
+    Task("jit_train", PEER, 62),
+    Task("jit_sample", OURS, 38),
+    Task("jit_sample", PEER, 36),
+    Task("unet", OURS, 66),
+    Task("unet", PEER, 46),
+    Task("patch", OURS, 18),
+    Task("digits", OURS, 22),
+    Task("numbers", OURS, 40),
+    Task("training", OURS, 44),
 )
 
 

@@ -238,7 +238,7 @@ def jit_train(record: Record) -> None:
 
     record.values["operations_per_image"] = operations
     programs = jit_train_programs(record.tiny)
-    record.run({name: Attempt(35, partial(measure, make)) for name, make in programs.items()})
+    record.run({name: Attempt(25, partial(measure, make)) for name, make in programs.items()})
     if record.tiny:
         record.leave_out("attention by cuDNN", "it needs a GPU")
 
@@ -255,7 +255,7 @@ def jit_sample(record: Record) -> None:
 
     record.values["steps"] = len(job.grid) - 1
     programs = jit_sample_programs(record.tiny)
-    record.run({name: Attempt(40, partial(measure, make)) for name, make in programs.items()})
+    record.run({name: Attempt(25, partial(measure, make)) for name, make in programs.items()})
 
 
 def unet(record: Record) -> None:
@@ -274,7 +274,11 @@ def unet(record: Record) -> None:
         return row | utilisation(record, passes * operations * row["images_per_second"])
 
     programs = unet_programs(record.tiny)
-    record.run({name: Attempt(30, partial(measure, name, make)) for name, make in programs.items()})
+    seconds = {"training": 25, "sampling": 15}
+    attempts = {
+        name: (seconds[name.partition(", ")[0]], partial(measure, name, make)) for name, make in programs.items()
+    }
+    record.run({name: Attempt(*attempt) for name, attempt in attempts.items()})
 
 
 def patch(record: Record) -> None:
@@ -294,7 +298,7 @@ def patch(record: Record) -> None:
         copied = record.values["rows"].get(f"copy of the tokens, {name.partition(', ')[2]}")
         return row | ({} if copied is None else {"over_copy": row["bytes_per_second"] / copied["bytes_per_second"]})
 
-    record.run({name: Attempt(2.5, partial(measure, name, make)) for name, make in programs.items()})
+    record.run({name: Attempt(1.5, partial(measure, name, make)) for name, make in programs.items()})
 
 
 def digits(record: Record) -> None:
@@ -320,7 +324,7 @@ def digits(record: Record) -> None:
 
     one, several = digits_programs(record.tiny).items()
     record.run(
-        {one[0]: Attempt(15, partial(measure, one[1], 1)), several[0]: Attempt(15, partial(measure, several[1], SCAN))}
+        {one[0]: Attempt(12, partial(measure, one[1], 1)), several[0]: Attempt(8, partial(measure, several[1], SCAN))}
     )
 
 
@@ -371,10 +375,10 @@ def numbers(record: Record) -> None:
     record.values["deterministic"] = "xla_gpu_deterministic_ops=true" in xla_flags()
     record.run(
         {
-            "gradients, bfloat16 against float32": Attempt(40, gradients),
-            "JiT-B/16's step twice": Attempt(25, partial(repeated, "JiT-B/16's step", job)),
-            "samples in two batch sizes": Attempt(25, samples),
-            "the U-Net's step twice": Attempt(35, partial(repeated, "the U-Net's step", jobs.lsun(tiny=record.tiny))),
+            "gradients, bfloat16 against float32": Attempt(30, gradients),
+            "JiT-B/16's step twice": Attempt(20, partial(repeated, "JiT-B/16's step", job)),
+            "samples in two batch sizes": Attempt(15, samples),
+            "the U-Net's step twice": Attempt(25, partial(repeated, "the U-Net's step", jobs.lsun(tiny=record.tiny))),
         }
     )
 
@@ -433,7 +437,7 @@ def training(record: Record) -> None:
             "written": ["samples.png", "training_images.png"],
         }
 
-    record.run({"JiT at 64x64" if not record.tiny else "JiT, tiny": Attempt(40, run)})
+    record.run({"JiT at 64x64" if not record.tiny else "JiT, tiny": Attempt(30, run)})
 
 
 OURS: dict[str, Callable[[Record], None]] = {
