@@ -8,6 +8,7 @@ Attention is PyTorch's `scaled_dot_product_attention`.
 import gc
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -194,7 +195,9 @@ def parity(torch: Any, job: jobs.Job, copied: Callable[[Any], Any], clock: Calla
         return loss + (jnp.square(output.v).mean() if isinstance(output, Learned) else 0.0), output
 
     with jax.default_matmul_precision("highest"):
-        grads, output = jax.jit(jax.grad(error, has_aux=True))(params)
+        lowered = jax.jit(jax.grad(error, has_aux=True)).lower(params)
+    quick = sections.QUICK if jax.default_backend() == "cpu" and job.shape[0] < 64 else None
+    grads, output = lowered.compile(compiler_options=quick)(params)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     network = copied(params)
     there = lambda a: torch.from_numpy(np.asarray(a)).to(device(torch))  # noqa: E731
@@ -241,6 +244,9 @@ class _fresh:
 
     def __enter__(self) -> None:
         torch = self.torch
+        self.quiet = warnings.catch_warnings()
+        self.quiet.__enter__()
+        warnings.simplefilter("ignore")  # PyTorch on its own kernels for mixed types
         torch._dynamo.reset()
         gc.collect()
         if device(torch) == "cuda":
@@ -249,7 +255,8 @@ class _fresh:
             torch.set_float32_matmul_precision("high")  # JAX's default on GPUs
             torch.backends.cudnn.allow_tf32 = True
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self.quiet.__exit__(*error)
         gc.collect()
 
 
