@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["diffusion*", "experiments*"]),
-    package_data={"diffusion": ["py.typed", "weights/*.safetensors"]},
+    package_data={"diffusion": ["py.typed", "weights/*.safetensors"], "experiments.bench": ["targets/*.txtpb"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.6",

@@ -317,7 +317,7 @@ def torch_unet():
     torch = pytest.importorskip("torch")
     from experiments.bench import torch_patch_unet
 
-    job = jobs.lsun(tiny=True, dtype=jnp.float32)
+    job = jobs.lsun(tiny=True, dtype=jnp.float32, channel_mult=(1.0, 2.0))
     params = jobs.random_params(jobs.params_like(job))
     module = torch_patch_unet.copy_params(torch_patch_unet.UNet(32, 3, **job.fields), params)
     rng = np.random.default_rng(0)

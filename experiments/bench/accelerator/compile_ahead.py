@@ -3,7 +3,8 @@
     bytes = arguments + results - results in the place of arguments + temporary arrays              (1)
 
 XLA needs a description of the card, `bench/targets/NAME.txtpb`, and the compiler of JAX's CUDA plugin. Kernels are not
-tuned, since that needs the card. What does not compile here, or does not fit, would not have run there.
+tuned, since that needs the card: matrix products are all cuBLAS's here, where on the card Triton's may win. What does
+not compile here, or does not fit, would not have run there.
 """
 
 import importlib.util
@@ -81,7 +82,8 @@ def prepare() -> None:
     nvidia = importlib.util.find_spec("nvidia")
     folders = [Path(p) for p in (nvidia.submodule_search_locations if nvidia else [])]
     libraries = [found.parents[1] for folder in folders for found in folder.glob("*/nvvm/libdevice")]
-    given = ["--xla_gpu_autotune_level=0", *(f"--xla_gpu_cuda_data_dir={found}" for found in libraries[:1])]
+    given = ["--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"]
+    given += [f"--xla_gpu_cuda_data_dir={found}" for found in libraries[:1]]
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), *given]))
     os.environ["JAX_PLATFORMS"] = "cpu"
 

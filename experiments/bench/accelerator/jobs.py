@@ -35,8 +35,7 @@ SHAPES |= dict(positions=("sincos", "rotary"), mlp_ratio=4.0)
 
 # What `--tiny` puts in their place: every field is still used.
 TINY_VIT = dict(width=32, depth=1, heads=2, class_tokens_from=0)
-TINY_UNET = dict(num_channels=8, channel_mult=(1.0, 2.0), num_res_blocks=1, attention_resolutions=(4,))
-TINY_UNET |= dict(num_head_channels=8)
+TINY_UNET = dict(num_channels=8, channel_mult=(1.0,), num_res_blocks=1, attention_resolutions=(8,), num_head_channels=8)
 
 
 class Job(NamedTuple):
@@ -110,13 +109,13 @@ def jit_b16(*, tiny: bool = False, dtype: Any = jnp.bfloat16, attention: str | N
 
 def lsun(
     size: int | None = None, patch_size: int = 4, *, tiny: bool = False, dtype: Any = jnp.bfloat16,
-    attention: str | None = None, sample_steps: int = 25,
+    attention: str | None = None, sample_steps: int = 25, **changed: Any,
 ) -> Job:  # fmt: skip
     """Patch Diffusion's U-Net, as `configs/lsun.py:4`, or at another image size (default 256) and patch size.
 
-    The sampler takes the last `sample_steps` of its 250: all of them cost alike.
+    The sampler takes the last `sample_steps` of its 250: all of them cost alike. `changed` are fields of the network.
     """
-    fields = LSUN | (TINY_UNET if tiny else {}) | {"patch_size": patch_size}
+    fields = LSUN | (TINY_UNET if tiny else {}) | {"patch_size": patch_size} | changed
     size = (32 if tiny else 256) if size is None else size
     path = process.VP(process.named_betas("linear", CHAIN))
     chain = sample.respaced_grid("", CHAIN)
@@ -308,8 +307,12 @@ def random_params(like: Any) -> Any:
 
 def random_state(job: Job) -> train.State:
     """A state of training with random parameters, on the device."""
-    params = jax.tree.map(jnp.asarray, random_params(params_like(job)))
-    return train.init_state(params, job.optimizer, ema_decay=job.ema)
+    return first_state(job, random_params(params_like(job)))
+
+
+def first_state(job: Job, params: Any) -> train.State:
+    """The state of training that begins with `params`; one program, where `train.init_state` alone is one an array."""
+    return jax.jit(lambda p: train.init_state(p, job.optimizer, ema_decay=job.ema))(params)
 
 
 def random_batch(job: Job, batch_size: int, leading: Sequence[int] = ()) -> dict[str, np.ndarray]:

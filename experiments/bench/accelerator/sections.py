@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import train
 from diffusion.geometry import geometry
 from diffusion.models.unet_flops import unet_flops
 from diffusion.models.vit_flops import vit_flops
@@ -404,7 +403,7 @@ def training(record: Record) -> None:
         begin = time.perf_counter()
         draw, several = (compiled(record, programs[name]()) for name in ("samples", "steps"))
         params = compiled(record, programs["init"]())(jax.random.key(KEY + 1))
-        state = train.init_state(params, job.optimizer, ema_decay=job.ema)
+        state = jobs.first_state(job, params)
         labels = jnp.arange(count, dtype=jnp.int32) % max(classes, 1)
         arguments = (jax.random.key(KEY + 2), jnp.arange(count, dtype=jnp.int32), labels)
         np.asarray(draw(state.ema, *arguments))
