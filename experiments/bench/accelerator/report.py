@@ -45,22 +45,17 @@ def report(results: dict[str, Any]) -> str:
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
-    """All lines of the table, of what there is."""
-    found = {name: r.get("rows", {}) for name, r in results.items()}
-    at = lambda name: found.get(name, {})  # noqa: E731
-    return [
-        *_machine(at("machine")),
-        *_jit("jit_train", at("jit_train")),
-        *_jit("jit_sample", at("jit_sample")),
-        *_unet(at("unet")),
-        *_patch(at("patch")),
-        *[_digits(name, row) for name, row in at("digits").items()],
-        *_numbers(at("numbers"), results.get("numbers", {})),
-        *[_training(name, row) for name, row in at("training").items()],
-    ]
+    """All lines of the table, of what there is; what a section wrote and nobody can read is said, and stops nothing."""
+    lines = []
+    for name, section in results.items():
+        try:
+            lines += _LINES[name](section.get("rows", {}), section)
+        except Exception as e:
+            lines.append(Row(name, "its JSON cannot be put into words", f"{type(e).__name__}: {e}"))
+    return lines
 
 
-def _machine(r: dict[str, Any]) -> list[Row]:
+def _machine(r: dict[str, Any], _: dict[str, Any]) -> list[Row]:
     lines = []
     for name, row in r.items():
         unit = "flops_per_second" if "flops_per_second" in row else "bytes_per_second"
@@ -69,8 +64,9 @@ def _machine(r: dict[str, Any]) -> list[Row]:
     return lines
 
 
-def _jit(section: str, r: dict[str, Any]) -> list[Row]:
+def _jit(r: dict[str, Any], values: dict[str, Any]) -> list[Row]:
     """Rows of JiT-B/16, each of ours beside the peer with the same batch."""
+    section = values["section"]
     lines = _parity(section, r)
     for name, row in r.items():
         if "images_per_second" not in row:
@@ -88,7 +84,7 @@ def _jit(section: str, r: dict[str, Any]) -> list[Row]:
     return lines
 
 
-def _unet(r: dict[str, Any]) -> list[Row]:
+def _unet(r: dict[str, Any], _: dict[str, Any]) -> list[Row]:
     lines = _parity("unet", r)
     for name, row in r.items():
         if "images_per_second" not in row:
@@ -109,7 +105,7 @@ def _unet(r: dict[str, Any]) -> list[Row]:
     return lines
 
 
-def _patch(r: dict[str, Any]) -> list[Row]:
+def _patch(r: dict[str, Any], _: dict[str, Any]) -> list[Row]:
     lines = []
     for name, row in r.items():
         text = f"{row['bytes_per_second'] / 1e9:.4g} GB/s"
@@ -121,9 +117,9 @@ def _patch(r: dict[str, Any]) -> list[Row]:
     return lines
 
 
-def _digits(name: str, row: dict[str, Any]) -> Row:
-    rate, whole = row["steps_per_second"], row["seconds_for_3600_steps"]
-    return Row("digits", f"main job, {name}", f"{rate:.4g} steps/s, {whole:.3g} s for 3,600 steps")
+def _digits(r: dict[str, Any], _: dict[str, Any]) -> list[Row]:
+    text = "{steps_per_second:.4g} steps/s, {seconds_for_3600_steps:.3g} s for 3,600 steps"
+    return [Row("digits", f"main job, {name}", text.format(**row)) for name, row in r.items()]
 
 
 def _numbers(r: dict[str, Any], section: dict[str, Any]) -> list[Row]:
@@ -144,10 +140,13 @@ def _numbers(r: dict[str, Any], section: dict[str, Any]) -> list[Row]:
     return lines
 
 
-def _training(name: str, row: dict[str, Any]) -> Row:
-    text = f"{row['steps']} steps of {row['batch_size']} in {row['seconds']:.0f} s ({row['images_per_second']:.4g} "
-    text += f"images/s), loss {row['loss'][0]:.3g} to {row['loss'][-1]:.3g}; see samples.png"
-    return Row("training", name, text)
+def _training(r: dict[str, Any], _: dict[str, Any]) -> list[Row]:
+    lines = []
+    for name, row in r.items():
+        text = f"{row['steps']} steps of {row['batch_size']} in {row['seconds']:.0f} s ({row['images_per_second']:.4g} "
+        text += f"images/s), loss {row['loss'][0]:.3g} to {row['loss'][-1]:.3g}; see samples.png"
+        lines.append(Row("training", name, text))
+    return lines
 
 
 def _parity(section: str, r: dict[str, Any]) -> list[Row]:
@@ -156,6 +155,18 @@ def _parity(section: str, r: dict[str, Any]) -> list[Row]:
         return []
     text = f"outputs {same['output']:.1g}, gradients {same['gradient']:.1g} apart"
     return [Row(section, "PyTorch is the same network (float32)", text, "at most 0.0001", True)]
+
+
+_LINES = {
+    "machine": _machine,
+    "jit_train": _jit,
+    "jit_sample": _jit,
+    "unet": _unet,
+    "patch": _patch,
+    "digits": _digits,
+    "numbers": _numbers,
+    "training": _training,
+}
 
 
 def _ratio(section: str, what: str, row: dict[str, Any], peer: dict[str, Any]) -> Row:
