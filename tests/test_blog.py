@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.grids import uniform_grid
 from diffusion.patch import patchify, unpatchify
 from diffusion.process import Geometric, noise
 from diffusion.sample import ddim, sample
-from diffusion.grids import uniform_grid
 
 FILES = sorted((Path(__file__).parent / "data").glob("blog_*.npz"))
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import superres, guide
+from diffusion import guide, superres
 from diffusion.predict import WithVariance
 
 

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 from diffusion.experts import boundaries, experts
+from diffusion.grids import respaced_grid
 from diffusion.guide import classifier_free, clip
-from diffusion.vlb import bits_per_dim
+from diffusion.posterior import between
 from diffusion.predict import WithVariance, target
 from diffusion.process import VP, coefficients, expand, linear_betas
-from diffusion.grids import respaced_grid
 from diffusion.sample import sample_keys
-from diffusion.posterior import between
-from diffusion.vlb import least_variance
+from diffusion.vlb import bits_per_dim, least_variance
 
 PATH = VP(linear_betas(200))
 CHAIN = respaced_grid("", 200)

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.patch import geometry
 from diffusion import patch
+from diffusion.patch import fold, geometry, patchify, unpatchify
 from diffusion.patch.geometry import coverage
-from diffusion.patch import fold, patchify, unpatchify
 
 CUTS = [
     ((10,), 4, 2),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.extend.random import threefry_2x32
 from scipy.special import ndtr
 
-from diffusion.patch import kernels, compiled, views
+from diffusion.patch import compiled, kernels, views
 from diffusion.patch.compiled import fold, noised_patches, patchify, unpatchify
 from tests.test_patch_numpy import arrays, cuts
 

@@ -86,8 +86,8 @@ import setuptools
 from jax.experimental import multihost_utils
 from PIL import Image
 
+from diffusion import data, experts, train, variance, vlb
 from diffusion.io import checkpoint
-from diffusion import data, experts, vlb, train, variance
 from diffusion.predict import Estimate, decode
 from diffusion.process import Cosine, coefficients
 from experiments import build, drawing, objective, runs, session
