@@ -6,14 +6,14 @@
     python -m experiments.bench.accelerator --tiny                every section in seconds, on a CPU
 
     section      share  what
-    machine        4 %  the machine's own matrix product and copy: the roof
+    machine        5 %  the machine's own matrix product and copy: the roof
     jit_train     32 %  JiT-B/16's training step at 256x256, attention by XLA and cuDNN, and in PyTorch
     jit_sample    15 %  its sampling, 50 steps of Heun with guidance, and in PyTorch
     unet          23 %  Patch Diffusion's U-Net at 256x256 with P = 4 and at 64x64 with P = 1, and in PyTorch
     patch          4 %  patchify, fold, unpatchify against a copy
     digits         5 %  the main job's step, one and ten a dispatch
     numbers        8 %  bfloat16 against float32, a step repeated, samples in two batch sizes
-    training       9 %  a JiT on 64x64 images, `--images` or made ones, and samples to look at
+    training       8 %  a JiT on 64x64 images, `--images` or made ones, and samples to look at
 
 A section that does not use its share leaves it to those that follow, so the training lasts as long as the rest allows.
 Each section, and each peer in PyTorch, is a process of its own: memory is its own, one that fails or hangs takes no
@@ -41,6 +41,7 @@ from experiments.bench.accelerator.report import SECTIONS, collected, report
 
 ROOT = Path(__file__).parents[3]
 GRACE = 20.0  # seconds that a process may take beyond its share before it is ended
+CLOSING = 3.0  # seconds that a process needs to close
 OURS, PEER = "ours", "peer"
 
 
@@ -53,7 +54,7 @@ class Task(NamedTuple):
 
 
 TASKS = (
-    Task("machine", OURS, 18),
+    Task("machine", OURS, 22),
     Task("jit_train", OURS, 90),
     Task("jit_train", PEER, 62),
     Task("jit_sample", OURS, 38),
@@ -63,7 +64,7 @@ TASKS = (
     Task("patch", OURS, 18),
     Task("digits", OURS, 22),
     Task("numbers", OURS, 40),
-    Task("training", OURS, 44),
+    Task("training", OURS, 40),
 )
 
 
@@ -156,7 +157,7 @@ def here(task: Task, record: Record, _: float) -> None:
 def in_process(task: Task, record: Record, grace: float) -> None:
     """Measures a task in a process of its own, which is ended `grace` seconds after its share."""
     command = [sys.executable, "-m", "experiments.bench.accelerator", f"--child={task.section}:{task.part}"]
-    command += [f"--out={record.folder}", f"--until={record.until}"]
+    command += [f"--out={record.folder}", f"--until={record.until - CLOSING}"]
     command += ["--tiny"] if record.tiny else []
     command += [f"--images={record.images}"] if record.images else []
     log = record.folder / "sections" / f"{task.section}_{task.part}.log"
