@@ -30,7 +30,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["diffusion*", "experiments*"]),
-    package_data={"diffusion": ["py.typed", "metrics/features/*.safetensors"]},
+    package_data={
+        "diffusion": ["py.typed", "metrics/features/*.safetensors"],
+        "experiments.bench": ["targets/*.txtpb"],
+    },
     install_requires=["flax>=0.12", "jax>=0.10", "numpy>=2.0", "optax>=0.2.8"],
     extras_require={
         "experiments": EXPERIMENTS,

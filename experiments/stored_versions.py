@@ -27,9 +27,7 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
     if version == 1:
         return _from_1(values)
     if version != 2:
-        raise ValueError(
-            f"the config has version {version!r}, of a later release; this release reads versions 1 and 2"
-        )
+        raise ValueError(f"the config has version {version!r}, of a later release; this release reads versions 1 and 2")
     return dict(values)
 
 

@@ -186,7 +186,7 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Any:
         yield from _leaves(below, (*path, name))
 
 
-def picture_loss(
+def image_loss(
     network: Callable[..., Tensor], images: Tensor, y: Tensor, *, null: int, drop: float, mean: float, std: float,
     low: float, high: float, floor: float,
 ) -> Tensor:  # fmt: skip

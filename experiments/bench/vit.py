@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 
 from diffusion.models.vit import ViT
+from diffusion.models.vit_flops import vit_flops
 from diffusion.patch.geometry import geometry
 from experiments import command, inputs
 from experiments.bench import commands, ours, peers, tables, timing
@@ -174,18 +175,8 @@ def peer_module(config: Config) -> Any:
 
 def forward_flops(config: Config, spec: DataSpec) -> int:
     """FLOPs of the matrix products of one image's forward pass, eq. (1)."""
-    c = config.model
     *size, channels = spec.shape
-    shape = geometry(size, c.patch_size, c.stride)
-    n, values = math.prod(shape.grid), math.prod(shape.patch) * channels
-    hidden = int(c.width * c.mlp_ratio)
-    mlp = 3 * c.width * int(hidden * 2 / 3) if c.mlp == "swiglu" else 2 * c.width * hidden
-    products = n * (values * c.width if c.bottleneck is None else c.bottleneck * (values + c.width))
-    for layer in range(c.depth):
-        tokens = n + (c.class_tokens if spec.num_classes and layer >= c.class_tokens_from else 0)
-        products += tokens * (4 * c.width**2 + mlp) + 2 * tokens**2 * c.width + 6 * c.width**2
-    products += 256 * c.width + c.width**2 + 2 * c.width**2 + n * c.width * values
-    return 2 * products
+    return vit_flops(size, channels, num_classes=spec.num_classes, **dataclasses.asdict(config.model))
 
 
 def report(result: dict[str, Any]) -> str:

@@ -80,7 +80,7 @@ def train(
     module = network(config, spec, params)
     settings = {"null": spec.num_classes, "drop": c.label_drop if spec.num_classes else 0.0, "floor": p.loss_floor}
     settings |= {"mean": p.times_mean, "std": p.times_std, "low": d.low, "high": d.high}
-    loss = torch_run.compiled(partial(torch_vit.picture_loss, module, **settings), mode)
+    loss = torch_run.compiled(partial(torch_vit.image_loss, module, **settings), mode)
     adamw = torch_vit.optimizer(module, rate=c.learning_rate, b2=c.b2, weight_decay=c.weight_decay)
 
     def narrow_loss(images: Any, y: Any) -> Any:

@@ -1,0 +1,140 @@
+"""Compiles every program of every section for a GPU that is not there, and says what each needs.
+
+    bytes = arguments + results - results in the place of arguments + temporary arrays              (1)
+
+XLA needs a description of the card, `bench/targets/NAME.txtpb`, and the compiler of JAX's CUDA plugin. Kernels are not
+tuned, since that needs the card: matrix products are all cuBLAS's here, where on the card Triton's may win. What does
+not compile here, or does not fit, would not have run there.
+"""
+
+import importlib.util
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.bench.accelerator.record import write_json
+
+TARGETS = Path(__file__).parents[1] / "targets"
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+FRACTION = 0.92  # of the card's memory that a process may take; see `command.environment`
+
+
+def main(card: str, sections: Sequence[str], folder: Path, *, tiny: bool = False) -> None:
+    """Compiles, prints a line for each program, and writes compile_CARD.json.
+
+    Raises:
+      ValueError: the card or the plugin is missing.
+      SystemExit: a program does not compile or does not fit.
+    """
+    text = target(card)
+    prepare()
+    memory = int(re.search(r"device_memory_size: (\d+)", text).group(1))
+    devices = topology(card, text)
+    results, bad = {}, []
+    print(f"For {card}, {memory / 2**30:.1f} GiB:", flush=True)
+    for name, make, options in programs(sections, tiny):
+        try:
+            results[name] = row = compiled(make, devices, options)
+            fits = row["bytes"] <= FRACTION * memory
+            bad += [] if fits else [name]
+            print(f"{name}: {line(row)}{'' if fits else '  DOES NOT FIT'}", flush=True)
+        except Exception as e:
+            results[name] = {"error": f"{type(e).__name__}: {e}"[:3000]}
+            bad.append(name)
+            print(f"{name}: FAILED: {type(e).__name__}: {e!s:.500}", flush=True)
+        write_json(folder / f"compile_{card}.json", results)
+    if bad:
+        raise SystemExit(f"{len(bad)} programs do not compile or do not fit: {', '.join(bad)}")
+
+
+def target(card: str) -> str:
+    """XLA's description of a card.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    file = TARGETS / f"{card}.txtpb"
+    if not file.is_file():
+        known = sorted(p.stem for p in TARGETS.glob("*.txtpb"))
+        raise ValueError(f"--compile_for={card}: no such card is described in {TARGETS.name}/, only {', '.join(known)}")
+    return file.read_text()
+
+
+def prepare() -> None:
+    """Sets the environment that JAX reads when it is imported.
+
+    Raises:
+      ValueError: JAX has no CUDA plugin.
+    """
+    plugins = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
+    if not plugins:
+        from importlib.metadata import version
+
+        package = f"jax-cuda12-plugin[with-cuda]=={version('jax')}"
+        raise ValueError(
+            f"--compile_for needs the compiler of JAX's CUDA plugin (3 GB, no GPU): pip install '{package}', best "
+            "in an environment of its own"
+        )
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = [Path(p) for p in (nvidia.submodule_search_locations if nvidia else [])]
+    libraries = [found.parents[1] for folder in folders for found in folder.glob("*/nvvm/libdevice")]
+    given = ["--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"]
+    given += [f"--xla_gpu_cuda_data_dir={found}" for found in libraries[:1]]
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), *given]))
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def topology(card: str, text: str) -> Any:
+    """The one device to compile for, as a sharding."""
+    import jax
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc(card, "cuda", topology="1x1x1", target_config=text)
+    return jax.sharding.SingleDeviceSharding(found.devices[0])
+
+
+def programs(sections: Sequence[str], tiny: bool) -> Any:
+    """(name, a function that makes the program, options of the compiler) of every program."""
+    from experiments.bench.accelerator.sections import PROGRAMS
+
+    for section in sections:
+        options = {"xla_gpu_deterministic_ops": True} if section == "numbers" else {}
+        for name, make in PROGRAMS[section](tiny).items():
+            yield f"{section}, {name}", make, options
+
+
+def compiled(make: Any, where: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What a program needs on the device, eq. (1), and what it calls."""
+    begin = time.perf_counter()
+    done = make().compile(where, **options)
+    m, text = done.memory_analysis(), done.as_text()
+    held = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return {
+        "seconds": time.perf_counter() - begin,
+        "bytes": held + m.temp_size_in_bytes,
+        "held_bytes": held,
+        "temporary_bytes": m.temp_size_in_bytes,
+        **calls(text),
+    }
+
+
+def calls(text: str) -> dict[str, Any]:
+    """Fusions, library calls and collectives in the text of a compiled program."""
+    return {
+        "fusions": len(re.findall(r" fusion\(", text)),
+        "library_calls": dict(Counter(re.findall(r'custom_call_target="([^"]+)"', text)).most_common()),
+        "collectives": {name: n for name in COLLECTIVES if (n := len(re.findall(rf" {name}(?:-start)?\(", text)))},
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in print."""
+    library = ", ".join(f"{n} {name.removeprefix('__')}" for name, n in row["library_calls"].items()) or "no library"
+    collectives = ", ".join(f"{n} {name}" for name, n in row["collectives"].items()) or "no collectives"
+    gib = lambda name: f"{row[name] / 2**30:.2f}"  # noqa: E731
+    memory = f"{gib('bytes')} GiB ({gib('held_bytes')} held, {gib('temporary_bytes')} temporary)"
+    return f"{row['seconds']:.1f} s, {memory}; {row['fusions']} fusions, {library}, {collectives}"

@@ -1,0 +1,415 @@
+"""The accelerator run at its tiny sizes: every section, the budget, failures, the report; and its PyTorch U-Net."""
+
+import importlib.util
+import json
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion import loss
+from diffusion.models.vit_flops import vit_flops
+from diffusion.process import coefficients
+from experiments import parts
+from experiments.bench.accelerator import command, compile_ahead, image_grid, jobs, peers, record, report, sections
+from experiments.configs import jit_b16, lsun, mnist
+
+ROOT = Path(__file__).parent.parent
+
+
+def ran(folder, section):
+    """One section's tiny run in this process, after the machine's: what it wrote, and the lines of the report."""
+    text = command.run(folder, [section], budget=1e5, tiny=True, start=command.here)
+    results = report.collected(folder)
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert text == (folder / "results.md").read_text() and "Tiny sizes" in text
+    assert f"# Accelerator run: {jax.devices()[0].device_kind}" in text
+    values = results[section]
+    assert not values["errors"] and "error" not in values, values
+    assert set(values["rows"]) == set(values["planned"]) and values["rows"]
+    for row in values["rows"].values():
+        assert all(np.isfinite(v) for v in row.values() if isinstance(v, float))
+        assert "timings" not in row or row["seconds"] == pytest.approx(np.median(row["timings"]))
+    return results, {row.what: row for row in report.rows(results)}
+
+
+def left_out(results, section):
+    return {entry.partition(":")[0] for entry in results[section]["left_out"]}
+
+
+def over(rows, ours, theirs):
+    """The ratio of images per second as it is printed."""
+    return f"{rows[ours]['images_per_second'] / rows[theirs]['images_per_second']:.2f} x"
+
+
+def test_the_training_step_is_set_against_the_matrix_product_and_pytorch(tmp_path):
+    results, lines = ran(tmp_path, "jit_train")
+    rows, name = results["jit_train"]["rows"], "batch 4, xla"
+    assert rows[name]["images_per_second"] == pytest.approx(4 / rows[name]["seconds"])
+    roof = results["machine"]["rows"]["matrix product"]["flops_per_second"]
+    wanted = results["jit_train"]["operations_per_image"] * rows[name]["images_per_second"] / roof
+    assert rows[name]["mfu"] == pytest.approx(wanted)
+    assert rows[name]["bytes"] > 16 * sum(a.size for a in jax.tree.leaves(jobs.params_like(jobs.jit_b16(tiny=True))))
+    assert lines[f"{name}: share of the matrix product"].aim == "at least 50 %"
+    assert "attention by cuDNN" in left_out(results, "jit_train")
+    if importlib.util.find_spec("torch"):
+        same = rows["PyTorch is the same network"]
+        assert max(same["output"], same["gradient"]) < peers.TOLERANCE
+        assert lines[f"{name}: speed over compiled PyTorch"].value == over(rows, name, "PyTorch, batch 4")
+    else:
+        assert "PyTorch" in left_out(results, "jit_train")
+
+
+def test_sampling_is_set_against_pytorch(tmp_path):
+    results, lines = ran(tmp_path, "jit_sample")
+    rows, name = results["jit_sample"]["rows"], "batch 2, xla"
+    # Two steps of Heun: three evaluations, each with and without the label.
+    job = jobs.jit_b16(tiny=True)
+    operations = 6 * vit_flops(job.shape[:2], job.shape[2], **job.fields)
+    assert rows[name]["flops_per_second"] == pytest.approx(operations * rows[name]["images_per_second"])
+    if importlib.util.find_spec("torch"):
+        assert lines[f"{name}: speed over compiled PyTorch"].value == over(rows, name, "PyTorch, batch 2")
+
+
+def test_the_unet_is_set_against_pytorch_and_a_network_without_patches(tmp_path):
+    results, lines = ran(tmp_path, "unet")
+    rows = results["unet"]["rows"]
+    for kind in ("training", "sampling"):
+        patched, plain = (rows[f"{kind}, {name}"] for name in ("32 px, P = 4", "8 px, P = 1"))
+        time_, memory = (lines[f"{kind}, 32 px, P = 4 over 8 px, P = 1: {what}"] for what in ("time", "memory"))
+        assert (time_.value, time_.aim) == (f"{patched['seconds'] / plain['seconds']:.3f}", "1.0")
+        assert memory.value == f"{patched['bytes'] / plain['bytes']:.3f}"
+    if importlib.util.find_spec("torch"):
+        same, name = rows["PyTorch is the same network"], "training, 32 px, P = 4"
+        assert max(same["output"], same["gradient"]) < peers.TOLERANCE
+        assert lines[f"{name}: speed over compiled PyTorch"].value == over(rows, name, f"PyTorch, {name}")
+
+
+def test_patches_are_set_against_a_copy_of_the_tokens(tmp_path):
+    results, lines = ran(tmp_path, "patch")
+    rows = results["patch"]["rows"]
+    cut, copied = rows["patchify, 10 every 6"], rows["copy of the tokens, 10 every 6"]
+    assert cut["bytes"] == sections.COPIES * 4 * 2 * 3 * (28**2 + 16 * 100)
+    assert cut["over_copy"] == pytest.approx(cut["bytes_per_second"] / copied["bytes_per_second"])
+    assert lines["patchify, P = 4"].aim == "at least 0.8 of a copy"
+    assert lines["copy"].value == f"{results['machine']['rows']['copy']['bytes_per_second'] / 1e9:.3g} GB/s"
+
+
+def test_the_main_job_is_measured_with_several_steps_a_dispatch(tmp_path):
+    results, lines = ran(tmp_path, "digits")
+    several = results["digits"]["rows"]["10 steps a dispatch"]
+    assert several["seconds_for_3600_steps"] == pytest.approx(360 * several["seconds"])
+    assert "3,600 steps" in lines["main job, 1 step a dispatch"].value
+
+
+def test_numbers_hold_on_this_machine(tmp_path):
+    results, lines = ran(tmp_path, "numbers")
+    rows = results["numbers"]["rows"]
+    gradients = rows["gradients, bfloat16 against float32"]
+    assert 0 < gradients["relative_difference"] < 0.1 and "block_0" in gradients["by_module"]
+    assert rows["JiT-B/16's step twice"]["equal"]
+    assert rows["samples in two batch sizes"]["max_difference_of_255"] <= 1
+    assert lines["JiT-B/16's step twice, operations as they are"].met
+
+
+def test_the_short_training_ends_with_samples_to_look_at(tmp_path):
+    results, _ = ran(tmp_path, "training")
+    row = results["training"]["rows"]["JiT, tiny"]
+    assert row["steps"] == 8 and len(row["loss"]) == 2 and row["images"] == "made"
+    for name in row["written"]:
+        assert decoded((tmp_path / name).read_bytes()).shape == (2 + 18, 2 + 9 * 18, 3)
+
+
+def decoded(png):
+    """A PNG of `images.png`, by its chunks."""
+    width, height = struct.unpack(">II", png[16:24])
+    at = png.index(b"IDAT")
+    (length,) = struct.unpack(">I", png[at - 4 : at])
+    lines = np.frombuffer(zlib.decompress(png[at + 4 : at + 4 + length]), np.uint8).reshape(height, 1 + 3 * width)
+    return lines[:, 1:].reshape(height, width, 3)
+
+
+def test_a_grid_of_images_is_a_png_that_others_read(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    x = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), np.uint8)
+    image_grid.save_grid(tmp_path / "grid.png", x, 2)
+    canvas = np.asarray(image.open(tmp_path / "grid.png"))
+    assert canvas.shape == (2 + 2 * 6, 2 + 2 * 7, 3) and (canvas == decoded((tmp_path / "grid.png").read_bytes())).all()
+    np.testing.assert_array_equal(canvas[2:6, 9:14], x[1])
+
+
+def test_made_images_show_their_labels():
+    x, labels = image_grid.made(40, 32)
+    again, _ = image_grid.made(40, 32)
+    assert x.shape == (40, 32, 32, 3) and (x == again).all() and set(labels) <= set(range(9))
+    centre = x[:, 12:20, 12:20].reshape(40, -1, 3).astype(int)
+    # The colour of the label is the strongest somewhere in the middle, by far.
+    contrast = [(c[:, k] - np.delete(c, k, 1).max(1)).max() for c, k in zip(centre, labels % 3, strict=True)]
+    assert np.median(contrast) > 80
+
+
+def test_given_images_are_read_and_others_are_refused(tmp_path):
+    x, y = image_grid.made(16, 16)
+    np.savez(tmp_path / "given.npz", x, y)
+    read, labels = image_grid.load(str(tmp_path / "given.npz"))
+    assert (read == x).all() and (labels == y).all() and labels.dtype == np.int32
+    np.savez(tmp_path / "bare.npz", x)
+    assert image_grid.load(str(tmp_path / "bare.npz"))[1] is None
+    np.savez(tmp_path / "grey.npz", x[..., 0])
+    with pytest.raises(ValueError, match=r"arr_0 must be uint8 \[N, H, W, 3\], not uint8 \(16, 16, 16\)"):
+        image_grid.load(str(tmp_path / "grey.npz"))
+    with pytest.raises(ValueError, match="there is no such file"):
+        command.run(tmp_path, ["training"], budget=9, tiny=True, images="nowhere.npz", start=command.here)
+
+
+def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
+    def broken(record):
+        record.run({"first": record_attempt(lambda: {"fine": 1}), "second": record_attempt(lambda: 1 / 0)})
+        raise RuntimeError("the section broke")
+
+    monkeypatch.setitem(sections.OURS, "patch", broken)
+    monkeypatch.setitem(sections.OURS, "digits", lambda record: record.run({"next": record_attempt(dict)}))
+    text = command.run(tmp_path, ["patch", "digits"], budget=1e5, tiny=True, start=command.here)
+    values = record.read(tmp_path, "patch")
+    assert values["rows"]["first"]["fine"] == 1 and "ZeroDivisionError" in values["errors"]["second"]
+    assert "the section broke" in values["error"]
+    assert "ZeroDivisionError" in text and "the section broke" in text
+    assert list(record.read(tmp_path, "digits")["rows"]) == ["next"]
+    assert "| patch | its JSON cannot be put into words | KeyError" in text
+
+
+def record_attempt(measure):
+    return record.Attempt(0, measure)
+
+
+def test_a_budget_that_is_used_up_leaves_sections_out_and_says_so(tmp_path):
+    text = command.run(tmp_path, report.SECTIONS, budget=0, tiny=True, start=command.here)
+    for name in report.SECTIONS:
+        values = record.read(tmp_path, name)
+        assert not values["rows"] and "all of it: the budget was used up" in values["left_out"]
+        assert f"- {name}: all of it: the budget was used up" in text
+
+
+def test_an_attempt_too_long_for_what_is_left_is_left_out(tmp_path):
+    short = record.Record(tmp_path, "patch", time.time() + 30)
+    short.run({"long": record.Attempt(60, dict), "short": record.Attempt(1, dict)})
+    assert list(short.values["rows"]) == ["short"]
+    assert short.values["left_out"][0].startswith("long: about 60 s needed, ")
+
+
+def test_shares_that_are_not_used_go_to_those_that_follow(tmp_path):
+    asked = []
+    start = lambda task, record, grace: asked.append((task.section, record.left()))  # noqa: E731
+    command.run(tmp_path, ["patch", "training"], budget=100, tiny=True, start=start)
+    given = dict(asked)
+    assert given["machine"] == pytest.approx(100 * 22 / 80, abs=1)
+    assert given["training"] == pytest.approx(100, abs=1)
+
+
+def test_a_process_that_hangs_is_ended_and_what_it_planned_is_left_out(tmp_path, monkeypatch):
+    script = "import sys, time; print('begun', flush=True); time.sleep(600)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen([sys.executable, "-c", script], **options))
+    late = record.Record(tmp_path, "patch", time.time() + 2)
+    late.values["planned"] = ["patchify"]
+    late.save()
+    begin = time.time()
+    command.in_process(command.Task("patch", command.OURS, 1), late, 0)
+    values = record.read(tmp_path, "patch")
+    assert time.time() - begin < 60 and "its share of the budget being used up" in values["error"]
+    assert "begun" in values["error"] and values["left_out"] == ["patchify: not reached"]
+
+
+def test_as_a_command_without_an_accelerator_or_optional_packages(tmp_path):
+    """As users type it, every package blocked that a device image may lack; each section a process of its own."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {MISSING!r}:\n"
+        "            raise ModuleNotFoundError(f'blocked: {name}', name=name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+    )
+    out = tmp_path / "out"
+    arguments = ["--only=patch", f"--out={out}", "--budget_s=200"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.bench.accelerator", *arguments],
+        cwd=ROOT,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "JAX_PLATFORMS": "cpu",
+            "HOME": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "This machine has no accelerator" in done.stdout and "| patch | patchify, P = 4 |" in done.stdout
+    assert len(record.read(out, "patch")["rows"]) == 8
+
+
+MISSING = (
+    "ml_collections",
+    "tensorflow_datasets",
+    "orbax",
+    "PIL",
+    "tqdm",
+    "matplotlib",
+    "mlxtend",
+    "torch",
+    "safetensors",
+)
+
+
+def test_sections_and_cards_that_are_not_there_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"--only=jit: \['jit'\] are not among machine, jit_train"):
+        command.chosen(["jit"])
+    assert command.chosen(["training", "unet"]) == ("unet", "training")
+    with pytest.raises(ValueError, match="no such card is described in targets/, only h100"):
+        compile_ahead.target("abacus")
+    monkeypatch.setattr(compile_ahead.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'jax-cuda12-plugin\[with-cuda\]=="):
+        compile_ahead.prepare()
+
+
+def test_programs_are_compiled_ahead_at_their_full_size():
+    """Those that are quickly made are traced, which is where a wrong shape or field is found; none is compiled."""
+    for name, make, options in compile_ahead.programs(report.SECTIONS, tiny=False):
+        assert bool(options) == name.startswith("numbers")
+        if name.startswith(("machine", "patch", "digits, 1 step")):
+            program = make()
+            jax.eval_shape(program.function, *program.args)
+
+
+def test_the_text_of_a_program_is_counted():
+    text = """
+      %fusion.1 = f32[2]{0} fusion(%a), kind=kLoop
+      %c.1 = (f32[2]{0}, s8[4]{0}) custom-call(%fusion.1), custom_call_target="__cublas$gemm"
+      %c.2 = f32[2]{0} custom-call(%c.1), custom_call_target="__cublas$gemm"
+      %r.1 = f32[2]{0} all-reduce-start(%c.2)
+    """
+    assert compile_ahead.calls(text) == {
+        "fusions": 1,
+        "library_calls": {"__cublas$gemm": 2},
+        "collectives": {"all-reduce": 1},
+    }
+
+
+CONFIGS = {
+    "jit_b16": (jit_b16.get_config, jobs.jit_b16, (256, 256, 3), 1000),
+    "lsun": (lsun.get_config, jobs.lsun, (256, 256, 3), 0),
+    "digits": (mnist.get_config, jobs.digits, (28, 28, 1), 10),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_jobs_are_the_configs_of_the_same_names(name):
+    get_config, make, shape, classes = CONFIGS[name]
+    config, job = get_config(), make()
+    run = parts.resolve(config, parts.DataSpec(shape, tuple(map(str, range(classes)))))
+    assert (job.shape, job.num_classes, job.ema) == (run.spec.shape, classes, config.train.ema[0])
+    wanted = jax.eval_shape(lambda: parts.init_params(run))
+    assert jax.tree.map(lambda a: a.shape, jobs.params_like(job)) == jax.tree.map(lambda a: a.shape, wanted)
+    np.testing.assert_allclose(job.grid, run.grid[-len(job.grid) :])
+    t = jnp.linspace(0.05, 0.95, 5)
+    for ours, theirs in zip(job.path(t), run.path(t), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    coef = coefficients(job.path, t)
+    np.testing.assert_array_equal(job.weight(coef), run.weight(coef))
+    np.testing.assert_array_equal(*(times(jax.random.key(0), 64) for times in (job.times, run.times)))
+    # One step of each optimiser from the same gradients.
+    params = jax.tree.map(jnp.ones_like, jobs.random_params(small(wanted)))
+    steps = [o.update(params, o.init(params), params)[0] for o in (job.optimizer, run.optimizer)]
+    jax.tree.map(np.testing.assert_array_equal, *steps)
+
+
+def small(like):
+    """The same tree with short axes, for an optimiser that knows names and ranks only."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(tuple(min(n, 2) for n in a.shape), a.dtype), like)
+
+
+@pytest.fixture(scope="module")
+def torch_unet():
+    """Our U-Net and the one in PyTorch with its parameters, tiny, and a batch."""
+    torch = pytest.importorskip("torch")
+    from experiments.bench import torch_patch_unet
+
+    job = jobs.lsun(tiny=True, dtype=jnp.float32, channel_mult=(1.0, 2.0))
+    params = jobs.random_params(jobs.params_like(job))
+    module = torch_patch_unet.copy_params(torch_patch_unet.UNet(32, 3, **job.fields), params)
+    rng = np.random.default_rng(0)
+    x0, eps = rng.uniform(-1, 1, (4, 32, 32, 3)).astype(np.float32), rng.standard_normal((4, 32, 32, 3), np.float32)
+    return torch, torch_patch_unet, job, params, module, x0, eps
+
+
+def test_the_pytorch_unet_has_our_loss_at_both_ends_of_the_chain(torch_unet):
+    torch, peer, job, params, module, x0, eps = torch_unet
+    i = np.array([1, 2, 500, 1000])
+    drawn = loss.Draw(jnp.asarray(i / 1000, jnp.float32), jnp.asarray(eps))
+    value, grads = jax.jit(jax.value_and_grad(lambda p: jobs.loss_at(job, p, drawn, x0, None)))(params)
+    module.zero_grad()
+    theirs = peer.loss_at(module, peer.linear_chain("cpu"), *map(torch.from_numpy, (x0, i, eps)))
+    theirs.backward()
+    assert theirs.item() == pytest.approx(float(value), rel=1e-4)
+    slopes = peer.copy_params(peer.UNet(32, 3, **job.fields), jax.tree.map(np.asarray, grads))
+    pairs = [(p.grad, g) for p, g in zip(module.parameters(), slopes.parameters(), strict=True)]
+    assert sum((a - b).square().sum() for a, b in pairs) < 1e-6 * sum(b.square().sum() for _, b in pairs)
+
+
+def test_the_pytorch_unet_samples_as_ours_without_noise(torch_unet, monkeypatch):
+    """Both samplers from the same start, the noise of every step taken for zero."""
+    torch, peer, job, params, module, _, eps = torch_unet
+    from diffusion import sample
+
+    steps = [1000, 600, 200, 1, 0]
+    monkeypatch.setattr(sample, "normal", lambda keys, like: jnp.zeros_like(like))
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    denoise = job.guided(lambda xt, t, y: job.model.apply(params, xt, t))
+    grid = np.array(steps) / 1000
+    x = sample.sample(
+        jax.random.key(0), denoise, job.path, jnp.asarray(eps), grid, prediction="x0", sampler=job.sampler
+    )
+    theirs = peer.sample(module, peer.linear_chain("cpu"), torch.from_numpy(eps), steps).numpy()
+    ours = np.round((np.clip(x, -1, 1) + 1) * 127.5)
+    assert abs(ours - theirs).max() <= 1 and theirs.std() > 1
+
+
+def test_a_unet_that_pytorch_lacks_is_refused(torch_unet):
+    _, peer, job, params, *_ = torch_unet
+    with pytest.raises(ValueError, match="do not halve evenly"):
+        peer.UNet(20, 3, **job.fields)
+    with pytest.raises(ValueError, match="learned_variance='head' only"):
+        peer.UNet(32, 3, **job.fields | {"learned_variance": "none"})
+    with pytest.raises(ValueError, match="no counterpart"):
+        peer.copy_params(peer.UNet(32, 3, **job.fields), {"more": np.zeros(1), **params})
+
+
+def test_the_pytorch_sampler_of_the_transformer_is_ours():
+    torch = pytest.importorskip("torch")
+    from diffusion import sample
+
+    job = jobs.jit_b16(tiny=True, dtype=jnp.float32)
+    network = lambda x, t, y: x * t[:, None, None, None] + 0.01 * y[:, None, None, None]  # noqa: E731
+    x1 = np.random.default_rng(0).standard_normal((3, *job.shape), np.float32)
+    y, grid = np.array([0, 1, 2], np.int32), np.linspace(1, 0, 4)
+    settings = dict(prediction="x0", sampler=job.sampler)
+    ours = sample.sample(
+        jax.random.key(0), job.guided(network), job.path, jnp.asarray(x1), grid, jnp.asarray(y), **settings
+    )
+    scales = [2.9 if t <= 0.9 else 1.0 for t in grid]
+    start = torch.from_numpy(x1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "randn", lambda *shape, device: start)
+        theirs = peers.heun(
+            torch, network, torch.from_numpy(y), job.shape, grid.tolist(), job.num_classes, scales
+        ).numpy()
+    assert abs(np.round((np.clip(ours, -1, 1) + 1) * 127.5) - theirs).max() <= 1 and theirs.std() > 1
