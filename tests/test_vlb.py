@@ -101,7 +101,7 @@ def test_parts_add_up(images, exact):
     np.testing.assert_allclose(half.prior, expected, rtol=1e-3)
 
 
-def test_a_image_is_coded_alike_among_others(images):
+def test_an_image_is_coded_alike_among_others(images):
     keys, denoise = sample_keys(jax.random.key(1), jnp.arange(4)), gaussian_denoiser("x0")
     chain, kind = respaced_grid("5", 200), {"prediction": "x0", "variance": "fixed_large"}
     together = bits_per_dim(keys, denoise, PATH, images[:4], chain, **kind).total
