@@ -93,7 +93,7 @@ def test_the_decoder_of_a_gaussian_is_that_in_closed_form(images):
 def test_parts_add_up(images, exact):
     assert exact.terms.shape == exact.x0_mse.shape == exact.eps_mse.shape == (200, 8)
     assert (exact.prior > 0).all() and (exact.prior < 1e-3).all() and exact.terms[-1].mean() > 1
-    # From halfway much of a image is left, and coding that is the prior's part.
+    # From halfway much of an image is left, and coding that is the prior's part.
     half = bits_per_dim(jax.random.key(0), gaussian_denoiser("eps"), PATH, images, np.array([0.5, 0.2, 0.0]), **KIND)
     np.testing.assert_allclose(half.total, half.prior + half.terms.sum(0), rtol=1e-5)
     alpha, sigma = (float(a) for a in PATH(jnp.float32(0.5)))
