@@ -93,15 +93,15 @@ def test_published_losses(file):
     chain = load(file)
     v, (t, _) = chain.values, chain.now
     learned = chain.variance.startswith("learned")
-    value, parts = losses.loss_at(
-        losses.Draw(t, jnp.asarray(v["eps"])),
-        chain.denoise,
-        chain.path,
-        jnp.asarray(v["x0"]),
+    run = partial(
+        losses.loss_at,
+        denoise=chain.denoise,
+        path=chain.path,
         prediction=chain.prediction,
         weight=losses.weighting(chain.weighting, chain.prediction) if chain.weighting else None,
         vlb=Vlb(chain.grid, chain.variance) if learned else None,
     )
+    value, parts = jax.jit(lambda eps, x0: run(losses.Draw(t, eps), x0=x0))(v["eps"], v["x0"])
     close(value, v["loss"])
     close(value - parts["vlb"] if learned else value, v["mse"])
     if learned:
@@ -118,17 +118,27 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
-def test_weightings_are_published_functions_of_snr_on_the_error_of_x0(x0, name, prediction):
+def test_weightings_are_published_functions_of_snr_on_the_error_of_x0(x0, prediction):
     path, t = VP(linear_betas(1000)), jnp.linspace(0.05, 0.9, 64)
     wrong = oracle(path, prediction, x0, 0.3)
-    drawn = losses.Draw(t, jax.random.normal(jax.random.key(2), x0.shape))
-    weight = losses.weighting(name, prediction)
-    ours, _ = losses.loss_at(drawn, wrong, path, x0, prediction=prediction, weight=weight)
-    direct, _ = losses.loss_at(drawn, convert(wrong, path, prediction, "x0"), path, x0, prediction="x0")
-    alpha, sigma = (np.asarray(a, np.float64) for a in path(t))
-    np.testing.assert_allclose(ours, PUBLISHED[name]((alpha / sigma) ** 2) * direct, rtol=2e-3)
+    sampled = losses.Draw(t, jax.random.normal(jax.random.key(2), x0.shape))
+
+    @jax.jit
+    def run(sampled):
+        ours = {
+            name: losses.loss_at(
+                sampled, wrong, path, x0, prediction=prediction, weight=losses.weighting(name, prediction)
+            )[0]
+            for name in PUBLISHED
+        }
+        as_x0 = convert(wrong, path, prediction, "x0")
+        return ours, losses.loss_at(sampled, as_x0, path, x0, prediction="x0")[0], path(sampled.t)
+
+    ours, direct, (alpha, sigma) = run(sampled)
+    snr = (np.asarray(alpha, np.float64) / np.asarray(sigma, np.float64)) ** 2
+    for name, published in PUBLISHED.items():
+        np.testing.assert_allclose(ours[name], published(snr) * direct, rtol=2e-3, err_msg=name)
 
 
 def test_plain_errors_are_weightings():
@@ -164,54 +174,59 @@ def test_the_sigmoid_weighting_does_not_depend_on_the_clock():
     np.testing.assert_allclose(weight(coef), speed / (1 + np.exp(logsnr + 1)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "sigmoid"])
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
-def test_weightings_are_finite_at_both_ends(name, prediction):
-    assert np.isfinite(losses.weighting(name, prediction)(coefficients(Linear(), jnp.array([0.0, 1.0])))).all()
+def test_weightings_are_finite_at_both_ends(prediction):
+    coef = coefficients(Linear(), jnp.array([0.0, 1.0]))
+    for name in (*PUBLISHED, "sigmoid"):
+        assert np.isfinite(losses.weighting(name, prediction)(coef)).all(), name
 
 
 def learner(params, xt, t, y):
     return WithVariance(params["pred"] * xt, params["v"] * xt)
 
 
-def bounded(params, x0, **options):
-    chain = np.arange(20, -1, -1) / 20
-    vlb = Vlb(chain, "learned_range", **options)
-    drawn = losses.Draw(jnp.tile(jnp.array([0.05, 0.5, 0.9, 1.0]), 16), jax.random.normal(jax.random.key(3), x0.shape))
-    return losses.loss_at(
-        drawn, lambda *at: learner(params, *at), VP(linear_betas(20)), x0 / 4, prediction="eps", vlb=vlb
-    )
+def variational(params, x0, **options):
+    vlb = Vlb(np.arange(20, -1, -1) / 20, "learned_range", **options)
+    t = jnp.tile(jnp.array([0.05, 0.5, 0.9, 1.0]), 16)
+
+    @jax.jit
+    def run(params, x0):
+        sampled = losses.Draw(t, jax.random.normal(jax.random.key(3), x0.shape))
+        denoise = lambda xt, t, y: learner(params, xt, t, y)  # noqa: E731
+        return losses.loss_at(sampled, denoise, VP(linear_betas(20)), x0 / 4, prediction="eps", vlb=vlb)
+
+    return run(params, x0)
 
 
-def test_the_bound_trains_the_variance_and_leaves_the_prediction_to_the_squared_error(x0):
+def test_the_variational_term_trains_the_variance_and_leaves_the_prediction_to_the_squared_error(x0):
     params = {"pred": jnp.float32(0.4), "v": jnp.float32(0.1)}
-    grads = jax.grad(lambda p: bounded(p, x0)[0].mean())(params)
-    plain = jax.grad(lambda p: bounded(p, x0)[1]["mse"].mean())(params)
+    grads = jax.jit(jax.grad(lambda p: variational(p, x0)[0].mean()))(params)
+    plain = jax.jit(jax.grad(lambda p: variational(p, x0)[1]["mse"].mean()))(params)
     np.testing.assert_allclose(grads["pred"], plain["pred"], rtol=1e-5)
     assert grads["v"] != 0 and plain["v"] == 0
 
 
-def test_rescaled_and_lone_bounds(x0):
+def test_a_variational_term_has_a_weight_or_is_the_whole_loss(x0):
     params = {"pred": jnp.float32(0.4), "v": jnp.float32(0.1)}
-    value, parts = bounded(params, x0)
+    value, parts = variational(params, x0)
     np.testing.assert_allclose(value, parts["mse"] + parts["vlb"], rtol=1e-6)
-    rescaled, _ = bounded(params, x0, weight=20 / 1000)
+    rescaled, _ = variational(params, x0, weight=20 / 1000)
     np.testing.assert_allclose(rescaled, parts["mse"] + 0.02 * parts["vlb"], rtol=1e-6)
-    lone, _ = bounded(params, x0, weight=20.0, only=True)
+    lone, _ = variational(params, x0, weight=20.0, only=True)
     np.testing.assert_allclose(lone, 20 * parts["vlb"], rtol=1e-6)
-    assert jax.grad(lambda p: bounded(p, x0, only=True)[0].mean())(params)["pred"] != 0
+    assert jax.grad(lambda p: variational(p, x0, only=True)[0].mean())(params)["pred"] != 0
 
 
-def test_the_bound_of_a_respaced_chain_steps_to_the_next_time_kept(x0):
+def test_the_variational_term_of_a_respaced_chain_steps_to_the_next_time_kept(x0):
     """Steps by their own indices: with the whole chain's next time the term would be another."""
     path, chain = VP(linear_betas(100)), respaced_grid("5", 100)
     t = jnp.full(64, chain[2])
-    drawn = losses.Draw(t, jax.random.normal(jax.random.key(3), x0.shape))
+    sampled = losses.Draw(t, jax.random.normal(jax.random.key(3), x0.shape))
 
     def term(grid):
         vlb = Vlb(grid, "fixed_large", only=True)
         denoise = lambda xt, t, y: 0.5 * xt  # noqa: E731
-        return losses.loss_at(drawn, denoise, path, x0 / 4, prediction="x0", vlb=vlb)[0]
+        return losses.loss_at(sampled, denoise, path, x0 / 4, prediction="x0", vlb=vlb)[0]
 
     np.testing.assert_array_equal(term(chain), term(np.array([1.0, chain[2], chain[3], 0.0])))
     assert (term(chain) > 5 * term(respaced_grid("", 100))).all()
@@ -220,7 +235,7 @@ def test_the_bound_of_a_respaced_chain_steps_to_the_next_time_kept(x0):
 def test_what_a_variational_term_cannot_do_is_refused(x0):
     learned = lambda xt, t, y: WithVariance(xt, xt)  # noqa: E731
     plain = lambda xt, t, y: xt  # noqa: E731
-    drawn = losses.Draw(jnp.full(64, 0.5), x0)
+    sampled = losses.Draw(jnp.full(64, 0.5), x0)
     vlb = Vlb(np.array([1.0, 0.5, 0.0]), "learned_range")
     for denoise, options, message in (
         (learned, {}, "nothing would train"),
@@ -230,15 +245,15 @@ def test_what_a_variational_term_cannot_do_is_refused(x0):
         (learned, {"vlb": vlb._replace(chain=np.array([1.0, 0.5]))}, "ends at 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            losses.loss_at(drawn, denoise, Linear(), x0, prediction="x0", **options)
+            losses.loss_at(sampled, denoise, Linear(), x0, prediction="x0", **options)
 
 
 def test_a_batch_can_be_cut_after_drawing(key, x0):
     denoise = lambda xt, t, y: jnp.tanh(xt) * t[:, None, None]  # noqa: E731
-    drawn = losses.draw(key, x0, antithetic_times)
-    whole, _ = losses.loss_at(drawn, denoise, Linear(), x0, prediction="v")
+    sampled = losses.draw(key, x0, antithetic_times)
+    whole, _ = losses.loss_at(sampled, denoise, Linear(), x0, prediction="v")
     parts = [
-        losses.loss_at(jax.tree.map(lambda a, i=i: a[i::4], drawn), denoise, Linear(), x0[i::4], prediction="v")[0]
+        losses.loss_at(jax.tree.map(lambda a, i=i: a[i::4], sampled), denoise, Linear(), x0[i::4], prediction="v")[0]
         for i in range(4)
     ]
     np.testing.assert_allclose(jnp.stack(parts, 1).reshape(-1), whole, rtol=1e-6)
@@ -247,8 +262,8 @@ def test_a_batch_can_be_cut_after_drawing(key, x0):
 def test_loss_is_a_draw_and_its_value_there(x0):
     denoise = lambda xt, t, y: jnp.tanh(xt)  # noqa: E731
     value, _ = losses.loss(jax.random.key(5), denoise, Linear(), x0, prediction="x0", times=grid_times(10))
-    drawn = losses.draw(jax.random.key(5), x0, grid_times(10))
-    np.testing.assert_array_equal(value, losses.loss_at(drawn, denoise, Linear(), x0, prediction="x0")[0])
+    sampled = losses.draw(jax.random.key(5), x0, grid_times(10))
+    np.testing.assert_array_equal(value, losses.loss_at(sampled, denoise, Linear(), x0, prediction="x0")[0])
 
 
 def test_importance_weights_multiply_the_loss_but_not_what_is_reported(x0):
