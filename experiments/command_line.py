@@ -13,7 +13,7 @@ from typing import get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from experiments.config import Config, fields
+from experiments.config import Config, Network, fields
 
 _CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = _CONFIGS / "mnist.py"
@@ -27,18 +27,19 @@ def define_config(argv: list[str]) -> None:
     """Defines --config, and a flag for every field of it that `argv` sets.
 
     Raises:
-      ValueError: there is no such field; the nearest one is named.
+      ValueError: there is no such field; the nearest one is named, or the fields of the config's network.
       FileNotFoundError: there is no such config file.
     """
     _NONE.clear()
-    known = fields(chosen_config(argv))
+    config = chosen_config(argv)
+    known = fields(config)
     for argument in list(argv[1:]):
         name, _, value = argument.lstrip("-").partition("=")
         field = name.removeprefix("no").removeprefix("config.")
         if not argument.startswith("-") or not name.removeprefix("no").startswith("config."):
             continue
         if field not in known:
-            raise ValueError(f"there is no field --config.{field}; the nearest is --config.{nearest(field, known)}")
+            raise ValueError(f"there is no field --config.{field}; {instead(field, config)}")
         if value == "None" and type(None) in get_args(known[field]):
             _NONE.append(field)
             argv.remove(argument)
@@ -95,6 +96,18 @@ def check_lists(config: Config) -> None:
         if kinds and value is not None and not all(isinstance(v, kinds) for v in value):
             example = {float: "(1, 1.5)", int: "(16, 8)", str: "('sincos', 'rotary')"}[element]
             raise ValueError(f"--config.{name}={value} must list values of type {element.__name__}, as in {example}")
+
+
+def instead(field: str, config: Config) -> str:
+    """What to pass instead of a field that this config does not have."""
+    section, _, name = field.rpartition(".")
+    others = [kind.__name__ for kind in get_args(Network) if section == "model" and name in fields(kind())]
+    if others:
+        own = type(config.model).__name__
+        return (
+            f"{name} belongs to {' and '.join(others)}, and config.model is a {own}: {', '.join(fields(config.model))}"
+        )
+    return f"the nearest is --config.{nearest(field, fields(config))}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.grids import uniform_grid
 from diffusion.patch import patchify, unpatchify
 from diffusion.process import Geometric, noise
 from diffusion.sample import ddim, sample
-from diffusion.grids import uniform_grid
 
 FILES = sorted((Path(__file__).parent / "data").glob("blog_*.npz"))
 
@@ -42,7 +42,7 @@ def test_recomposition(vectors):
     np.testing.assert_allclose(back, v["recomposed"], atol=1e-5 * np.abs(v["recomposed"]).max())
 
 
-def test_noising_exactly(vectors):
+def test_noise_is_added_exactly(vectors):
     config, _, v = vectors
     with jax.enable_x64(True):
         path = Geometric(config["alpha"], config["n_max"])
@@ -65,8 +65,8 @@ def test_a_whole_sampling_run(vectors, x64):
             level = jnp.broadcast_to(path(t)[0][:, None, None], (*tokens.shape[:2], 1))
             return unpatchify(jnp.tanh(jnp.concatenate([tokens, level], -1) @ weights), xt.shape[1:-1], **geometry)
 
-        draw = partial(sample, prediction="eps", step=ddim(overstep=config["step_size"]))
+        run = partial(sample, prediction="eps", sampler=ddim(overstep=config["step_size"]))
         start = jnp.asarray(v["init"], float)[None, ..., None]
-        x0 = draw(jax.random.key(0), denoise, path, start, uniform_grid(config["steps"]))[0, ..., 0]
+        x0 = run(jax.random.key(0), denoise, path, start, uniform_grid(config["steps"]))[0, ..., 0]
     tolerance = 1e-10 if x64 else 1e-5
     np.testing.assert_allclose(x0, v["sample"], rtol=0, atol=tolerance * np.abs(v["sample"]).max())

@@ -149,7 +149,11 @@ def check_names(network: Any, task: Task, **literals: Any) -> None:
     if task.num_classes and not kind.conditional:
         raise ValueError(f"num_classes={task.num_classes}: {kind.__name__} is unconditional, use it without labels")
     dtype = getattr(network, "dtype", "float32")
-    if jnp.dtype(dtype).name not in kind.dtypes:
+    try:
+        known = jnp.dtype(dtype).name in kind.dtypes
+    except TypeError:  # no dtype at all
+        known = False
+    if not known:
         raise ValueError(f"dtype={dtype!r} is not one of {kind.dtypes}, in which {kind.__name__} can compute")
 
 

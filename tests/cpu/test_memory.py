@@ -1,4 +1,4 @@
-"""What surrounds a long job: memory that is kept between steps."""
+"""Memory that is kept between steps, where the C library is glibc."""
 
 import platform
 import subprocess
@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
-from experiments import session
+from diffusion.cpu import memory
 
 FAULTS = """
 import resource, sys
 import jax
-from experiments import session
+from diffusion.cpu.memory import keep_memory
 
 if sys.argv[1] == "kept":
-    session.keep_memory()
+    keep_memory()
 
 # 100 MB that exist only while it runs
 @jax.jit
@@ -43,6 +43,6 @@ def test_memory_that_was_freed_is_there_again_without_page_faults():
 
 def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(session.ctypes, "CDLL", lambda name: pytest.fail("there may be no mallopt"))
-    monkeypatch.setattr(session.jax.config, "update", lambda *_: pytest.fail("nothing is gained by waiting"))
-    session.keep_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("there may be no mallopt"))
+    monkeypatch.setattr(memory.jax.config, "update", lambda *_: pytest.fail("nothing is gained by waiting"))
+    memory.keep_memory()

@@ -1,7 +1,5 @@
 """experiments.convert: published weights become a run that the other commands take up."""
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -15,8 +13,8 @@ from absl import flags
 from absl.testing import flagsaver
 
 from diffusion.io import checkpoint, stored_config
-from diffusion.pretrained import layouts
 from diffusion.models.vit import ViT
+from diffusion.pretrained import layouts
 from experiments import config as configs
 from experiments import convert, objective, parts
 from experiments.parts import DataSpec
@@ -66,14 +64,13 @@ def dit(config: configs.Config, classes: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def converted(tmp_path_factory) -> Path:
     """A converted run, made by the command line."""
     folder = tmp_path_factory.mktemp("convert")
     np.savez(folder / "dit.npz", **dit(tiny(), 3))
     (folder / "classes.txt").write_text("ant\nbee\ncat\n")
     (folder / "config.py").write_text(
-        "from experiments.config import *\nfrom diffusion.models.vit import ViT\n"
-        f"def get_config(): return {tiny()!r}\n"
+        f"from experiments.config import *\nfrom diffusion.models.vit import ViT\ndef get_config(): return {tiny()!r}\n"
     )
     command = f"""{sys.executable} -m experiments.convert --source={folder}/dit.npz --layout=dit
         --config={folder}/config.py --classes={folder}/classes.txt --workdir={folder}/run"""
@@ -83,11 +80,12 @@ def run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def test_the_run_describes_itself_and_holds_the_weights(run):
-    config, spec = RunDir(run).stored()
+def test_the_run_describes_itself_and_holds_the_weights(converted):
+    config, spec = RunDir(converted).stored()
     assert config == tiny() and spec == DataSpec((8, 8, 1), ("ant", "bee", "cat"))
-    ema, step = checkpoint.restore_ema(run / "checkpoints")
-    like = jax.eval_shape(lambda: parts.init_params(parts.resolve(config, spec)))
+    ema, step = checkpoint.restore_ema(converted / "checkpoints")
+    run = parts.resolve(config, spec)
+    like = jax.eval_shape(lambda: parts.init_params(run))
     assert step == 0
     jax.tree.map(np.testing.assert_array_equal, ema["0"], layouts.from_torch(dit(config, 3), like, layouts.dit(4)))
 
@@ -103,23 +101,23 @@ def test_the_weights_of_an_entry_of_a_training_checkpoint_are_read(tmp_path):
     np.testing.assert_array_equal(found["embed"]["bias"], dit(tiny(), 3)["x_embedder.proj.bias"])
 
 
-def test_it_is_sampled_from(run, tmp_path):
-    printed = call(run, f"--outdir={tmp_path / 'sampled'}", "--num_samples=3", "--labels=bee,cat")
+def test_it_is_sampled_from(converted, tmp_path):
+    printed = call(converted, f"--outdir={tmp_path / 'sampled'}", "--num_samples=3", "--labels=bee,cat")
     assert "from step 0" in printed
     images, labels = samples(tmp_path / "sampled")
     assert images.shape == (3, 8, 8, 1) and labels.tolist() == [1, 2, 1]
     assert images.std() > 0
 
 
-def test_training_goes_on_from_it(run):
+def test_training_goes_on_from_it(converted):
     """The state is the one that training would have started with, had it initialised these parameters."""
-    config, spec = RunDir(run).stored()
-    params = jax.tree.map(jnp.asarray, checkpoint.restore_ema(run / "checkpoints")[0]["0"])
+    config, spec = RunDir(converted).stored()
+    params = jax.tree.map(jnp.asarray, checkpoint.restore_ema(converted / "checkpoints")[0]["0"])
     wanted = objective.init_state(parts.resolve(config, spec), params)
-    state, step = checkpoint.restore(run / "checkpoints", wanted)
+    state, step = checkpoint.restore(converted / "checkpoints", wanted)
     assert step == 0 and jax.tree.structure(state) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, state, wanted)
-    RunDir(run).open(config, spec)  # the same config continues it
+    RunDir(converted).open(config, spec)  # the same config continues it
 
 
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path):
@@ -141,7 +139,8 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path
     refused(r"3 classes need --config\.data\.labels", change=lambda c: setattr(c.data, "labels", False))
     refused(r"unexpected key: y_embedder\.embedding_table\.weight \[4, 8\]", class_names=())
     refused(
-        r"shape mismatch: x_embedder\.proj\.bias is \[8\], must be \[16\]", change=lambda c: setattr(c.model, "width", 16)
+        r"shape mismatch: x_embedder\.proj\.bias is \[8\], must be \[16\]",
+        change=lambda c: setattr(c.model, "width", 16),
     )
     refused("no entry for the parameter block_0", layout=layouts.patch_unet())
     refused("sample.sampler='euler'", change=lambda c: setattr(c.sample, "sampler", "euler"))

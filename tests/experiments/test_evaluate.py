@@ -66,7 +66,10 @@ def test_of_more_samples_than_can_be_compared_some_are_measured(run, monkeypatch
         ({"arr_0": np.zeros((5, 28, 28), np.uint8)}, r"must have shape \[N, H, W, C\].*, not \(5, 28, 28\)"),
         ({"arr_0": np.zeros((2, 28, 28, 1), np.uint8)}, "at least 4 images, .* not 2"),
         ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(4)}, r"there are 4 labels for 5 images"),
-        ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(8, 13)}, r"label 10 of image 2 is outside 0 \.\. 9"),
+        (
+            {"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(8, 13)},
+            r"label 10 of image 2 is outside 0 \.\. 9",
+        ),
         ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.zeros(5)}, r"labels must be integers"),
         ({"images": np.zeros((5, 28, 28, 1), np.uint8)}, r"holds \['images'\], but no arr_0"),
         ({"arr_0": np.array([None])}, r"is not a whole npz file: .*pickle"),

@@ -39,7 +39,9 @@ def small():
 
 def stepped(config, key=3):
     run = parts.resolve(config, SPEC)
-    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), parts.init_params(run))
+    params = jax.tree.map(
+        lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), parts.init_params(run)
+    )
     state = objective.init_state(run, params)
     return jax.jit(objective.make_step(run))(jax.random.key(key), state, batch())
 

@@ -201,4 +201,3 @@ def test_directories_that_are_not_runs_are_refused(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         call(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
-

@@ -143,4 +143,3 @@ def test_held_out_images_have_the_labels_asked_for():
     places = [np.flatnonzero((source.images == image).all((1, 2, 3)))[0] for image in images]
     np.testing.assert_array_equal(source.labels[places], labels)
     assert len(set(places[:100])) == 100
-

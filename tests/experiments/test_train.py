@@ -154,8 +154,7 @@ def test_sigterm_to_the_command_saves(tmp_path):
     config.train.steps, config.train.log_every = 300, 1
     config.train.sample_every = config.train.save_every = 1000
     (tmp_path / "config.py").write_text(
-        "from experiments.config import *\nfrom diffusion.models.vit import ViT\n"
-        f"def get_config(): return {config!r}\n"
+        f"from experiments.config import *\nfrom diffusion.models.vit import ViT\ndef get_config(): return {config!r}\n"
     )
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "experiments.train", f"--config={tmp_path}/config.py", f"--workdir={workdir}"]

@@ -1,10 +1,9 @@
-"""The U-Net: every field, shapes and gradients, published sizes, operations; its numbers are held in test_interop."""
+"""The U-Net: every field, shapes and gradients, published sizes, operations; its numbers are in test_layouts."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from diffusion.models.unet import ADM, _GroupNorm, _resized, sine_positions, sinusoids, unet
 from diffusion.models.unet_flops import unet_flops
@@ -36,21 +35,22 @@ def compiled(f, *args):
 
 def shapes(fields, shape):
     """Parameters, as shapes by dotted name."""
-    xt, t, y = jax.ShapeDtypeStruct(shape, jnp.float32), jnp.zeros(shape[0]), jnp.zeros(shape[0], int)
+    xt, t = jax.ShapeDtypeStruct(shape, jnp.float32), jnp.zeros(shape[0])
+    y = jnp.zeros(shape[0], int) if fields.get("num_classes") else None
     tree = jax.eval_shape(unet(**fields).init, jax.random.key(0), xt, t, y)
     return {".".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def ready(fields, shape):
     """Random parameters, none at its initial zero, and inputs."""
-    draw = np.random.default_rng(0)
-    xt, t = draw.normal(size=shape).astype(np.float32), np.linspace(0.1, 0.9, shape[0]).astype(np.float32)
+    rng = np.random.default_rng(0)
+    xt, t = rng.normal(size=shape).astype(np.float32), np.linspace(0.1, 0.9, shape[0]).astype(np.float32)
     y = np.arange(shape[0]) % fields["num_classes"] if fields.get("num_classes") else None
     like = jax.eval_shape(unet(**fields).init, jax.random.key(0), xt, t, y)
 
     def value(leaf):
         fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 4
-        return jnp.asarray(draw.normal(size=leaf.shape) / np.sqrt(fan), jnp.float32)
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan), jnp.float32)
 
     return jax.tree.map(value, like), jnp.asarray(xt), jnp.asarray(t), None if y is None else jnp.asarray(y)
 
@@ -64,7 +64,7 @@ def patch_unet():
 
 
 @pytest.mark.parametrize("name", BRANCHES)
-def test_every_branch_answers_in_the_pictures_shape_and_learns_with_every_parameter(name):
+def test_every_branch_answers_in_the_images_shape_and_learns_with_every_parameter(name):
     fields, shape, channels = BRANCHES[name]
     params, *inputs = ready(fields, shape)
 
@@ -201,9 +201,10 @@ def test_dropout_needs_a_key_and_uses_it():
 
 @pytest.mark.parametrize(("channels", "groups"), [(37, 1), (48, 24), (64, 32)])
 def test_group_norm_has_as_many_groups_up_to_32_as_divide_the_channels(channels, groups):
-    draw = np.random.default_rng(0)
-    x = (draw.normal(size=(2, 4, 3, channels)) * 3 + 1).astype(np.float32)
-    params = {name: draw.normal(size=channels).astype(np.float32) for name in ("scale", "bias")}
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(2, 4, 3, channels)) * 3 + 1).astype(np.float32)
+    params = {name: rng.normal(size=channels).astype(np.float32) for name in ("scale", "bias")}
 
     def norms(params, x):
         plain = _GroupNorm(jnp.float32, affine=False, epsilon=1e-3).apply({}, 0.01 * x)
@@ -217,14 +218,22 @@ def test_group_norm_has_as_many_groups_up_to_32_as_divide_the_channels(channels,
     np.testing.assert_allclose(plain, wanted.numpy().transpose(0, 2, 3, 1), atol=2e-5)
 
 
+def test_group_norm_of_a_group_has_mean_0_and_variance_1():
+    x = (3 * np.random.default_rng(0).normal(size=(2, 4, 3, 48)) + 1).astype(np.float32)
+    groups = np.asarray(_GroupNorm(jnp.float32, affine=False).apply({}, x)).reshape(2, 12, 24, 2)
+    np.testing.assert_allclose(groups.mean((1, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(groups.std((1, 3)), 1, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (4, 6), (7, 5), (2, 1)])
 def test_sizes_halve_upwards_and_come_back(size):
     x = np.random.default_rng(0).normal(size=(1, *size, 2)).astype(np.float32)
     half = tuple(-(-n // 2) for n in size)
     small = _resized(x, half)
     assert small.shape[1:3] == half and _resized(small, size).shape == x.shape
-    pool = torch.nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)(torch.tensor(x.transpose(0, 3, 1, 2)))
-    np.testing.assert_allclose(small, pool.numpy().transpose(0, 2, 3, 1), atol=1e-6)
+    for i, j in np.ndindex(half):
+        window = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((1, 2))  # cut off at an odd side
+        np.testing.assert_allclose(small[:, i, j], window, atol=1e-6)
     np.testing.assert_array_equal(_resized(small, size)[0, -1, -1], small[0, -1, -1])
 
 
@@ -320,7 +329,8 @@ def test_published_sizes():
 )
 def test_operations_are_those_that_xla_counts(size, channels, fields):
     model, number = unet(**fields), jax.ShapeDtypeStruct((1,), jnp.float32)
-    inputs = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32), number, jax.ShapeDtypeStruct((1,), jnp.int32)
+    label = jax.ShapeDtypeStruct((1,), jnp.int32) if "num_classes" in fields else None
+    inputs = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32), number, label
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     counted = jax.jit(model.apply).lower(params, *inputs).cost_analysis()["flops"]
     assert 0.98 < unet_flops(size, channels, **fields) / counted < 1
@@ -339,6 +349,7 @@ def test_patches_cost_what_their_grid_costs():
     ("fields", "message"),
     [
         ({"learned_variance": "tail"}, "learned_variance='tail' is not one of"),
+        ({"dtype": "float8"}, "dtype='float8' is not one of .'float32', 'bfloat16', 'float16'."),
         ({"sinusoids": "vit"}, "sinusoids='vit'"),
         ({"class_in": "space"}, "class_in='space'"),
         ({"film_norm": "layer"}, "film_norm='layer'"),
@@ -358,12 +369,12 @@ def test_impossible_networks_are_refused(fields, message):
     ("fields", "shape", "message"),
     [
         ({"patch_size": 3}, (1, 9, 8, 1), "patch_size=3 does not tile spatial axis 1 of length 8"),
-        ({}, (1, 8, 1), r"pictures \[B, H, W, C\], got shape \(1, 8, 1\)"),
+        ({}, (1, 8, 1), r"images \[B, H, W, C\], got shape \(1, 8, 1\)"),
         ({"num_heads": 3}, (1, 8, 8, 1), "num_heads=3 does not divide the width 16"),
         ({"num_head_channels": 12}, (1, 8, 8, 1), "num_head_channels=12 does not divide the width 16"),
         ({"num_head_channels": 32}, (1, 8, 8, 1), "num_head_channels=32 does not divide the width 16"),
     ],
 )
-def test_pictures_and_heads_that_do_not_fit_are_refused(fields, shape, message):
+def test_images_and_heads_that_do_not_fit_are_refused(fields, shape, message):
     with pytest.raises(ValueError, match=message):
         shapes(TINY | fields, shape)

@@ -1,3 +1,5 @@
+"""The vision transformer: every field, shapes and gradients, published sizes; its numbers are in test_layouts."""
+
 from functools import partial
 
 import jax
@@ -5,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.models import recomposed
-from diffusion.models.blog import blog
-from diffusion.models.vit import _rotate, rotary_angles, sincos_positions, vit
-from diffusion.patch import patchify, unpatchify
-from diffusion.process import Geometric
+from diffusion.models.base import Task
+from diffusion.models.vit import ViT, _rotate, rotary_angles, sincos_positions, vit
+from tests.models.networks import ready
 
 SMALL = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2}
 JIT = {
@@ -23,21 +23,6 @@ JIT = {
     "class_tokens": 3,
     "class_tokens_from": 1,
 }
-
-
-def ready(model, shape, classes=0):
-    """Arguments of `model.apply`; parameters away from the zero initialisation, so that every path matters."""
-    rng = np.random.default_rng(1)
-    xt = rng.standard_normal(shape).astype(np.float32)
-    t = np.linspace(0.1, 0.9, shape[0], dtype=np.float32)
-    y = np.arange(shape[0]) % classes if classes else None
-
-    def value(path, p):
-        noise = rng.standard_normal(p.shape).astype(p.dtype)
-        shifted = noise / np.sqrt(p.shape[0]) if p.ndim > 1 else (path[-1].key == "scale") + 0.1 * noise
-        return jnp.asarray(shifted)
-
-    return jax.tree_util.tree_map_with_path(value, jax.eval_shape(model.init, jax.random.key(0), xt, t, y)), xt, t, y
 
 
 @pytest.mark.parametrize(
@@ -55,9 +40,13 @@ def ready(model, shape, classes=0):
 def test_any_rank_shape_and_channel_count(options, shape):
     model = vit(**options)
     params, xt, t, y = ready(model, shape, options.get("num_classes", 0))
-    out = jax.jit(model.apply)(params, xt, t, y)
+
+    def loss(params):
+        out = model.apply(params, xt, t, y)
+        return jnp.square(out).sum(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert out.shape == shape and out.dtype == jnp.float32
-    grads = jax.jit(jax.grad(lambda p: jnp.square(model.apply(p, xt, t, y)).sum()))(params)
     unused = [jax.tree_util.keystr(k) for k, g in jax.tree_util.tree_leaves_with_path(grads) if not (g != 0).any()]
     assert not unused
 
@@ -66,27 +55,32 @@ def test_any_rank_shape_and_channel_count(options, shape):
 def test_prediction_starts_at_zero(key, options):
     model = vit(**options)
     xt, t, y = jnp.ones((2, 8, 8, 1)), jnp.ones(2), jnp.zeros(2, int)
-    np.testing.assert_array_equal(jax.jit(model.apply)(jax.jit(model.init)(key, xt, t, y), xt, t, y), 0)
+    np.testing.assert_array_equal(jax.jit(lambda key: model.apply(model.init(key, xt, t, y), xt, t, y))(key), 0)
 
 
-@pytest.mark.parametrize("options", [SMALL | {"num_classes": 5}, JIT])
-def test_examples_do_not_see_each_other(options):
-    model = vit(**options)
-    params, xt, t, y = ready(model, (3, 8, 8, 1), 5)
-    apply = jax.jit(model.apply)
-    alone = apply(params, xt[1:2], t[1:2], y[1:2])
-    np.testing.assert_allclose(apply(params, xt, t, y)[1:2], alone, atol=1e-5)
+@pytest.fixture(scope="module", params=[SMALL | {"num_classes": 5}, JIT], ids=["dit", "jit"])
+def network(request):
+    """A class-conditional network, compiled once, its parameters and inputs."""
+    model = vit(**request.param)
+    return model, jax.jit(model.apply), *ready(model, (2, 8, 8, 1), 5)
 
 
-@pytest.mark.parametrize("options", [SMALL | {"num_classes": 5}, JIT])
-def test_no_label_leaks_into_the_null_class(options):
+def test_examples_do_not_see_each_other(network):
+    _, apply, params, xt, t, y = network
+    before, other = (
+        apply(params, xt, t, y),
+        apply(params, *(np.stack([a[0], b]) for a, b in ((xt, -xt[1]), (t, 0.3), (y, 4)))),
+    )
+    np.testing.assert_array_equal(other[0], before[0])
+    assert jnp.abs(other[1] - before[1]).max() > 1e-3
+
+
+def test_no_label_leaks_into_the_null_class(network):
     """The null row is its own: changing every other class's parameters leaves the unconditional prediction alone."""
-    model = vit(**options)
-    params, xt, t, y = ready(model, (2, 8, 8, 1), 5)
-    apply = jax.jit(model.apply)
+    model, apply, params, xt, t, y = network
     null = jnp.full_like(y, 5)
     before = apply(params, xt, t, null)
-    np.testing.assert_array_equal(before, apply(params, xt, t, None))
+    np.testing.assert_allclose(before, model.apply(params, xt, t, None), atol=1e-5)
     table = params["classes"]["embedding"]
     changed = params | {"classes": {"embedding": table.at[:5].add(1.0)}}
     np.testing.assert_array_equal(apply(changed, xt, t, null), before)
@@ -94,18 +88,20 @@ def test_no_label_leaks_into_the_null_class(options):
     assert table.shape[0] == 6
 
 
-@pytest.mark.parametrize("field", ["bottleneck", "norm", "mlp", "qk_norm", "positions", "class_tokens", "stride"])
-def test_every_field_changes_the_network(field):
-    """Same seed, one field back at its default: other parameters, or the same ones put to another use."""
+def test_every_field_changes_the_network():
+    """One field back at its default: other parameters, or the same ones put to another use."""
     options = JIT | {"stride": 2}
-    results = []
-    for chosen in (options, {k: v for k, v in options.items() if k != field}):
+
+    def network(chosen):
         model = vit(**chosen)
         params, xt, t, y = ready(model, (1, 8, 8, 1), 5)
-        results.append((jax.tree.map(jnp.shape, params), jax.jit(model.apply)(params, xt, t, y)))
-    assert jnp.abs(results[0][1] - results[1][1]).max() > 1e-4
-    if field != "stride":
-        assert results[0][0] != results[1][0]
+        return jax.tree.map(jnp.shape, params), partial(model.apply, params, xt, t, y)
+
+    shapes, whole = network(options)
+    for field in ("bottleneck", "norm", "mlp", "qk_norm", "positions", "class_tokens"):
+        assert network({k: v for k, v in options.items() if k != field})[0] != shapes, field
+    assert shapes["positions"] == (9, 32) and network(JIT)[0]["positions"] == (4, 32)
+    assert jax.eval_shape(whole).shape == (1, 8, 8, 1)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +141,8 @@ def test_dropout_needs_a_key_and_uses_it(key):
     apply = jax.jit(model.apply)
     a, b = (apply(params, xt, t, key=k) for k in jax.random.split(key))
     assert jnp.abs(a - b).max() > 1e-3
-    np.testing.assert_array_equal(apply(params, xt, t), apply(params, xt, t))
+    without = vit(**SMALL).apply
+    assert str(jax.make_jaxpr(model.apply)(params, xt, t)) == str(jax.make_jaxpr(without)(params, xt, t))
 
 
 def test_remat_and_jit_change_nothing():
@@ -157,9 +154,15 @@ def test_remat_and_jit_change_nothing():
     np.testing.assert_allclose(jax.jit(plain.apply)(params, xt, t, y), plain.apply(params, xt, t, y), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, jnp.dtype("bfloat16")], ids=["name", "type", "dtype"])
+def test_a_dtype_is_a_name_or_a_type(dtype):
+    program = jax.make_jaxpr(vit(**SMALL, dtype=dtype).apply)(*ready(vit(**SMALL), (1, 8, 8, 1))[:3])
+    assert "bf16" in str(program) and program.out_avals[0].dtype == jnp.float32
+
+
 def test_bfloat16_computes_close_to_float32_with_float32_parameters(key):
     params, xt, t, y = ready(vit(**JIT), (2, 8, 8, 1), 5)
-    half = vit(**JIT | {"dtype": jnp.bfloat16})
+    half = vit(**JIT | {"dtype": "bfloat16"})
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(jax.eval_shape(half.init, key, xt, t, y)))
     exact, rough = (jax.jit(model.apply)(params, xt, t, y) for model in (vit(**JIT), half))
     assert rough.dtype == jnp.float32
@@ -168,7 +171,7 @@ def test_bfloat16_computes_close_to_float32_with_float32_parameters(key):
 
 
 def test_published_sizes():
-    """JiT-B/16 has 131 M parameters (2511.13720, table 9), DiT-S/2 33 M (2212.09748, table 1), the blog's 7.8 M."""
+    """JiT-B/16 has 131 M parameters (2511.13720, table 9), DiT-S/2 33 M (2212.09748, table 1)."""
 
     def millions(model, *shape):
         xt, t, y = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jnp.zeros(1), jnp.zeros(1, int)
@@ -181,7 +184,6 @@ def test_published_sizes():
     assert millions(jit, 256, 256, 3) == pytest.approx(131, abs=0.5)
     dit = vit(patch_size=2, width=384, depth=12, heads=6, num_classes=1000)
     assert millions(dit, 32, 32, 4) == pytest.approx(33, abs=0.5)
-    assert millions(blog(Geometric()), 28, 28, 1) == pytest.approx(7.8, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,12 @@ def test_published_sizes():
         ({"norm": "batch"}, "norm='batch'"),
         ({"mlp": "relu"}, "mlp='relu'"),
         ({"positions": ("alibi",)}, "alibi"),
-        ({"class_tokens": 2}, "num_classes"),
+        ({"times": 3}, "times=3 must be 1 or 2"),
+        ({"dtype": "float16"}, r"dtype='float16' is not one of \('float32', 'bfloat16'\)"),
+        ({"dtype": "half a float"}, "dtype='half a float' is not one of"),
+        ({"learned_variance": "head"}, r"learned_variance='head' is not one of \('none', 'channels'\), which ViT has"),
+        ({"clock": "t"}, "clock='t' is not one of"),
+        ({"clock": "index"}, "clock='index' is the index in a chain of steps, and this process has none"),
         ({"class_tokens": 2, "num_classes": 3, "class_tokens_from": 2}, "class_tokens_from=2"),
     ],
 )
@@ -205,32 +212,51 @@ def test_a_patch_that_does_not_tile_is_refused(key):
         vit(**SMALL).init(key, jnp.zeros((1, 10, 8, 1)), jnp.zeros(1))
 
 
-def test_blog_residual_is_taken_from_the_first_embedding():
-    """With the last layer's output projection at zero the network returns its embedded input, however deep it is."""
-    model = blog(Geometric(), patch_size=6, stride=2, heads=2, head_dim=4)
-    params, xt, t, _ = ready(model, (2, 8, 8, 1))
-    params["attention_2"]["out"] = jax.tree.map(jnp.zeros_like, params["attention_2"]["out"])
-    wanted = patchify(xt, 6, 2) + params["positions"][None, :-1]
-    np.testing.assert_allclose(model.apply(params, xt, t), wanted, atol=1e-5)
+def test_an_unknown_field_is_an_error():
+    with pytest.raises(TypeError, match="colour"):
+        vit(**SMALL, colour=1)
 
 
-def test_blog_starts_like_keras():
-    """Keras takes the fans of a kernel [324, 20, 100] to be 6,480 and 32,400, of [20, 100, 324] 2,000 and 6,480."""
-    params = jax.jit(blog(Geometric()).init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), jnp.zeros(1))
-    for name, fans in (("query", 38880), ("key", 38880), ("value", 38880), ("out", 8480)):
-        np.testing.assert_allclose(params["attention_1"][name]["kernel"].std(), np.sqrt(2 / fans), rtol=0.01)
-    np.testing.assert_allclose(params["positions"].std(), 0.05 / np.sqrt(3), rtol=0.05)
+def test_class_tokens_belong_to_classes():
+    """A config may ask for them where the data has no labels: then there are none."""
+    params, *_ = ready(vit(**SMALL, class_tokens=3), (1, 8, 8, 1))
+    assert "class_positions" not in params
 
 
-def test_blog_sees_the_noise_level_through_its_last_token():
-    model = blog(Geometric(0.99, 500), patch_size=6, stride=2, heads=2, head_dim=4)
-    params, xt, t, _ = ready(model, (2, 8, 8, 1))
-    assert params["positions"].shape == (5, 36)
-    assert jnp.abs(model.apply(params, xt, t) - model.apply(params, xt, 1 - t)).max() > 1e-4
+def test_two_times_have_an_embedding_each():
+    """t [B, 2]: equal to the network of one time where the second embedding is silent, and moved by either time."""
+    one, two = vit(**SMALL), vit(**SMALL, times=2)
+    params, xt, t, _ = ready(two, (2, 8, 8, 1), times=2)
+    apply = jax.jit(two.apply)
+    out = apply(params, xt, t)
+    for column in (0, 1):
+        moved = t.copy()
+        moved[:, column] = moved[:, column] / 2
+        assert jnp.abs(apply(params, xt, moved) - out).max() > 1e-4
+    assert jnp.abs(apply(params, xt, t[:, ::-1]) - out).max() > 1e-4
+    silent = params | {"second_clock_embed": jax.tree.map(jnp.zeros_like, params["second_clock_embed"])}
+    single = {name: value for name, value in params.items() if name != "second_clock_embed"}
+    np.testing.assert_allclose(apply(silent, xt, t), jax.jit(one.apply)(single, xt, t[:, 0]), atol=1e-5)
+    with pytest.raises(ValueError, match=r"t must be a floating-point array of shape \(2, 2\), not float32 \(2,\)"):
+        two.apply(params, xt, t[:, 0])
+    with pytest.raises(ValueError, match=r"of shape \(2,\), not float32 \(2, 2\)"):
+        one.apply(single, xt, t)
 
 
-def test_recomposed_averages_the_tokens():
-    model = blog(Geometric(), patch_size=6, stride=2, heads=2, head_dim=4)
-    params, xt, t, _ = ready(model, (2, 8, 8, 1))
-    tokens = model.apply(params, xt, t)
-    np.testing.assert_array_equal(recomposed(model, 6, 2).apply(params, xt, t), unpatchify(tokens, (8, 8), 6, 2))
+@pytest.mark.parametrize("learned", ["none", "channels"])
+def test_channels_of_the_prediction_may_be_fewer_than_those_of_the_input(learned):
+    model = vit(**SMALL, out_channels=2, learned_variance=learned)
+    params, *inputs = ready(model, (2, 8, 8, 5))
+    out = jax.eval_shape(model.apply, params, *inputs)
+    assert [leaf.shape for leaf in jax.tree.leaves(out)] == [(2, 8, 8, 2)] * (1 + (learned == "channels"))
+
+
+def test_the_function_takes_the_fields_of_the_dataclass():
+    fields = SMALL | {"num_classes": 3}
+    a, b = vit(**fields), ViT(**SMALL).model(Task(num_classes=3))
+    shapes = [jax.tree.map(jnp.shape, ready(model, (1, 8, 8, 1), 3)[0]) for model in (a, b)]
+    assert shapes[0] == shapes[1]
+    used = ViT(**SMALL)
+    model = used.model()
+    used.width = 64  # a model is not changed by its dataclass afterwards
+    assert ready(model, (1, 8, 8, 1))[0]["embed"]["kernel"].shape == (16, 32)
