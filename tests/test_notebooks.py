@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+SLOW = ("patch_diffusion", "patching")  # they compile U-Nets, and a dozen implementations of one function
 COLAB = "https://colab.research.google.com/github/patch-diffusion/patch-diffusion/blob/main/"
 
 
@@ -63,6 +64,9 @@ def test_stored_outputs_are_those_of_one_run_without_errors(path):
     assert not errors(notebook)
 
 
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW), id=p.stem) for p in NOTEBOOKS]
+)
 def test_runs_on_its_smoke_variant(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PATCH_DIFFUSION_SMOKE", "1")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
