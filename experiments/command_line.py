@@ -6,6 +6,7 @@ An unknown field, file or variant, or a list with a wrong value, is an error of 
 import difflib
 import importlib.util
 import inspect
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args, get_origin
@@ -55,7 +56,7 @@ def chosen_config(argv: list[str]) -> Config:
       ValueError: the file has no such variant.
     """
     given = str(DEFAULT)
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for argument, following in itertools.pairwise([*argv[1:], ""]):
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name == "config":
             given = value if equals else following

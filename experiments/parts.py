@@ -408,7 +408,8 @@ def _grid(config: Config, path: process.Path) -> np.ndarray:
         _need_chain(config, grids.respaced_grid("", 1) if config.process.path in ("vp", "geometric") else None)
         return grids.respaced_grid(c.respacing, config.process.steps)
     # Where alpha = 0 a prediction of eps does not determine x0: begin just below.
-    singular = config.process.prediction == "eps" and float(path(jnp.ones(()))[0]) < 1e-6
+    with jax.ensure_compile_time_eval():
+        singular = config.process.prediction == "eps" and float(path(jnp.ones(()))[0]) < 1e-6
     return grids.shifted_grid(c.steps, c.shift, 0.999 if singular else 1.0, c.last if c.steps > 1 else None)
 
 

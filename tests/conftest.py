@@ -26,3 +26,11 @@ def mnist5k_root(tmp_path_factory):
 def mnist5k_splits(mnist5k_root):
     """The training and the held-out digits."""
     return [data.load("mnist5k", split, data_dir=mnist5k_root) for split in ("train", "test")]
+
+
+@pytest.fixture(scope="module")
+def few_optimizations():
+    """Compiles quickly, for modules whose programs take longer to optimise than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,41 +1,41 @@
 """Faults of the published Patch Diffusion program, and the tests that show that this one does not have them.
 
-- Labels are never dropped in training, so that guidance leans on a class that was never learned:
+- Labels are never dropped in training, so that guidance relies on a class that was never learned:
     test_labels_are_dropped_in_training_and_nowhere_else, test_every_gradient_of_a_float16_network_is_unscaled
-- The default network cannot be built for 64 x 64 pictures in patches of 4:
-    test_networks_of_64x64_pictures_in_patches_of_4
-- Class labels cannot be read from names that are no numbers:
+- The default network cannot be built for 64 x 64 images in patches of 4:
+    test_networks_of_64x64_images_in_patches_of_4
+- Class labels cannot be read from names that are not numbers:
     test_classes_named_by_words_are_numbered,
-    test_data_folder.py::test_classes_are_sorted_first_sub_folders
+    data/test_folder.py::test_classes_are_sorted_first_sub_folders
 - In float16 one group of gradients keeps the scale of the loss:
     test_every_gradient_of_a_float16_network_is_unscaled,
     test_train.py::test_scaled_gradients_are_unscaled_in_every_group_of_parameters
-- Super-resolution ends in an error when it draws, attends at the wrong size, and takes any number for a variance:
-    test_super_resolution_draws_with_a_learned_variance, test_attention_goes_by_the_grid_of_patches,
-    test_interop.py::test_the_upsampler_sees_its_condition_beside_the_picture
+- Super-resolution ends in an error when it samples, attends at the wrong size, and takes any number for a variance:
+    test_super_resolution_samples_with_a_learned_variance, test_attention_goes_by_the_grid_of_patches,
+    pretrained/test_layouts.py::test_an_upsampler_has_its_condition_as_input_channels
 - Without scaling by the time (use_scale_shift_norm) shapes do not fit:
-    test_networks_of_64x64_pictures_in_patches_of_4,
-    test_unet.py::test_every_branch_answers_in_the_pictures_shape_and_learns_with_every_parameter
+    test_networks_of_64x64_images_in_patches_of_4,
+    models/test_unet.py::test_every_branch_answers_in_the_images_shape_and_learns_with_every_parameter
 - A learned variance works only if the first level has multiplier 1:
-    test_networks_of_64x64_pictures_in_patches_of_4,
-    test_unet.py::test_every_branch_answers_in_the_pictures_shape_and_learns_with_every_parameter
+    test_networks_of_64x64_images_in_patches_of_4,
+    models/test_unet.py::test_every_branch_answers_in_the_images_shape_and_learns_with_every_parameter
 - Multipliers that fall from level to level build another network than was asked for:
-    test_networks_of_64x64_pictures_in_patches_of_4,
-    test_unet.py::test_widths_are_rounded_down_in_any_order_and_change_where_the_field_says
-- Where to write is looked at after everything was drawn:
-    test_a_place_to_write_is_made_first, test_likelihood_finds_its_folder_before_it_measures,
-    test_experiments.py::test_what_makes_no_sense_is_refused_before_anything_is_drawn,
-    test_experiments.py::test_a_file_in_the_way_of_the_work_directory_is_refused
+    test_networks_of_64x64_images_in_patches_of_4,
+    models/test_unet.py::test_widths_are_rounded_down_in_any_order_and_change_where_the_field_says
+- The output folder is checked after everything was sampled:
+    test_an_output_folder_is_made_first, test_likelihood_makes_its_folder_before_it_measures,
+    experiments/test_sample.py::test_what_makes_no_sense_is_refused_before_anything_is_sampled,
+    experiments/test_train.py::test_a_file_in_the_way_of_the_work_directory_is_refused
 - Guidance fails with some clocks and some predictions:
     test_guidance_means_guided_noise_for_every_prediction_and_clock,
     test_guide.py::test_guidance_on_a_respaced_chain_sees_the_original_indices
 - Names are used that NumPy has removed:
     test_every_name_of_numpy_and_jax_that_is_used_exists
 - Imports that nothing needs, one of which breaks elsewhere:
-    test_every_import_is_used, test_architecture.py::test_who_imports_what
+    test_every_import_is_used, test_architecture.py::test_arrows_point_down
 - Experts are numbered by one digit, thresholds may be in any order and ranges empty, a boundary belongs to one expert
-  in training and to another in drawing, and pure noise belongs to none:
-    test_more_than_ten_experts_train_on_the_times_that_they_draw_at, test_experts_that_cannot_be_meant_are_refused,
+  in training and to another in sampling, and pure noise belongs to none:
+    test_more_than_ten_experts_train_on_the_times_that_they_sample_at, test_experts_that_do_not_fit_are_refused,
     test_pure_noise_has_an_expert, test_experts.py::test_more_than_ten_experts,
     test_experts.py::test_clean_data_and_pure_noise_have_experts,
     test_experts.py::test_a_boundary_belongs_to_the_noisier_expert,
@@ -44,23 +44,24 @@
 - Documented commands hand quotation marks on to the program, which cannot read them:
     test_documented_commands_give_fields_of_the_right_type
 - Continuing on several devices waits forever for a message that only one process sends:
-    test_no_process_waits_for_another_to_continue, test_checkpoint.py::test_restored_leaves_take_the_sharding_of_like,
+    test_no_process_waits_for_another_to_continue,
+    io/test_checkpoint.py::test_restored_leaves_have_the_sharding_of_like,
     test_train.py::test_sharded_training_equals_training_on_one_device
-- Likelihoods are those of pictures mirrored at random, and cannot be had from experts:
-    test_likelihood_is_that_of_the_pictures_as_they_are_and_asks_every_expert,
-    test_likelihood.py::test_experts_guidance_clipping_and_learned_variance_are_denoisers_here_too
-- Thresholding large pictures by their quantile exceeds a limit on the number of values:
+- Likelihoods are those of images mirrored at random, and cannot be computed with experts:
+    test_likelihood_is_that_of_the_images_as_they_are_and_asks_every_expert,
+    test_vlb.py::test_experts_guidance_clipping_and_learned_variance_are_denoisers_here_too
+- Thresholding large images by their quantile exceeds a limit on the number of values:
     test_guide.py::test_dynamic_thresholding_has_no_largest_batch,
     test_guide.py::test_dynamic_thresholding_matches_diffusers
 - Which end of a learned variance is which is documented the wrong way round:
     test_the_documented_ends_of_a_learned_variance_are_its_ends,
-    test_variance.py::test_the_two_learned_conventions_run_in_opposite_directions
+    test_posterior.py::test_the_two_learned_conventions_run_in_opposite_directions
 - Installation leaves out packages and modules:
     test_installation_names_everything_that_is_imported
 - The trained weights are lost, and with them every number to compare with:
-    test_interop.py::test_published_networks_give_the_published_numbers,
-    test_evaluate.py::test_the_shipped_classifier_reads_held_out_digits,
-    test_evaluate.py::test_a_flipped_byte_of_the_weights_is_noticed
+    pretrained/test_layouts.py::test_published_networks_give_the_published_outputs,
+    metrics/test_digits.py::test_the_classifier_of_the_package_reads_held_out_digits,
+    metrics/test_digits.py::test_a_flipped_byte_of_the_weights_is_detected
 """
 
 import ast
@@ -82,32 +83,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import setuptools
 from jax.experimental import multihost_utils
 from PIL import Image
 
+from diffusion import data, experts, posterior, train, vlb
 from diffusion.io import checkpoint
-from diffusion import data, experts, vlb, train, variance
+from diffusion.models.unet import UNet
+from diffusion.models.vit import ViT
 from diffusion.predict import Estimate, decode
 from diffusion.process import Cosine, coefficients
-from experiments import build, drawing, objective, runs, session
+from experiments import command, inputs, objective, parts, preflight, sampling
 from experiments import config as configs
 from experiments import likelihood as likelihoods
+from experiments.parts import DataSpec
+from experiments.run_dir import Trained
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for room in ("diffusion", "experiments") for path in (ROOT / room).rglob("*.py"))
-# What costs time here is the compiler.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-TINY = {"num_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "heads": 2, "attention_resolutions": ()}
-SEEN = build.Seen((8, 8, 1), ("a", "b", "c"))
-DIGITS = build.Seen((28, 28, 1), tuple("0123456789"))
+pytestmark = pytest.mark.usefixtures("few_optimizations")
+TINY = {"num_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "num_heads": 2, "attention_resolutions": ()}
+SPEC = DataSpec((8, 8, 1), ("a", "b", "c"))
+DIGITS = DataSpec((28, 28, 1), tuple("0123456789"))
 
 
 def test_the_table_names_tests_that_exist_and_every_test_here():
     rows = __doc__.split("\n- ")[1:]
     assert len(rows) == 20
     for row in rows:
-        named = re.findall(r"(?:(test_\w+\.py)::)?\b(test_\w+)\b(?!\.py)", row)
+        named = re.findall(r"(?:([\w/]*test_\w+\.py)::)?\b(test_\w+)\b(?!\.py)", row)
         assert named, row
         for file, name in named:
             assert name in names_of_tests(file or Path(__file__).name), f"{file or 'this file'} has no {name}"
@@ -122,12 +125,12 @@ def names_of_tests(file):
 
 
 def compiled(f, *args):
-    return jax.jit(f).lower(*args).compile(compiler_options=QUICK)
+    return jax.jit(f).lower(*args).compile()
 
 
 def unet(**fields):
-    """A config of a tiny U-Net on a chain, drawing every step of it."""
-    config = configs.Config(model=configs.Model(name="unet", patch_size=2, **TINY))
+    """A config of a tiny U-Net on a chain, which samples with every step of it."""
+    config = configs.Config(model=UNet(patch_size=2, **TINY))
     config.process = configs.Process(path="vp", betas="cosine", steps=4, times="grid", loss_in=None)
     config.sample = configs.Sample(respacing="", sampler="ancestral", clip=True)
     for name, value in fields.items():
@@ -139,23 +142,27 @@ def unet(**fields):
 def vit(**fields):
     """The same with a tiny vision transformer, which compiles faster."""
     config = unet(**fields)
-    config.model = configs.Model(patch_size=4, width=8, depth=1, heads=2, clock=config.model.clock)
+    config.model = ViT(patch_size=4, width=8, depth=1, heads=2, clock=config.model.clock)
     return config
 
 
-def random_params(config, seen=SEEN, seed=0):
-    """Parameters none of which is at its initial zero."""
-    draw = np.random.default_rng(seed)
+def resolved(config, spec=SPEC):
+    return parts.resolve(config, spec)
+
+
+def random_params(config, spec=SPEC, seed=0):
+    """Parameters of which none is at its initial zero."""
+    rng, run = np.random.default_rng(seed), parts.resolve(config, spec)
 
     def value(leaf):
         fan = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 4
-        return jnp.asarray(draw.normal(size=leaf.shape) / np.sqrt(fan), jnp.float32)
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan), jnp.float32)
 
-    return jax.tree.map(value, jax.eval_shape(lambda: build.init_params(config, seen)))
+    return jax.tree.map(value, jax.eval_shape(lambda: parts.init_params(run)))
 
 
-def uint8_pictures(n, seen=SEEN):
-    return np.random.default_rng(7).integers(0, 256, (n, *seen.shape), np.uint8)
+def uint8_images(n, spec=SPEC):
+    return np.random.default_rng(7).integers(0, 256, (n, *spec.shape), np.uint8)
 
 
 def test_labels_are_dropped_in_training_and_nowhere_else():
@@ -163,8 +170,8 @@ def test_labels_are_dropped_in_training_and_nowhere_else():
     batch = {"x": jnp.zeros((n, 2, 2, 1), jnp.uint8), "y": jnp.arange(n) % 10}
 
     def labels(training):
-        parts = objective.objective(config, DIGITS, training=training)
-        return np.asarray(compiled(parts.draw, jax.random.key(0), batch, None)(jax.random.key(0), batch, None)["y"])
+        pieces = objective.objective(resolved(config, DIGITS), training=training)
+        return np.asarray(compiled(pieces.draw, jax.random.key(0), batch, None)(jax.random.key(0), batch, None)["y"])
 
     assert config.train.label_drop == 0.1
     seen = labels(training=True)
@@ -184,17 +191,17 @@ def test_labels_are_dropped_in_training_and_nowhere_else():
     ],
     ids=lambda fields: " ".join(f"{name.split('__')[1]}={value}" for name, value in fields.items()) or "default",
 )
-def test_networks_of_64x64_pictures_in_patches_of_4(fields):
-    """As `config.Model` has it where nothing else is said, narrower."""
-    config = configs.Config(model=configs.Model(name="unet", num_channels=32))
-    assert config.model.patch_size == 4
+def test_networks_of_64x64_images_in_patches_of_4(fields):
+    """As `UNet` has it where nothing else is said, narrower."""
+    config = configs.Config(model=UNet(patch_size=4, num_channels=32))
+    if "process__variance" in fields:
+        config.process = configs.Process(path="vp", times="grid", vlb_weight=1.0)
     for name, value in fields.items():
         section, field = name.split("__")
         setattr(getattr(config, section), field, value)
-    seen = build.Seen((64, 64, 3), ("a", "b"))
-    params = jax.eval_shape(lambda: build.init_params(config, seen))
-    inputs = jnp.zeros((2, *seen.shape)), jnp.zeros(2), jnp.zeros(2, int)
-    out = jax.eval_shape(build.network(config, seen).apply, params, *inputs)
+    run = resolved(config, DataSpec((64, 64, 3), ("a", "b")))
+    params = jax.eval_shape(lambda: parts.init_params(run))
+    out = jax.eval_shape(run.model.apply, params, jnp.zeros((2, 64, 64, 3)), jnp.zeros(2), jnp.zeros(2, int))
     assert [leaf.shape for leaf in jax.tree.leaves(out)] == [(2, 64, 64, 3)] * (1 + ("process__variance" in fields))
 
 
@@ -204,20 +211,25 @@ def test_classes_named_by_words_are_numbered(tmp_path):
         for i in range(4):
             Image.fromarray(np.full((8, 8), 9 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
     config = configs.Config(data=configs.Data(name=f"folder:{tmp_path}"))
-    pictures = build.source(config)
-    seen = build.seen(config, pictures)
-    assert seen.class_names == ("n01440764", "n01443537", "n02084071") and seen.num_classes == 3
-    assert set(pictures.labels.tolist()) == {0, 1, 2}
-    batch = data.batch(pictures, 0, 0, 6)
-    assert set(objective.objective(config, seen).draw(jax.random.key(0), batch, None)["y"].tolist()) <= {0, 1, 2, 3}
+    images = inputs.source(config)
+    spec = inputs.data_spec(config, images)
+    assert spec.class_names == ("n01440764", "n01443537", "n02084071") and spec.num_classes == 3
+    assert set(images.labels.tolist()) == {0, 1, 2}
+    batch = data.batch(images, 0, 0, 6)
+    assert set(objective.objective(resolved(config, spec)).draw(jax.random.key(0), batch, None)["y"].tolist()) <= {
+        0,
+        1,
+        2,
+        3,
+    }
 
 
 def test_every_gradient_of_a_float16_network_is_unscaled():
     """Kernels, tables (the null class among them) and vectors move by it, whatever the loss was multiplied by."""
     config = unet(model__dtype="float16", train__label_drop=0.5)
-    parts, params = objective.objective(config, SEEN), random_params(config)
-    batch = {"x": jnp.asarray(uint8_pictures(8)), "y": jnp.arange(8) % 3}
-    step = train.make_step(parts.loss, optax.sgd(1.0), draw=parts.draw, report=parts.report)
+    pieces, params = objective.objective(resolved(config)), random_params(config)
+    batch = {"x": jnp.asarray(uint8_images(8)), "y": jnp.arange(8) % 3}
+    step = train.make_step(pieces.loss, optax.sgd(1.0), draw=pieces.draw, report=pieces.report)
     first = train.init_state(params, optax.sgd(1.0), log2_scale=2.0)
     run = compiled(step, jax.random.key(0), first, batch)
     moved = []
@@ -235,20 +247,20 @@ def test_every_gradient_of_a_float16_network_is_unscaled():
     assert np.abs(moved[0]["classes"]["embedding"][3]).max() > 0
 
 
-def test_super_resolution_draws_with_a_learned_variance():
-    config = unet(process__variance="learned_sigmoid", process__bound=1.0, condition__size=(4, 4))
-    params, low = random_params(config), uint8_pictures(4)[:, ::2, ::2]
+def test_super_resolution_samples_with_a_learned_variance():
+    config = unet(process__variance="learned_sigmoid", process__vlb_weight=1.0, condition__size=(4, 4))
+    run, params, low = resolved(config), random_params(config), uint8_images(4)[:, ::2, ::2]
     index, y = np.arange(4), np.array([0, 1, 2, 0])
-    draw = drawing.drawer(config, SEEN).lower(params, index, y, low).compile(compiler_options=QUICK)
-    drawn = np.asarray(draw(params, index, y, low))
-    assert drawn.shape == (4, 8, 8, 1) and drawn.dtype == np.uint8
-    others = np.asarray(draw(params, index, y, np.concatenate([low[:2], 255 - low[2:]])))
-    np.testing.assert_array_equal(others[:2], drawn[:2])
-    assert (others[2:] != drawn[2:]).any((1, 2, 3)).all()
+    sample = sampling.sample_fn(run).lower(params, index, y, low).compile()
+    images = np.asarray(sample(params, index, y, low))
+    assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8
+    others = np.asarray(sample(params, index, y, np.concatenate([low[:2], 255 - low[2:]])))
+    np.testing.assert_array_equal(others[:2], images[:2])
+    assert (others[2:] != images[2:]).any((1, 2, 3)).all()
 
-    seen_too = 5 * jax.random.normal(jax.random.key(0), (2, 8, 8, 2))
-    inputs = seen_too, jnp.array([0.25, 1.0]), jnp.array([0, 1])
-    out = compiled(build.network(config, SEEN).apply, params, *inputs)(params, *inputs)
+    with_conditioning = 5 * jax.random.normal(jax.random.key(0), (2, 8, 8, 2))
+    given = with_conditioning, jnp.array([0.25, 1.0]), jnp.array([0, 1])
+    out = compiled(run.model.apply, params, *given)(params, *given)
     assert out.pred.shape == out.v.shape == (2, 8, 8, 1)
     assert ((out.v > 0) & (out.v < 1)).all() and out.v.std() > 0.1
 
@@ -258,39 +270,40 @@ def test_attention_goes_by_the_grid_of_patches(condition):
     """With super-resolution as without, and whatever the size in pixels."""
 
     def attends(resolution):
-        config = unet(model__attention_resolutions=(resolution,), condition__size=condition)
-        return "input_1_attention" in jax.eval_shape(lambda: build.init_params(config, SEEN))
+        run = resolved(unet(model__attention_resolutions=(resolution,), condition__size=condition))
+        return "input_1_attention" in jax.eval_shape(lambda: parts.init_params(run))
 
     assert attends(4) and not attends(8)
 
 
-def test_a_place_to_write_is_made_first(tmp_path):
-    assert session.claim(tmp_path / "samples", "samples.npz", None, False).is_dir()
-    assert session.claim(tmp_path, "samples.npz", str(tmp_path / "several" / "levels" / "down"), False).is_dir()
+def test_an_output_folder_is_made_first(tmp_path):
+    assert command.output_folder(tmp_path / "samples", "samples.npz", None, False).is_dir()
+    assert command.output_folder(tmp_path, "samples.npz", str(tmp_path / "several" / "levels" / "down"), False).is_dir()
 
 
-def test_likelihood_finds_its_folder_before_it_measures(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "source", lambda *_: data.from_arrays(uint8_pictures(2), np.arange(2), SEEN.class_names))
+def test_likelihood_makes_its_folder_before_it_measures(tmp_path, monkeypatch):
+    images = data.from_arrays(uint8_images(2), np.arange(2), SPEC.class_names)
+    monkeypatch.setattr(inputs, "source", lambda *_: images)
     monkeypatch.setattr(vlb, "bits_per_dim", lambda *_, **__: pytest.fail("it measured"))
     (tmp_path / "file").write_text("in the way")
     config = vit()
     with pytest.raises(OSError, match="cannot write in"):
-        likelihoods.measure(runs.Trained(config, SEEN, random_params(config), 0), tmp_path / "file" / "below")
+        likelihoods.measure(Trained(config, SPEC, random_params(config), 0), tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize(
     ("prediction", "clock"),
-    [("x0", "1000 t"), ("eps", "1000 t"), ("eps", "index"), ("v", "1 - t"), ("v", "index"), ("flow", "1 - t")],
+    [("x0", "1000 t"), ("eps", "index"), ("v", "1 - t"), ("flow", "index")],
 )
 def test_guidance_means_guided_noise_for_every_prediction_and_clock(prediction, clock):
     """eps = eps(null) + 3 (eps(y) - eps(null)), at times between the steps of the chain too."""
     xt, t, y = jax.random.normal(jax.random.key(0), (3, 8, 8, 1)), jnp.array([0.2, 0.5, 0.71]), jnp.array([0, 1, 2])
     config = vit(model__clock=clock, process__prediction=prediction)
-    params, coef = random_params(config), coefficients(build.path(config), t)
+    params, coef = random_params(config), coefficients(resolved(config).path, t)
 
     def answer(params, y, **options):
         config.sample = configs.Sample(**options)
-        return Estimate(*decode(prediction, coef, xt, drawing.denoiser(config, SEEN, params)(xt, t, y)))
+        return Estimate(*decode(prediction, coef, xt, sampling.denoiser(resolved(config), params)(xt, t, y)))
 
     def answers(params):
         plain, null = answer(params, y), answer(params, jnp.full(3, 3))
@@ -348,15 +361,13 @@ def test_every_import_is_used():
     assert not idle
 
 
-def test_more_than_ten_experts_train_on_the_times_that_they_draw_at():
+def test_more_than_ten_experts_train_on_the_times_that_they_sample_at():
     config = vit(process__snr_splits=tuple(2.0 ** np.arange(6, -6, -1)), process__steps=1000)
-    bounds = build.boundaries(config)
-    assert len(bounds) == 12
     for config.process.times, config.process.split in (("grid", 1), ("grid", 11), ("uniform", 12)):
-        t = objective.time_sampler(config)(jax.random.key(1), 500)
-        drawn_at = drawing.expert_grid(config)[:-1]
-        for times in (t, drawn_at):
-            np.testing.assert_array_equal(experts.expert_of(bounds, jnp.asarray(times)), config.process.split)
+        run = resolved(config)
+        assert len(run.bounds) == 12
+        for times in (run.times(jax.random.key(1), 500), sampling.expert_grid(run)[:-1]):
+            np.testing.assert_array_equal(experts.expert_of(run.bounds, jnp.asarray(times)), config.process.split)
 
 
 @pytest.mark.parametrize(
@@ -369,38 +380,39 @@ def test_more_than_ten_experts_train_on_the_times_that_they_draw_at():
         ((1.0, 0.25), None, r"train one expert at a time"),
     ],
 )
-def test_experts_that_cannot_be_meant_are_refused(splits, split, message):
+def test_experts_that_do_not_fit_are_refused(splits, split, message):
     config = vit(process__snr_splits=splits, process__split=split, process__steps=1000)
     config.process.betas = "linear"
     with pytest.raises(ValueError, match=message):
-        objective.time_sampler(config)
+        preflight.check(config)
 
 
 def test_pure_noise_has_an_expert():
     """On a path that ends with an SNR of 0."""
     config = vit(process__snr_splits=(4.0, 0.25))
-    config.process.path, config.process.betas = "cosine", "linear"
+    config.process.path, config.process.betas, config.process.times = "cosine", "linear", "uniform"
+    config.sample = configs.Sample(steps=4)
     t = jnp.ones(2)
     assert Cosine()(t)[0].tolist() == [0, 0]
     xt, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.arange(2)
-    params = tuple(random_params(config, seed=seed) for seed in range(3))
+    run, params = resolved(config), tuple(random_params(config, seed=seed) for seed in range(3))
 
     def both(params):
-        team = drawing.denoiser(config, SEEN, params, team=[config] * 3)(xt, t, y)
-        return team, drawing.denoiser(config, SEEN, params[2])(xt, t, y)
+        together = sampling.denoiser(run, params, members=[run] * 3)(xt, t, y)
+        return together, sampling.denoiser(run, params[2])(xt, t, y)
 
-    team, last = compiled(both, params)(params)
-    np.testing.assert_array_equal(team, last)
+    together, last = compiled(both, params)(params)
+    np.testing.assert_array_equal(together, last)
     assert jnp.abs(last).max() > 1e-3
 
 
 def documented():
-    """Arguments of every `python -m experiments.train` in README.md and in docstrings, as a shell splits them."""
-    for path in (ROOT / "README.md", *FILES):
+    """Arguments of every `python -m experiments.train` in documents and docstrings, as a shell splits them."""
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *FILES):
         text = re.sub(r"\\\n\s*", "", path.read_text())
-        for command in re.findall(r"python -m experiments\.train\b([^`\n]*)", text):
+        for typed in re.findall(r"python -m experiments\.train\b([^`\n]*)", text):
             # What two spaces set apart explains the command.
-            yield tuple(shlex.split(command.split("  ")[0], comments=True))
+            yield tuple(shlex.split(typed.split("  ")[0], comments=True))
 
 
 def test_documented_commands_give_fields_of_the_right_type():
@@ -450,14 +462,14 @@ def test_no_process_waits_for_another_to_continue(tmp_path, monkeypatch):
     assert messages[0] == messages[1]
 
 
-def test_likelihood_is_that_of_the_pictures_as_they_are_and_asks_every_expert(tmp_path, monkeypatch):
-    pictures = data.from_arrays(uint8_pictures(3), np.arange(3), SEEN.class_names)
-    monkeypatch.setattr(build, "source", lambda *_: pictures)
+def test_likelihood_is_that_of_the_images_as_they_are_and_asks_every_expert(tmp_path, monkeypatch):
+    images = data.from_arrays(uint8_images(3), np.arange(3), SPEC.class_names)
+    monkeypatch.setattr(inputs, "source", lambda *_: images)
 
     def terms(name, params, **options):
         config = vit(data__flip=not options, data__shift=0 if options else 2, process__snr_splits=(0.5,))
-        team = {name: (config,) * n for name, n in options.items()}
-        values = likelihoods.measure(runs.Trained(config, SEEN, params, 0, **team), tmp_path / name)
+        members = {name: (config,) * n for name, n in options.items()}
+        values = likelihoods.measure(Trained(config, SPEC, params, 0, **members), tmp_path / name)
         with np.load(tmp_path / name / "likelihood.npz") as stored:
             np.testing.assert_allclose(values["bits_per_dim"], stored["total"].mean(), rtol=1e-6)
             return config, stored["terms"]
@@ -465,26 +477,28 @@ def test_likelihood_is_that_of_the_pictures_as_they_are_and_asks_every_expert(tm
     params = [random_params(vit(), seed=seed) for seed in range(2)]
     config, clean = terms("clean", params[0])
     _, noisy = terms("noisy", params[1])
-    _, team = terms("team", tuple(params), team=2)
-    owner = np.asarray(experts.expert_of(build.boundaries(config), jnp.asarray(build.chain(config)[:-1])))
+    _, together = terms("together", tuple(params), members=2)
+    run = resolved(config)
+    owner = np.asarray(experts.expert_of(run.bounds, jnp.asarray(run.chain[:-1])))
     assert set(owner.tolist()) == {0, 1} and (np.abs(clean - noisy) > 1e-3).any(1).all()
-    np.testing.assert_allclose(team, np.where(owner[:, None] == 0, clean, noisy), rtol=1e-5)
+    np.testing.assert_allclose(together, np.where(owner[:, None] == 0, clean, noisy), rtol=1e-5)
 
 
 def test_the_documented_ends_of_a_learned_variance_are_its_ends():
-    """v = 1 is the small one, v = 0 the large one, as equation (4) of `variance` says in words that this reads."""
-    assert "log var = v log small + (1 - v) log large,  v in [0, 1]" in variance.__doc__
+    """v = 1 is the small one, v = 0 the large one, as equation (4) of `posterior` says in words that this reads."""
+    assert "log var = v log small + (1 - v) log large,  v in [0, 1]" in posterior.__doc__
     config, t, s = unet(), jnp.array([0.75]), jnp.array([0.5])
-    path, xt = build.path(config), jnp.ones((1, 1))
-    step = variance.between(path, t, s)
+    path, xt = resolved(config).path, jnp.ones((1, 1))
+    step = posterior.between(path, t, s)
     for v, expected in ((1.0, step.small), (0.0, step.large)):
         estimate = Estimate(xt, xt, jnp.full_like(xt, v))
-        found = variance.reverse("learned_sigmoid", path, estimate, xt, t, s).log_var
+        found = posterior.reverse("learned_sigmoid", path, estimate, xt, t, s).log_var
         np.testing.assert_allclose(jnp.exp(found[0]), expected, rtol=1e-5)
     assert step.small < step.large
 
 
 def test_installation_names_everything_that_is_imported(monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
     given = {}
     monkeypatch.setattr(setuptools, "setup", given.update)
     monkeypatch.setattr(sys, "argv", ["setup.py"])
@@ -496,10 +510,13 @@ def test_installation_names_everything_that_is_imported(monkeypatch):
     def normal(requirement):
         return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
 
-    always = {normal(requirement) for requirement in given["install_requires"]}
+    extras = {name: {normal(each) for each in needed} for name, needed in given["extras_require"].items()}
+    library = {normal(requirement) for requirement in given["install_requires"]}
+    library |= extras["numba"] | extras["data"] | extras["io"]
+    assert extras["numba"] | extras["data"] | extras["io"] <= extras["experiments"] <= extras["test"]
     for guest, host in {"llvmlite": "numba", "ml-dtypes": "jax"}.items():  # each in the version that its host asks for
-        always |= {guest} & {normal(needed) for needed in importlib.metadata.requires(host)}
-    always |= {normal(requirement) for requirement in given["extras_require"]["tensorboard"]}  # imported if asked for
+        library |= {guest} & {normal(needed) for needed in importlib.metadata.requires(host)}
+    commands = library | extras["experiments"] | extras["tensorboard"]  # the last is imported if asked for
     sources = importlib.metadata.packages_distributions()
     for path in FILES:
         if "bench" in path.parts:  # where rivals that are not there are left out
@@ -509,4 +526,5 @@ def test_installation_names_everything_that_is_imported(monkeypatch):
             if root in sys.stdlib_module_names or root in ("diffusion", "experiments"):
                 continue
             offered = {normal(name) for name in sources.get(root, [root])}
+            always = library if path.is_relative_to(ROOT / "diffusion") else commands
             assert offered & always, f"{path.name} imports {root}, of {sorted(offered)}, which setup.py does not name"

@@ -33,7 +33,7 @@ def programs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(opened, programs):
+def quick(few_optimizations, opened, programs):
     """Data sets are opened once, those of digits are small, and a program that was compiled is read from a file."""
     open_source = inputs.source
     before = [getattr(jax.config, name) for name in _CACHE]
@@ -58,10 +58,7 @@ def quick(opened, programs):
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
         compilation_cache.reset_cache()
         start()
-        # Optimising these small programs takes longer than running them.
-        jax.config.update("jax_disable_most_optimizations", True)
         yield open_source
-    jax.config.update("jax_disable_most_optimizations", False)
     for name, value in zip(_CACHE, before, strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()

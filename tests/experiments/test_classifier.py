@@ -6,19 +6,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from diffusion import data
 from diffusion.models import classifier as network
 from experiments import classifier
-
-
-@pytest.fixture(autouse=True)
-def few_optimizations():
-    """What costs time here is the compiler."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_training_depends_only_on_its_seed():

@@ -122,3 +122,11 @@ def test_flags_reach_the_config():
     assert found == expected
     assert (unet.model.num_channels, unet.model.channel_mult, unet.data.labels) == (8, (1, 1.5), False)
     assert (unet.process.split, unet.process.snr_splits) == (1, (0.25,))
+
+
+def test_without_flags_the_main_job_is_trained():
+    default = str(command_line.DEFAULT)
+    for argv in (["train"], ["train", "--config", default], ["train", f"--config={default}"]):
+        assert command_line.chosen_config(argv).name == "mnist"
+    other = command_line.chosen_config(["train", "--config", UNET.partition("=")[2], "--split=1"])
+    assert other.name == "patch_unet_mnist"

@@ -1,11 +1,8 @@
-"""Small networks take longer to optimise than to run."""
+"""All tests of networks compile quickly."""
 
-import jax
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quick(few_optimizations):
+    """Small networks take longer to optimise than to run."""

@@ -10,8 +10,6 @@ from diffusion.models.unet_flops import unet_flops
 from diffusion.predict import WithVariance
 
 TINY = {"num_channels": 8, "num_res_blocks": 1, "channel_mult": (1, 2), "num_heads": 2, "attention_resolutions": (4,)}
-# What costs time here is the compiler.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 # Between them these take nearly every branch: (fields, shape of xt, channels of the prediction).
 BRANCHES = {
@@ -30,7 +28,7 @@ BRANCHES = {
 
 
 def compiled(f, *args):
-    return jax.jit(f).lower(*args).compile(compiler_options=QUICK)
+    return jax.jit(f).lower(*args).compile()
 
 
 def shapes(fields, shape):

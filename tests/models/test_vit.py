@@ -67,10 +67,8 @@ def network(request):
 
 def test_examples_do_not_see_each_other(network):
     _, apply, params, xt, t, y = network
-    before, other = (
-        apply(params, xt, t, y),
-        apply(params, *(np.stack([a[0], b]) for a, b in ((xt, -xt[1]), (t, 0.3), (y, 4)))),
-    )
+    before = apply(params, xt, t, y)
+    other = apply(params, np.stack([xt[0], -xt[1]]), np.float32([t[0], 0.3]), np.array([y[0], 4]))
     np.testing.assert_array_equal(other[0], before[0])
     assert jnp.abs(other[1] - before[1]).max() > 1e-3
 
