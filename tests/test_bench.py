@@ -97,7 +97,7 @@ def test_programs_take_turns_and_every_other_round_runs_backwards():
 
 def test_calls_of_a_program_count_as_work():
     calls = []
-    rows = timing.race({"one": lambda: calls.append(1)}, work=3, rounds=2, calls=5)
+    rows = timing.compare({"one": lambda: calls.append(1)}, work=3, rounds=2, calls=5)
     consistent(rows, {"one"})
     assert len(calls) == 5 * (1 + 2) and rows["one"]["work"] == 15
 

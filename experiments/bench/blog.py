@@ -82,8 +82,8 @@ def run(config: Config, *, compare: bool, rounds: int = 3, steps: int = 1, sampl
         "parity": agreement,
         "sample_steps": config.process.steps,
         "sample_steps_timed": sample_steps,
-        "train": timing.race(train, train_work, rounds),
-        "sample": timing.race(sample, sample_work, rounds),
+        "train": timing.compare(train, train_work, rounds),
+        "sample": timing.compare(sample, sample_work, rounds),
     }
 
 

@@ -58,11 +58,11 @@ def run(cases: Sequence[str] = tuple(CASES), *, fraction: float = 1.0, rounds: i
         result["cases"][name] = {
             "case": case._asdict(),
             "bytes": token_bytes(case),
-            "host": timing.race(host, case.images, rounds),
-            "device": timing.race(device, case.images * calls, rounds),
+            "host": timing.compare(host, case.images, rounds),
+            "device": timing.compare(device, case.images * calls, rounds),
             "skipped": skipped,
         }
-    result["generator"] = timing.race(generators(), BATCH * REPEAT, rounds, calls=20)
+    result["generator"] = timing.compare(generators(), BATCH * REPEAT, rounds, calls=20)
     return result
 
 

@@ -134,12 +134,12 @@ def run(
         "same_image": [case.name for case in same_image],
         "same_grid": [case.name for case in same_grid],
         "cases": costs,
-        **{kind: timing.race(programs[kind], units[kind], rounds) for kind in KINDS},
+        **{kind: timing.compare(programs[kind], units[kind], rounds) for kind in KINDS},
         "peer": None,
     }
     if torch_unet is not None:
         result["peer"] = {"case": beside.name, "parity": agreement, "torch": torch_unet.torch.__version__}
-        result["peer"] |= {kind: timing.race(both[kind], units[kind], rounds) for kind in KINDS}
+        result["peer"] |= {kind: timing.compare(both[kind], units[kind], rounds) for kind in KINDS}
     return result
 
 

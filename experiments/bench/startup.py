@@ -51,13 +51,13 @@ def run(arguments: Sequence[str] = (), *, rounds: int = 3, runs: int = 1) -> dic
       ValueError: the main job ended before its first step.
     """
     programs = {name: partial(execute, program) for name, program in PROGRAMS.items()}
-    imports = timing.race(programs, 1, rounds)
+    imports = timing.compare(programs, 1, rounds)
     with tempfile.TemporaryDirectory() as cache:
         starts = {
             "cold cache": partial(first_step_cold, arguments),
             "warm cache": partial(first_step, arguments, cache),
         }
-        first = timing.race(starts, 1, runs)
+        first = timing.compare(starts, 1, runs)
     return {"machine": timing.machine(), "arguments": list(arguments), "import": imports, "first_step": first}
 
 

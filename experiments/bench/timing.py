@@ -17,7 +17,9 @@ import jax
 Program = Callable[[], Any]  # returns only when its work is done
 
 
-def race(programs: dict[str, Program], work: float | dict[str, float], rounds: int, calls: int = 1) -> dict[str, Any]:
+def compare(
+    programs: dict[str, Program], work: float | dict[str, float], rounds: int, calls: int = 1
+) -> dict[str, Any]:
     """`summary` of programs timed in turns; a timing is of `calls` calls, each of which does `work` units."""
     if not isinstance(work, dict):
         work = dict.fromkeys(programs, work)

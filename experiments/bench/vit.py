@@ -137,8 +137,8 @@ def run(
         "sample_steps": config.sample.steps,
         "sample_steps_timed": sample_steps,
         "peak_tflops": peak_tflops,
-        "train": timing.race(train, steps * b, rounds),
-        "sample": timing.race(sample, count * sample_steps / config.sample.steps, rounds),
+        "train": timing.compare(train, steps * b, rounds),
+        "sample": timing.compare(sample, count * sample_steps / config.sample.steps, rounds),
     }
     for kind, flops in cost.items():
         for row in result[kind].values():
