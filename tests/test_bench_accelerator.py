@@ -162,9 +162,10 @@ def test_given_images_are_read_and_others_are_refused(tmp_path):
     assert (read == x).all() and (labels == y).all() and labels.dtype == np.int32
     np.savez(tmp_path / "bare.npz", x)
     assert images.load(str(tmp_path / "bare.npz"))[1] is None
-    np.savez(tmp_path / "grey.npz", x[..., 0])
-    with pytest.raises(ValueError, match=r"arr_0 must be uint8 \[N, H, W, 3\], not uint8 \(16, 16, 16\)"):
-        images.load(str(tmp_path / "grey.npz"))
+    for wrong, shape in ((x[..., 0], r"\(16, 16, 16\)"), (x[..., :2], r"\(16, 16, 16, 2\)")):
+        np.savez(tmp_path / "wrong.npz", wrong)
+        with pytest.raises(ValueError, match=rf"arr_0 must be uint8 \[N, H, W, 3\], not uint8 {shape}"):
+            images.load(str(tmp_path / "wrong.npz"))
     with pytest.raises(ValueError, match="there is no such file"):
         command.run(tmp_path, ["training"], budget=9, tiny=True, images="nowhere.npz", start=command.here)
 
