@@ -27,7 +27,7 @@ from experiments.run_dir import RunDir
 
 flags.declare_key_flag("workdir")
 
-# The blog's step size, how many images a strip and a side of a grid hold, and inches per picture.
+# The blog's step size, how many images a strip and a side of a grid hold, and inches per image.
 _OVERSTEP, _FRAMES, _SIDE, _INCHES = 1.5, 6, 5, 0.9
 
 

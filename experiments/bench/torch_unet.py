@@ -28,7 +28,7 @@ def network(path: str, *, size: int, patch_size: int, channels: int, fields: dic
     """The published U-Net with our fields and random parameters, none at its initial zero, on the device JAX uses.
 
     Raises:
-      ValueError: the program at `path` cannot be imported, or knows no such network.
+      ValueError: the program at `path` cannot be imported, or has no such network.
     """
     sys.path.insert(0, str(path))
     try:
