@@ -1,7 +1,11 @@
 """Strict JAX for every test: no silent rank promotion, no key used twice, and (pyproject.toml) no warning."""
 
+import os
+from pathlib import Path
+
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from diffusion import data
 
@@ -28,9 +32,30 @@ def mnist5k_splits(mnist5k_root):
     return [data.load("mnist5k", split, data_dir=mnist5k_root) for split in ("train", "test")]
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """One folder for all processes of this test session."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def few_optimizations():
-    """Compiles quickly, for modules whose programs take longer to optimise than to run."""
+def few_optimizations(tmp_path_factory) -> Path:
+    """Compiles quickly, for modules whose programs take longer to optimise than to run, and each program once.
+
+    The value is the folder of compiled programs, one for each process: JAX does not write its files atomically.
+    """
+    cache = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in cache]
+    programs = tmp_path_factory.getbasetemp() / "xla"
+    compilation_cache.reset_cache()
+    for name, value in zip(cache, (str(programs), 0.0), strict=True):
+        jax.config.update(name, value)
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    yield programs
     jax.config.update("jax_disable_most_optimizations", False)
+    for name, value in zip(cache, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -85,7 +85,10 @@ def test_fields_newer_than_a_stored_config_take_their_defaults():
     assert configs.from_dict(values) == config
 
 
-@pytest.mark.parametrize("name", ["mnist", "blog", "jit_b16", "patch_unet_mnist:0"])
+@pytest.mark.parametrize(
+    "name",
+    ["mnist", "blog", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jit_b16", "patch_unet_mnist:0"))],
+)
 def test_dry_run_says_what_would_be_trained(name, blank_images, capsys):
     config = shipped(name)
     preflight.dry_run(config)

@@ -1,11 +1,11 @@
 """From parts to a training step: what is random in it, and that cutting a batch into pieces changes nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from diffusion import experts
 from diffusion.models.vit import ViT
 from experiments import objective, parts, sampling
 from experiments.configs import patch_unet_mnist
@@ -37,13 +37,16 @@ def small():
     return config
 
 
-def stepped(config, key=3):
+@functools.cache
+def stepped(microbatch=None):
+    """The state before a step and after it, and the metrics: two averages, and times that follow the loss."""
+    config = small()
+    config.train.ema, config.process.times, config.train.microbatch = (0.0, 0.9), "loss_second_moment", microbatch
     run = parts.resolve(config, SPEC)
-    params = jax.tree.map(
-        lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), parts.init_params(run)
-    )
+    params = parts.init_params(run)
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
     state = objective.init_state(run, params)
-    return jax.jit(objective.make_step(run))(jax.random.key(key), state, batch())
+    return run, state, *jax.jit(objective.make_step(run))(jax.random.key(3), state, batch())
 
 
 def test_labels_are_dropped_in_training_only():
@@ -58,47 +61,29 @@ def test_labels_are_dropped_in_training_only():
 
 
 def test_a_batch_cut_up_makes_the_same_step():
-    whole, cut = small(), small()
-    cut.train.microbatch = 2
-    (one, metrics), (other, cut_metrics) = stepped(whole), stepped(cut)
+    (_, _, one, metrics), (_, _, other, cut_metrics) = stepped(), stepped(microbatch=2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one.params, other.params)
     assert metrics.keys() == cut_metrics.keys() >= {"loss", "mse", "vlb", "loss_q0", "loss_q3"}
     np.testing.assert_allclose(metrics["loss"], cut_metrics["loss"], rtol=1e-5)
+    assert one.carry.counts.sum() == other.carry.counts.sum() == 8
 
 
 def test_every_decay_of_the_list_has_its_average():
-    config = small()
-    config.train.ema = (0.0, 0.9)
-    state, _ = stepped(config)
-    at_once, slow = (jax.tree.leaves(ema) for ema in state.ema)
-    np.testing.assert_array_equal(at_once[0], jax.tree.leaves(state.params)[0])
-    assert any(not np.array_equal(a, b) for a, b in zip(at_once, slow, strict=True))
-
-
-@pytest.mark.parametrize("times", ["grid", "uniform"])
-def test_experts_sample_times_of_their_own_and_share_none(times):
-    config = tiny()
-    config.process.snr_splits, config.process.times = (4.0, 0.25), times
-    config.process.variance, config.process.vlb_weight = "fixed_small", 0.0
-    for split in range(3):
-        config.process.split = split
-        run = parts.resolve(config, SPEC)
-        t = objective.objective(run).draw(jax.random.key(0), batch(200), None)["at"].t
-        assert set(np.asarray(experts.expert_of(run.bounds, t)).tolist()) == {split}
-        grid = sampling.expert_grid(run)
-        assert set(np.asarray(experts.expert_of(run.bounds, jnp.asarray(grid[:-1]))).tolist()) == {split}
-        assert grid[-1] == 0
+    _, before, after, _ = stepped()
+    at_once, slow = (jax.tree.leaves(ema) for ema in after.ema)
+    for initial, trained, fast, average in zip(
+        jax.tree.leaves(before.params), jax.tree.leaves(after.params), at_once, slow, strict=True
+    ):
+        np.testing.assert_array_equal(fast, trained)
+        np.testing.assert_allclose(average, 0.9 * initial + 0.1 * trained, rtol=1e-4, atol=1e-6)
 
 
 def test_times_follow_the_loss_once_every_step_was_seen():
-    config = small()
-    config.process.times = "loss_second_moment"
-    run, (state, _) = parts.resolve(config, SPEC), stepped(config)
+    run, state, *_ = stepped()
     history = run.history._replace(losses=run.history.losses.at[4].set(1.0), counts=run.history.counts + 10)
-    pieces = objective.objective(run)
-    t = pieces.draw(jax.random.key(0), batch(200), state._replace(carry=history))["at"].t
+    draw = jax.jit(objective.objective(run).draw)
+    t = draw(jax.random.key(0), batch(200), state._replace(carry=history))["at"].t
     assert (np.isclose(t, 5 / 20)).mean() > 0.95
-    assert state.carry.counts.sum() == 8
 
 
 def test_float16_scales_its_loss():
@@ -118,11 +103,11 @@ def test_estimates_are_kept_in_range():
     params = parts.init_params(parts.resolve(config, SPEC))
     params = jax.tree.map(lambda p: p + jax.random.normal(jax.random.key(p.size), p.shape), params)
     given = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.full(4, 0.5), jnp.arange(4) % 3
-    free = sampling.denoiser(parts.resolve(config, SPEC), params)(*given)
+    free = jax.jit(sampling.denoiser(parts.resolve(config, SPEC), params))(*given)
     config.sample.clip = True
-    clipped = sampling.denoiser(parts.resolve(config, SPEC), params)(*given)
+    clipped = jax.jit(sampling.denoiser(parts.resolve(config, SPEC), params))(*given)
     config.sample.clip, config.sample.threshold = False, 0.9
-    scaled = sampling.denoiser(parts.resolve(config, SPEC), params)(*given)
+    scaled = jax.jit(sampling.denoiser(parts.resolve(config, SPEC), params))(*given)
     np.testing.assert_allclose(clipped, jnp.clip(free, -1, 1), atol=1e-4)
     assert jnp.abs(free).max() > 2 and jnp.abs(scaled).max() <= 1.0001
     assert jnp.abs(scaled - clipped).max() > 0.1

@@ -61,9 +61,6 @@ def test_resolving_leaves_the_config_alone():
             "path=linear is not a chain of steps, which this needs: set it to vp",
         ),
         ({"process.split": 0}, "split=0 needs --config.process.snr_splits"),
-        ({"process.snr_splits": (0.25,), "process.split": 2}, "split=2: .* --split=0 to --split=1"),
-        ({"process.snr_splits": (0.25,), "process.split": -1}, "split=-1: .* --split=0 to --split=1"),
-        ({"process.snr_splits": (0.1, 0.25), "process.split": 0}, "must fall"),
         ({"process.snr_splits": (0.25, 0.25), "process.split": 0}, "must fall"),
         ({"process.snr_splits": (0.25, 0.2499999), "process.split": 1}, "two thresholds are reached at the same time"),
         (
@@ -154,7 +151,9 @@ def test_optimisers_that_do_not_fit_are_refused(network, fields, message):
 def test_each_rate_reaches_the_parameters_it_is_for():
     config = configs.Config(model=ViT(width=16, depth=1, heads=2))
     config.train.optimizer, config.train.schedule, config.train.warmup = "muon", "constant", 0
-    params = parts.init_params(parts.resolve(config, DataSpec((8, 8, 1))))
+    rng = np.random.default_rng(0)
+    shapes = {"qkv": (16, 3, 2, 8), "gates": (16, 96)}
+    params = {"block_0": {name: {"kernel": jnp.asarray(rng.normal(size=shape))} for name, shape in shapes.items()}}
     moved = {}
     for field in (None, "learning_rate", "matrix_rate"):
         now = dataclasses.replace(config.train, **({field: 2 * getattr(config.train, field)} if field else {}))

@@ -10,12 +10,12 @@ import pytest
 from diffusion.io import stored_config
 from diffusion.models.unet import ADM
 from experiments import config as configs
-from experiments import inputs, run_dir, stored_versions
+from experiments import inputs, parts, run_dir, stored_versions, train
 from experiments.configs import blog, patch_unet_mnist, smoke
 from experiments.parts import DataSpec
 from experiments.run_dir import RunDir, trained
 from tests.experiments import runs
-from tests.experiments.runs import call, samples, tiny, tiny_chain
+from tests.experiments.runs import call, samples, tiny
 
 # Written by the code that had no version: three config.json, and a whole run that was stopped after 2 of 4 steps.
 VERSION_1 = runs.ROOT / "tests" / "data" / "version_1"
@@ -131,14 +131,15 @@ def test_initial_weights_are_the_average_of_the_other_run(expert_runs):
 
 
 def test_training_starts_from_those_weights_and_needs_them_only_once(expert_runs, tmp_path, monkeypatch):
-    config, first = tiny_chain(), expert_runs[0][0]
-    config.process.snr_splits, config.process.split = (0.25,), 1
-    config.train.init_from, config.train.learning_rate = str(first), 0.0
-    runs.trained(config, tmp_path / "run")
-    start, _ = RunDir(tmp_path / "run").weights()
-    jax.tree.map(np.testing.assert_array_equal, start, RunDir(first).weights()[0])
+    first, second = expert_runs[0]
+    config, spec = RunDir(second).stored()
+    assert config.train.init_from == str(first)
+    params, state, step = train.restored(config, parts.resolve(config, spec), RunDir(tmp_path))
+    for tree in (params, state.params, *state.ema):
+        jax.tree.map(np.testing.assert_array_equal, tree, RunDir(first).weights()[0])
+    assert step == 0
     monkeypatch.setattr(run_dir.RunDir, "initial_weights", None)
-    assert "is finished" in runs.trained(config, tmp_path / "run").printed
+    assert "is finished" in runs.trained(config, second).printed
 
 
 # Experts

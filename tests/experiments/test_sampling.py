@@ -72,9 +72,9 @@ def test_a_cascade_enlarges_the_samples_of_another_run(tmp_path):
     base = tmp_path / "small.npz"
     np.savez(base, small, np.arange(5))
     arguments = [f"--workdir={tmp_path / 'large'}", f"--base_samples={base}"]
-    images, labels = sampled(tmp_path / "a", *arguments, "--batch_size=5")
+    images, labels = sampled(tmp_path / "a", *arguments)
     assert images.shape == (5, 8, 8, 1) and labels.tolist() == [0, 1, 2, 3, 4]
-    noisy, _ = sampled(tmp_path / "b", *arguments, "--condition_noise=0.2", "--batch_size=5")
+    noisy, _ = sampled(tmp_path / "b", *arguments, "--condition_noise=0.2")
     assert not np.array_equal(images, noisy)
     few, _ = sampled(tmp_path / "few", *arguments, "--condition_noise=0.2", "--batch_size=2")
     np.testing.assert_array_equal(few, noisy)
@@ -130,7 +130,9 @@ def test_every_sampler_of_the_config_samples(sampler):
     config.model = ViT(patch_size=8, width=4, depth=1, heads=1)
     config.sample.sampler, config.sample.clip = sampler, False
     run = parts.resolve(config, DataSpec((8, 8, 1)))
-    params = jax.tree.map(lambda p: p + 0.1, parts.init_params(run))
+    params = jax.tree.map(
+        lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), parts.init_params(run)
+    )
     images = np.asarray(sampling.sample_fn(run)(params, np.arange(2), np.zeros(2, np.int32)))
     assert images.shape == (2, 8, 8, 1) and len(np.unique(images)) > 10
 
