@@ -71,11 +71,12 @@ def test_a_batch_cut_up_makes_the_same_step():
 def test_every_decay_of_the_list_has_its_average():
     _, before, after, _ = stepped()
     at_once, slow = (jax.tree.leaves(ema) for ema in after.ema)
+    decay = 0.1  # of 0.9, after one step: the horizon of an average grows with the step
     for initial, trained, fast, average in zip(
         jax.tree.leaves(before.params), jax.tree.leaves(after.params), at_once, slow, strict=True
     ):
         np.testing.assert_array_equal(fast, trained)
-        np.testing.assert_allclose(average, 0.9 * initial + 0.1 * trained, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(average, decay * initial + (1 - decay) * trained, rtol=1e-4, atol=1e-6)
 
 
 def test_times_follow_the_loss_once_every_step_was_seen():
