@@ -12,7 +12,7 @@ a variance-exploding path whose time is sigma, `lambda t: (jnp.ones_like(t), t)`
     VP          alpha^2 = prod(1 - beta) sigma^2 = 1 - alpha^2      DDPM, Ho et al. 2020 (2006.11239)
     Geometric   alpha = a^(n t)          sigma = 1 - alpha          Piantedosi, piantedosi.github.io/diffusion_model
 
-Geometric is Linear on another clock: both have alpha + sigma = 1.
+Geometric is Linear with another parametrisation of time: both have alpha + sigma = 1.
 """
 
 import math

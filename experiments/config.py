@@ -17,6 +17,11 @@ Network = ViT | UNet | Blog
 VERSION = 2  # of the stored config; `stored_versions` reads the earlier ones
 
 
+def _only(default: Any, **values: Any) -> Any:
+    """A field that has an effect only where another field of its section has this value."""
+    return field(default=default, metadata={"only": values})
+
+
 @dataclass
 class Data:
     """Images; `diffusion.data.load` explains name, size, crop and channels."""
@@ -25,8 +30,8 @@ class Data:
     data_dir: str | None = None  # where TFDS keeps its data sets
     held_out: str = "test"  # the split that training leaves out; of ImageNet and LSUN it is "validation"
     size: tuple[int, ...] | None = None  # (height, width); None keeps the images' own
-    crop: str = "center"
-    channels: int | None = None
+    crop: str = "center"  # or resize, none
+    channels: int | None = None  # 1 or 3; None keeps the images' own
     labels: bool = True  # condition the network on labels, where the data has them
     flip: bool = False  # random horizontal flips
     shift: int = 0  # random shifts by up to this many pixels
@@ -39,15 +44,15 @@ class Process:
     """The noising process and the loss."""
 
     path: str = "linear"  # linear, cosine, vp (a chain of betas), geometric (the blog's)
-    betas: str = "linear"  # vp: linear, linear<beta_max> (linear0.025), cosine
-    rate: float = 0.99  # geometric: alpha is multiplied by this at each step
+    betas: str = _only("linear", path="vp")  # linear, linear<beta_max> (linear0.025), cosine
+    rate: float = _only(0.99, path="geometric")  # alpha is multiplied by this at each step
     steps: int = 1000  # T of the discrete paths, vp and geometric
-    prediction: str = "x0"
+    prediction: str = "x0"  # of the network: x0, eps, v (Salimans & Ho) or flow (eps - x0)
     loss_in: str | None = "flow"  # prediction in whose coordinates the error is measured; None: its own
-    loss_floor: float = 0.05
+    loss_floor: float = 0.05  # smallest divisor in that change of coordinates (JiT: 1 - t >= 0.05)
     weighting: str | None = None  # instead of loss_in: sqrt_snr, snr, snr+1, truncated_snr, p2, min_snr, sigmoid
-    weighting_gamma: float = 5.0  # min_snr
-    weighting_bias: float = 2.0  # sigmoid
+    weighting_gamma: float = _only(5.0, weighting="min_snr")
+    weighting_bias: float = _only(2.0, weighting="sigmoid")
     # Of an ancestral step: fixed_small, fixed_large, or learned: learned_range (a second half of the last layer: ADM,
     # DiT) or learned_sigmoid (layers of its own: Patch Diffusion). A learned variance needs a vlb_weight.
     variance: str = "fixed_small"
@@ -55,8 +60,8 @@ class Process:
     vlb_only: bool = False  # the loss is the variational term alone (guided-diffusion's use_kl)
     patches: bool = False  # measure the error on overlapping patches rather than pixels (blog)
     times: str = "logit_normal"  # uniform, antithetic, logit_normal, grid (the discrete steps), loss_second_moment
-    times_mean: float = 0.0
-    times_std: float = 1.0
+    times_mean: float = _only(0.0, times="logit_normal")  # of the normal distribution of log(t / (1 - t))
+    times_std: float = _only(1.0, times="logit_normal")
     snr_splits: tuple[float, ...] = ()  # falling thresholds: one network (expert) more than there are of these
     split: int | None = None  # which expert this run trains, 0 the one with the least noise; --split for short
 
@@ -80,15 +85,15 @@ class Train:
     repeat: int = 1  # noise samples per image in a batch
     optimizer: str = "adamw"  # or muon, for a ViT's matrices, with NAdam for all else (`diffusion.optimize`)
     learning_rate: float = 1e-3
-    matrix_rate: float = 0.03  # muon: the learning rate of those matrices
-    warmup: int = 100
+    matrix_rate: float = _only(0.03, optimizer="muon")  # the learning rate of those matrices
+    warmup: int = 100  # steps in which the rate rises from 0
     schedule: str = "cosine"  # or linear, constant
-    b2: float = 0.99
+    b2: float = 0.99  # Adam's decay of the mean square of the gradient
     adam_eps: float = 1e-8
     weight_decay: float = 0.0  # per step, times the rate; of all matrices and tables, under muon only of its matrices
     clip: float | None = 1.0  # largest norm of the gradient
     ema: tuple[float, ...] = (0.995,)  # decay of the averaged weights, or several; the first is sampled from
-    label_drop: float = 0.1
+    label_drop: float = 0.1  # share of labels replaced by the null label, for guidance
     init_from: str | None = None  # work directory of a run whose averaged weights are the initial weights
     log_every: int = 20
     sample_every: int = 500
@@ -98,9 +103,9 @@ class Train:
     patience: int | None = None  # stop after this many validations without a better one, keep the best weights
 
 
-def _option(default: Any, explanation: str) -> Any:
-    """A field that is also a flag of `experiments.sample`, with this explanation."""
-    return field(default=default, metadata={"help": explanation})
+def _option(default: Any, explanation: str, **only: Any) -> Any:
+    """A field that is also a flag of `experiments.sample`, with this explanation; `only` as in `_only`."""
+    return field(default=default, metadata={"help": explanation, "only": only})
 
 
 @dataclass
@@ -110,8 +115,8 @@ class Sample:
     count: int = 1000  # samples at the end of training
     steps: int = _option(50, "Sampler steps.")
     sampler: str = _option("ddim", "ddim, ancestral, heun or dpmpp_2m.")
-    eta: float = _option(0.0, "ddim: noise added at each step, 0 to 1.")
-    overstep: float = _option(1.0, "ddim: step size relative to the grid's (the blog's 1.5).")
+    eta: float = _option(0.0, "ddim: noise added at each step, 0 to 1.", sampler="ddim")
+    overstep: float = _option(1.0, "ddim: step size relative to the grid's (the blog's 1.5).", sampler="ddim")
     respacing: str | None = _option(None, "Instead of steps, some steps of the chain: 250, 10,15,20 or ddim25.")
     shift: float = _option(1.0, "Above 1: more steps at high noise.")
     last: float | None = _option(None, "Time from which the last step jumps to t = 0.")
@@ -136,6 +141,16 @@ class Config:
     condition: Condition = field(default_factory=Condition)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
+
+
+def without_effect(section: Any) -> dict[str, str]:
+    """The fields of a section that were set and have no effect, and what they would need, as `path=geometric`."""
+    found = {}
+    for each in dataclasses.fields(section):
+        for name, value in each.metadata.get("only", {}).items():
+            if getattr(section, each.name) != each.default and getattr(section, name) != value:
+                found[each.name] = f"{name}={value}"
+    return found
 
 
 def network_name(network: Network) -> str:

@@ -1,4 +1,4 @@
-"""Images out of arrays: grids, film strips, animations. uint8 [N, H, W, C] in, files out, whole or not at all."""
+"""Images out of arrays: grids, film strips, animations. uint8 [N, H, W, C] in, files out, written atomically."""
 
 import zipfile
 import zlib

@@ -1,13 +1,14 @@
 """From a config and facts about the data to `Parts`: the functions and numbers that training and sampling are made of.
 
-This is the one place where the config's names ("vp", "heun", ...) are interpreted. What comes after it, `objective` and
-`sampling`, takes parts.
+Path, times, sampler, guidance and optimiser are chosen here by their names in the config; the names of predictions,
+weights and variances go to the library functions that know them. What comes after, `objective` and `sampling`, takes
+parts and no config.
 """
 
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,12 @@ from diffusion.models import Model, Task, recomposed
 from diffusion.patch import patchify
 from diffusion.posterior import check_variance
 from diffusion.predict import Denoise, Prediction
-from experiments.config import Config, network_name
+from experiments.config import Condition, Config, network_name, without_effect
 
 # Where float16's loss scaling begins, log2.
 _LOG2_SCALE = 20.0
+# The paths that are a chain of `config.process.steps` steps.
+_CHAINS = ("vp", "geometric")
 # How a network has the variance that `config.process.variance` says it learns.
 _LEARNED = {"learned_range": "channels", "learned_sigmoid": "head"}
 
@@ -79,7 +82,7 @@ class Parts(NamedTuple):
     image_model: Model  # predicts images
     sampler: sample.Sampler
     grid: np.ndarray  # [steps + 1]
-    guidance: guide.Scale
+    guidance: Callable[[Denoise, Any], Denoise]  # (denoiser, null condition) -> denoiser; of conditional networks
     threshold: Callable[[Denoise], Denoise] | None
     sample_seed: int
 
@@ -173,10 +176,13 @@ def _without_data(config: Config) -> dict[str, Any]:
     p = config.process
     _check_effects(config)
     check_variance(p.variance)
+    for name in ("prediction", "loss_in"):
+        if getattr(p, name) is not None:
+            choose(f"process.{name}", getattr(p, name), dict.fromkeys(get_args(Prediction)))
     if not config.data.low < config.data.high:
         raise ValueError(f"--config.data.low={config.data.low} must be below --config.data.high={config.data.high}")
     path = _path(config)
-    chain = grids.respaced_grid("", p.steps) if p.path in ("vp", "geometric") else None
+    chain = grids.respaced_grid("", p.steps) if p.path in _CHAINS else None
     bounds = _bounds(config, path)
     patches = dict(patch_size=config.model.patch_size, stride=getattr(config.model, "stride", None))
     return {
@@ -198,30 +204,26 @@ def _without_data(config: Config) -> dict[str, Any]:
 
 def _check_effects(config: Config) -> None:
     """Raises ValueError for a field that was set and has no effect on this run."""
-    p, s, conditioned = config.process, config.sample, bool(config.condition.size)
-    heads = getattr(config.model, "num_head_channels", None) is None
-    used = {
-        "process.rate": p.path == "geometric",
-        "process.betas": p.path == "vp",
-        "process.times_mean": p.times == "logit_normal",
-        "process.times_std": p.times == "logit_normal",
-        "process.weighting_gamma": p.weighting == "min_snr",
-        "process.weighting_bias": p.weighting == "sigmoid",
-        "condition.noise": conditioned,
-        "condition.sample_noise": conditioned,
-        "train.matrix_rate": config.train.optimizer != "adamw",
-        "sample.eta": s.sampler == "ddim",
-        "sample.overstep": s.sampler == "ddim",
-        "model.num_heads": heads,
-    }
-    fresh = Config(model=type(config.model)())
-    for name, is_used in used.items():
-        section, _, field = name.partition(".")
-        if not hasattr(getattr(config, section), field):
-            continue
-        value, default = (getattr(getattr(each, section), field) for each in (config, fresh))
-        if value != default and not is_used:
-            raise ValueError(f"--config.{name}={value} has no effect on this run: leave it at {default}")
+    for name in ("process", "train", "sample"):
+        for field, needed in without_effect(getattr(config, name)).items():
+            value, default = (getattr(each, field) for each in (getattr(config, name), type(getattr(config, name))))
+            raise ValueError(
+                f"--config.{name}.{field}={value} has no effect on this run: leave it at {default}, or set "
+                f"--config.{name}.{needed}"
+            )
+    for field in ("noise", "sample_noise"):
+        value, default = getattr(config.condition, field), getattr(Condition, field)
+        if not config.condition.size and value != default:
+            raise ValueError(
+                f"--config.condition.{field}={value} has no effect on this run: leave it at {default}, or set "
+                "--config.condition.size"
+            )
+    by_channels = getattr(config.model, "num_head_channels", None) is not None
+    if by_channels and config.model.num_heads != type(config.model).num_heads:
+        raise ValueError(
+            f"--config.model.num_heads={config.model.num_heads} has no effect on this run: leave it at "
+            f"{type(config.model).num_heads}, since num_head_channels={config.model.num_head_channels} is set"
+        )
 
 
 def _path(config: Config) -> process.Path:
@@ -248,7 +250,7 @@ def _models(config: Config, spec: DataSpec, path: process.Path) -> tuple[Model, 
         out_channels=spec.shape[-1],
         learned_variance=_LEARNED.get(p.variance, "none"),
         path=path,
-        steps=p.steps if p.path in ("vp", "geometric") else None,
+        steps=p.steps if p.path in _CHAINS else None,
     )
     try:
         model = c.model(task)
@@ -274,7 +276,7 @@ def _bounds(config: Config, path: process.Path) -> np.ndarray | None:
 def _times(config: Config, chain: np.ndarray | None, bounds: np.ndarray | None) -> times.Times:
     c = config.process
     if c.times == "loss_second_moment" or (bounds is not None and c.times == "grid"):
-        _need_chain(config, chain)
+        _need_chain(config)
     if bounds is not None:
         return _expert_times(config, chain, bounds)
     options = {
@@ -305,8 +307,8 @@ def _expert_times(config: Config, chain: np.ndarray | None, bounds: np.ndarray) 
     return options[c.times]()
 
 
-def _need_chain(config: Config, chain: np.ndarray | None) -> None:
-    if chain is None:
+def _need_chain(config: Config) -> None:
+    if config.process.path not in _CHAINS:
         raise ValueError(
             f"--config.process.path={config.process.path} is not a chain of steps, which this needs: set it to vp"
         )
@@ -405,7 +407,7 @@ def _grid(config: Config, path: process.Path) -> np.ndarray:
             raise ValueError(
                 f"--config.sample.respacing={c.respacing!r} names the steps: leave out sample.shift and sample.last"
             )
-        _need_chain(config, grids.respaced_grid("", 1) if config.process.path in ("vp", "geometric") else None)
+        _need_chain(config)
         return grids.respaced_grid(c.respacing, config.process.steps)
     # Where alpha = 0 a prediction of eps does not determine x0: begin just below.
     with jax.ensure_compile_time_eval():
@@ -413,15 +415,17 @@ def _grid(config: Config, path: process.Path) -> np.ndarray:
     return grids.shifted_grid(c.steps, c.shift, 0.999 if singular else 1.0, c.last if c.steps > 1 else None)
 
 
-def _guidance(config: Config) -> guide.Scale:
+def _guidance(config: Config) -> Callable[[Denoise, Any], Denoise]:
     c = config.sample
     if not 0 <= c.guidance_low < c.guidance_high <= 1:
         raise ValueError(
             f"guidance interval [--config.sample.guidance_low={c.guidance_low}, guidance_high={c.guidance_high}] must "
             "satisfy 0 <= low < high <= 1"
         )
-    whole = (c.guidance_low, c.guidance_high) == (0, 1)
-    return c.guidance if whole or c.guidance in (0, 1) else guide.interval(c.guidance, c.guidance_low, c.guidance_high)
+    scale = c.guidance
+    if scale not in (0, 1) and (c.guidance_low, c.guidance_high) != (0, 1):
+        scale = guide.interval(scale, c.guidance_low, c.guidance_high)
+    return partial(guide.classifier_free, scale=scale)
 
 
 def _threshold(config: Config, path: process.Path) -> Callable[[Denoise], Denoise] | None:

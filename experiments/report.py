@@ -84,7 +84,7 @@ def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, featu
     Raises:
       TypeError, ValueError: the samples are of another format, or too few; see `diffusion.metrics.report.report`.
     """
-    train, held_out = inputs.source(config, "train"), inputs.source(config, "test")
+    train, held_out = inputs.source(config, "train"), inputs.source(config, config.data.held_out)
     most = (len(train.labels) + len(held_out.labels)) // 2
     chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
     if labels is not None and len(labels) != len(images):
@@ -110,11 +110,11 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
     ]
     if "distance" in report:
         words.append(
-            f"Feature distance to real digits: {report['distance']:.2f}, {report['ratio']:.2f} times the "
-            f"{report['reference']:.2f} of as many real digits (1 would be as good as real; lower is better)."
+            f"Feature distance to real images: {report['distance']:.2f}, {report['ratio']:.2f} times the "
+            f"{report['reference']:.2f} of as many real images (1 would be as good as real; lower is better)."
         )
     else:
-        words.append("There are no features for images like these: look at them.")
+        words.append("There is no feature network for this data set, so nothing was measured.")
     if report.get("agreement") is not None:
         words.append(f"An independent classifier reads the label as given in {report['agreement']:.1%} of them.")
     if report.get("measured", ENOUGH) < ENOUGH:

@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import command, image_files, inputs, report, sampling
-from experiments.config import Config, Sample
+from experiments.config import Config, Sample, without_effect
 from experiments.parts import DataSpec, Parts
 from experiments.run_dir import Trained, trained
 
@@ -105,8 +105,9 @@ def overridden(config: Config, spec: DataSpec) -> Config:
         implied |= {"threshold": None}
     if "threshold" in given:
         implied |= {"clip": False}
-    if given.get("sampler", "ddim") != "ddim":
-        implied |= {"eta": 0.0, "overstep": 1.0}
+    if "sampler" in given:
+        unused = without_effect(dataclasses.replace(config.sample, sampler=given["sampler"]))
+        implied |= {f.name: f.default for f in dataclasses.fields(Sample) if f.name in unused}
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **(implied | given)))
     if _CONDITION_NOISE.value is None:
         return config

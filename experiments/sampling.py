@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import experts, guide, superres
+from diffusion import experts, superres
 from diffusion import sample as samplers
 from diffusion.predict import Denoise
 from diffusion.process import noise
@@ -36,7 +36,7 @@ def denoiser(
     if conditioning is not None:
         denoise = superres.conditioned(denoise, conditioning)
     if parts.spec.num_classes:
-        denoise = guide.classifier_free(denoise, parts.spec.num_classes, parts.guidance)
+        denoise = parts.guidance(denoise, parts.spec.num_classes)
     return denoise if parts.threshold is None else parts.threshold(denoise)
 
 

@@ -17,7 +17,7 @@ from diffusion.patch import patchify, unpatchify
 from experiments.bench import (
     blog,
     commands,
-    ours,
+    jax_run,
     patch,
     patch_implementations,
     patch_report,
@@ -150,12 +150,12 @@ def test_another_network_is_not_timed(monkeypatch):
     monkeypatch.setattr(torch_vit, "copy_params", other)
     config = tiny()
     with pytest.raises(AssertionError, match="does not compute what ours does"):
-        vit_peer.parity(config, SPEC, ours.params(resolve(config, SPEC), vit.NOISE))
+        vit_peer.parity(config, SPEC, jax_run.params(resolve(config, SPEC), vit.NOISE))
 
 
 def test_flops_are_those_of_the_matrix_products():
     """XLA's count of a forward pass of the network, which has other operations too."""
-    config = ours.with_model(tiny(), width=64, heads=2, bottleneck=32)
+    config = jax_run.with_model(tiny(), width=64, heads=2, bottleneck=32)
     model, x = resolve(config, SPEC).model, jax.ShapeDtypeStruct((1, *SPEC.shape), np.float32)
     t, y = jax.ShapeDtypeStruct((1,), np.float32), jax.ShapeDtypeStruct((1,), np.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), x, t, y)
@@ -165,7 +165,7 @@ def test_flops_are_those_of_the_matrix_products():
 
 def test_a_network_that_pytorch_lacks_is_refused():
     with pytest.raises(ValueError, match="model.dropout=0 only, not 0.5"):
-        vit.peer_module(ours.with_model(tiny(), dropout=0.5))
+        vit.peer_module(jax_run.with_model(tiny(), dropout=0.5))
 
 
 def test_without_pytorch_a_comparison_says_how_to_do_without(monkeypatch):

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from diffusion import loss as losses
 from diffusion.grids import respaced_grid
 from diffusion.patch import patchify
-from diffusion.predict import WithVariance, convert, target
+from diffusion.predict import Prediction, WithVariance, convert, target
 from diffusion.process import VP, Cosine, Linear, coefficients, linear_betas, noise
 from diffusion.times import antithetic_times, grid_times
 from diffusion.vlb import Vlb
@@ -31,7 +32,7 @@ def x0():
     return jax.random.normal(jax.random.key(1), (64, 6, 1))
 
 
-@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
+@pytest.mark.parametrize("prediction", get_args(Prediction))
 def test_a_perfect_denoiser_has_no_loss_and_a_wrong_one_its_squared_error(key, x0, prediction):
     a, b = jax.random.split(key)
     perfect, _ = losses.loss(a, oracle(Cosine(), prediction, x0), Cosine(), x0, prediction=prediction)
@@ -174,7 +175,7 @@ def test_the_sigmoid_weighting_does_not_depend_on_the_clock():
     np.testing.assert_allclose(weight(coef), speed / (1 + np.exp(logsnr + 1)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
+@pytest.mark.parametrize("prediction", get_args(Prediction))
 def test_weightings_are_finite_at_both_ends(prediction):
     coef = coefficients(Linear(), jnp.array([0.0, 1.0]))
     for name in (*PUBLISHED, "sigmoid"):
@@ -317,7 +318,7 @@ def test_a_constant_weight_may_be_a_scalar(key, x0):
     )
 
 
-@pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
+@pytest.mark.parametrize("prediction", get_args(Prediction))
 def test_times_may_be_noise_levels_beyond_1(x0, prediction):
     """A variance-exploding path whose time is sigma, and times of Karras et al. 2022: log sigma is normal."""
     exploding = lambda t: (jnp.ones_like(t), t)  # noqa: E731

@@ -1,15 +1,16 @@
 import itertools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.predict import WithVariance, convert, decode, estimate, predictor, target
+from diffusion.predict import Prediction, WithVariance, convert, decode, estimate, predictor, target
 from diffusion.process import coefficients, noise
 from tests.test_process import PATHS
 
-PREDICTIONS = ("x0", "eps", "v", "flow")
+PREDICTIONS = get_args(Prediction)
 
 
 def draw(key, n):

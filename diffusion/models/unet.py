@@ -80,7 +80,8 @@ class UNet:
       dtype: of the computation; parameters, statistics of norms, the softmax and the heads are float32.
       remat: recompute blocks in the backward pass to save memory.
       attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
-      clock: what the sinusoids see of the time: "1000 t", "1 - t", "index" (DDPM's T t - 1), or a function.
+      clock: how t is scaled before its sinusoidal embedding: "1000 t", "1 - t", "index" (DDPM's T t - 1) or
+        a function.
 
     With a learned variance "head" (`Task`), its layers see the features detached, so that learning the variance does
     not change the prediction (Patch Diffusion); with "channels" v is a half of the last convolution's output (ADM).

@@ -1,4 +1,4 @@
-"""A vision transformer over patches: DiT, JiT, and what lies between.
+"""A vision transformer over patches: DiT, JiT, and mixtures of the two.
 
     z = embed(patchify(xt)) + positions,   c = clock(t) + class(y)
     z <- z + gate(c) Attention(shift-scale(norm z; c)),   z <- z + gate(c) MLP(shift-scale(norm z; c))     (1)
@@ -7,7 +7,7 @@
 With the defaults this is DiT (Peebles & Xie 2022, 2212.09748): adaLN-zero, sine-cosine positions, LayerNorm, GELU. The
 fields turn on the changes of JiT (Li & He 2025, 2511.13720): bottleneck embedding, RMSNorm, SwiGLU, qk-norm, rotary
 positions and in-context class tokens. With stride < patch_size patches overlap and the prediction is their average,
-which takes the seams out of it.
+which removes visible borders between patches.
 """
 
 import math
@@ -49,7 +49,8 @@ class ViT:
       dtype: of the computation; parameters, statistics of norms, the softmax and the head are float32.
       remat: recompute blocks in the backward pass to save memory.
       attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn" (a GPU's, in bfloat16).
-      clock: what the sinusoids see of the time: "1000 t" (DiT), "1 - t" (JiT), "index" (DDPM's T t - 1), or a function.
+      clock: how t is scaled before its sinusoidal embedding: "1000 t" (DiT), "1 - t" (JiT), "index" (DDPM's T t - 1),
+        or a function.
     """
 
     conditional: ClassVar[bool] = True

@@ -24,7 +24,7 @@ from diffusion import sample as samplers
 from diffusion.grids import uniform_grid
 from diffusion.patch.geometry import geometry
 from experiments import command, inputs, sampling
-from experiments.bench import commands, ours, peers, tables, timing
+from experiments.bench import commands, jax_run, peers, tables, timing
 from experiments.config import Config
 from experiments.configs import blog
 from experiments.parts import Parts, resolve
@@ -54,17 +54,17 @@ def run(config: Config, *, compare: bool, rounds: int = 3, steps: int = 1, sampl
     """
     source = inputs.source(config)
     spec = inputs.data_spec(config, source)
-    resolved, timed = resolve(config, spec), resolve(ours.with_sample_steps(config, sample_steps), spec)
-    params = ours.params(resolved, NOISE)
+    resolved, timed = resolve(config, spec), resolve(jax_run.with_sample_steps(config, sample_steps), spec)
+    params = jax_run.params(resolved, NOISE)
     batch = {"x": source.images[: config.train.batch_size], "y": source.labels[: config.train.batch_size]}
     size = config.train.batch_size * config.train.repeat
 
     # A call's training examples, and its samples as parts of a whole one.
-    train, train_work = {"ours": ours.train(resolved, params, batch, steps)}, {"ours": steps * size}
+    train, train_work = {"ours": jax_run.train(resolved, params, batch, steps)}, {"ours": steps * size}
     sample, sample_work = {}, {}
     for n in SAMPLES:
         name = f"ours, {n} at a time"
-        sample[name] = ours.sample(timed, params, np.zeros(n, np.int32))
+        sample[name] = jax_run.sample(timed, params, np.zeros(n, np.int32))
         sample_work[name] = n * sample_steps / config.process.steps
     agreement, versions = None, {}
     if compare:

@@ -14,7 +14,7 @@ from diffusion.grids import uniform_grid
 from diffusion.models import Model
 from diffusion.models.unet import unet
 from diffusion.models.unet_flops import unet_flops
-from experiments.bench import ours
+from experiments.bench import jax_run
 from experiments.bench.timing import Program
 
 DTYPES = ("float32", "bfloat16")
@@ -121,7 +121,7 @@ def ready(
     # The training step is given its state's memory, so that it has parameters of its own.
     state = train.init_state(jax.tree.map(jnp.copy, params), optimizer())
     return {
-        "train": ours.steps_on(compiled["train"], 0, state, images(shape), steps),
+        "train": jax_run.steps_on(compiled["train"], 0, state, images(shape), steps),
         "sample": lambda: np.asarray(sampling(params, key)),
     }
 

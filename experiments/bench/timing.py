@@ -1,4 +1,4 @@
-"""Fair timing: programs take turns, so that a slow minute of the machine affects all of them alike.
+"""Interleaved timing: programs take turns, so that a slow minute of the machine affects all of them alike.
 
     time_i = median_r time_ir,        speed_i over j = median_r time_jr / time_ir                   (1)
 

@@ -28,7 +28,7 @@ from diffusion.models.vit import ViT
 from diffusion.models.vit_flops import vit_flops
 from diffusion.patch.geometry import geometry
 from experiments import command, inputs
-from experiments.bench import commands, ours, peers, tables, timing
+from experiments.bench import commands, jax_run, peers, tables, timing
 from experiments.command_line import define_config, given_config
 from experiments.config import Config, network_name
 from experiments.parts import DataSpec, resolve
@@ -108,22 +108,22 @@ def run(
     batch = {"x": rng.integers(0, 256, (b, *spec.shape), np.uint8)}
     batch["y"] = rng.integers(0, max(spec.num_classes, 1), b).astype(np.int32)
     labels = rng.integers(0, max(spec.num_classes, 1), count).astype(np.int32)
-    timed = ours.with_sample_steps(config, sample_steps)
-    params = ours.params(resolve(timed, spec), NOISE)
+    timed = jax_run.with_sample_steps(config, sample_steps)
+    params = jax_run.params(resolve(timed, spec), NOISE)
 
     agreement = vit_peer.parity(config, spec, params) if modes else None
     train, sample = {}, {}
     for implementation in attention or [config.model.attention]:
         name = f"ours, {implementation}" if implementation else "ours"
-        own = resolve(ours.with_model(timed, attention=implementation), spec)
-        train[name] = ours.train(own, params, batch, steps)
-        sample[name] = ours.sample(own, params, labels)
+        own = resolve(jax_run.with_model(timed, attention=implementation), spec)
+        train[name] = jax_run.train(own, params, batch, steps)
+        sample[name] = jax_run.sample(own, params, labels)
     for mode in modes:
         train[f"PyTorch {mode}"] = vit_peer.train(config, spec, params, batch, steps, mode)
         sample[f"PyTorch {mode}"] = vit_peer.sample(timed, spec, params, labels, mode)
 
     per_image = forward_flops(config, spec)
-    cost = {"train": 3 * per_image, "sample": (1 + ours.guided(config, spec)) * config.sample.steps * per_image}
+    cost = {"train": 3 * per_image, "sample": (1 + jax_run.guided(config, spec)) * config.sample.steps * per_image}
     result = {
         "machine": timing.machine() | (vit_peer.versions() if modes else {}),
         "config": config.name,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from diffusion.grids import shifted_grid
-from experiments.bench import ours, peers, torch_run, torch_vit
+from experiments.bench import jax_run, peers, torch_run, torch_vit
 from experiments.config import Config
 from experiments.parts import DataSpec, resolve
 
@@ -51,7 +51,7 @@ def parity(config: Config, spec: DataSpec, params: Any, count: int = 4) -> dict[
     t = rng.uniform(size=count).astype(np.float32)
     y = rng.integers(0, spec.num_classes + 1, count).astype(np.int32)
 
-    apply = resolve(ours.with_model(config, dtype="float32", attention=None), spec).model.apply
+    apply = resolve(jax_run.with_model(config, dtype="float32", attention=None), spec).model.apply
 
     def error(params: Any) -> tuple[jax.Array, jax.Array]:
         pred = apply(params, xt, t, y if spec.num_classes else None)
@@ -75,7 +75,7 @@ def parity(config: Config, spec: DataSpec, params: Any, count: int = 4) -> dict[
 def train(
     config: Config, spec: DataSpec, params: Any, batch: dict[str, np.ndarray], steps: int, mode: str
 ) -> Callable[[], None]:
-    """`ours.train` in PyTorch, `mode` "eager" or "compile"."""
+    """`jax_run.train` in PyTorch, `mode` "eager" or "compile"."""
     c, p, d = config.train, config.process, config.data
     module = network(config, spec, params)
     settings = {"null": spec.num_classes, "drop": c.label_drop if spec.num_classes else 0.0, "floor": p.loss_floor}
@@ -99,7 +99,7 @@ def train(
 
 
 def sample(config: Config, spec: DataSpec, params: Any, labels: np.ndarray, mode: str) -> Callable[[], np.ndarray]:
-    """`ours.sample` in PyTorch, by the steps of `config`, `mode` "eager" or "compile"."""
+    """`jax_run.sample` in PyTorch, by the steps of `config`, `mode` "eager" or "compile"."""
     times = shifted_grid(config.sample.steps, config.sample.shift).tolist()
     make = partial(
         torch_vit.sample,
@@ -107,7 +107,7 @@ def sample(config: Config, spec: DataSpec, params: Any, labels: np.ndarray, mode
         shape=spec.shape,
         times=times,
         null=spec.num_classes,
-        scales=guidance(config, times) if ours.guided(config, spec) else None,
+        scales=guidance(config, times) if jax_run.guided(config, spec) else None,
         low=config.data.low,
         high=config.data.high,
     )

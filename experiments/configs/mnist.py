@@ -2,10 +2,10 @@
 
     python -m experiments.train
 
-Patches of 10x10 every 6 pixels make 4x4 tokens without seams. Times favour noise, where the class and the shape of a
-digit are decided, and a little noise is put back at every sampling step, which corrects what went wrong before. The
-last step leaves out the times near the data, of which training saw next to nothing. Muon learns as much in 3,600 steps
-of 64 as AdamW in 9,000 of 32, in less time.
+Patches of 10x10 every 6 pixels make 4x4 tokens without visible borders. Training draws more times of much noise, where
+the class and the shape of a digit are decided; sampling adds a little noise at each step, which corrects errors of the
+steps before. The last step leaves out the times near the data, of which training saw next to nothing. Muon learns as
+much in 3,600 steps of 64 as AdamW in 9,000 of 32, in less time.
 """
 
 from diffusion.models.vit import ViT

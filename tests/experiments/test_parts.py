@@ -73,6 +73,7 @@ def test_resolving_leaves_the_config_alone():
         ({"process.rate": 0.9}, "process.rate=0.9 has no effect on this run"),
         ({"process.weighting_gamma": 1.0}, "weighting_gamma=1.0 has no effect"),
         ({"model.num_head_channels": 4}, r"--config\.model\.num_heads=2 has no effect on this run: leave it at 4"),
+        ({"process.prediction": "x"}, r"--config\.process\.prediction='x' is not one of x0, eps, v, flow"),
         ({"process.variance": "fixed_smal"}, "variance='fixed_smal' is not one of"),
         ({"condition.size": ()}, r"condition.size=\(\) must be a pair"),
         ({"condition.size": (3, 3)}, r"condition.size: size=\(3, 3\) must divide the images' \(8, 8\)"),

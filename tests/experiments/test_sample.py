@@ -111,7 +111,7 @@ def test_the_command_samples_as_the_flags_say(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "sample_fn", lambda run, *_, **__: used.append(run) or (lambda *_: None))
     monkeypatch.setattr(report, "collect", lambda *_: (np.zeros((1, 28, 28, 1), np.uint8), 0.0))
     call(run.workdir, f"--outdir={tmp_path}", "--num_samples=1", "--steps=9", "--guidance=1.5", "--seed=5")
-    assert (len(used[0].grid), used[0].guidance, used[0].sample_seed) == (10, 1.5, 5)
+    assert (len(used[0].grid), used[0].guidance.keywords["scale"], used[0].sample_seed) == (10, 1.5, 5)
 
 
 def test_each_call_has_a_new_folder_and_an_old_one_is_not_overwritten(copy):

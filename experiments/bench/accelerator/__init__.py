@@ -1,1 +1,1 @@
-"""Every figure that a GPU must answer, from one prepared command: `python -m experiments.bench.accelerator`."""
+"""All measurements on a GPU, as one command: `python -m experiments.bench.accelerator`."""

@@ -1,4 +1,4 @@
-"""Every figure that a GPU must answer, in one call of at most eight minutes.
+"""All measurements on a GPU, in one call of at most eight minutes.
 
     python -m experiments.bench.accelerator                       everything, on the GPU or TPU of this machine
     python -m experiments.bench.accelerator --only=unet,patch     some sections; results of others are kept
@@ -6,7 +6,7 @@
     python -m experiments.bench.accelerator --tiny                every section in seconds, on a CPU
 
     section      share  what
-    machine        5 %  the machine's own matrix product and copy: the roof
+    machine        5 %  the machine's own matrix product and copy: the upper limits
     jit_train     32 %  JiT-B/16's training step at 256x256, attention by XLA and cuDNN, and in PyTorch
     jit_sample    15 %  its sampling, 50 steps of Heun with guidance, and in PyTorch
     unet          23 %  Patch Diffusion's U-Net at 256x256 with P = 4 and at 64x64 with P = 1, and in PyTorch

@@ -85,6 +85,6 @@ def read(folder: Path, section: str) -> dict[str, Any]:
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Writes a JSON file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, lambda f: f.write((json.dumps(values, indent=1) + "\n").encode()))

@@ -45,7 +45,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
-    """All lines of the table, of what there is; what a section wrote and nobody can read is said, and stops nothing."""
+    """All lines of the table, of what there is; files that cannot be read are named and left out."""
     lines = []
     for name, section in results.items():
         try:

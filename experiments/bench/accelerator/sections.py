@@ -86,7 +86,7 @@ SCAN = 10  # steps in one dispatch
 
 
 def machine_programs(tiny: bool) -> dict[str, Callable[[], Program]]:
-    """The matrix product and the copies that are the roof of everything else."""
+    """The matrix product and the copies that the other sections are compared with."""
     n = 128 if tiny else 8192
     square = jax.ShapeDtypeStruct((n, n), jnp.bfloat16)
     flat = jax.ShapeDtypeStruct((2**16 if tiny else 2**28,), jnp.float32)
@@ -199,7 +199,7 @@ PROGRAMS: dict[str, Callable[[bool], dict[str, Callable[[], Program]]]] = {
 
 
 def machine(record: Record) -> None:
-    """The roof: what the machine's own matrix product and copy reach. And what the machine is."""
+    """The upper limits: what a plain matrix product and a plain copy reach on this machine; and what the machine is."""
     device = jax.devices()[0]
     record.values["machine"] = {
         "backend": jax.default_backend(),
@@ -332,7 +332,7 @@ def digits(record: Record) -> None:
 
 
 def numbers(record: Record) -> None:
-    """How far bfloat16 is from float32, whether a step repeats bit for bit, whether a sample knows its neighbours.
+    """How far bfloat16 is from float32, whether a step repeats bit for bit, whether a sample depends on its batch.
 
     The process is started with deterministic operations asked of XLA.
     """
@@ -500,8 +500,8 @@ def _costs(done: jax.stages.Compiled, compiling: float) -> dict[str, Any]:
 
 def utilisation(record: Record, flops: float) -> dict[str, Any]:
     """Operations per second, and eq. (1) where the matrix product has been measured."""
-    roof = read(record.folder, "machine").get("rows", {}).get("matrix product", {}).get("flops_per_second")
-    return {"flops_per_second": flops, "mfu": flops / roof if roof else None}
+    peak = read(record.folder, "machine").get("rows", {}).get("matrix product", {}).get("flops_per_second")
+    return {"flops_per_second": flops, "mfu": flops / peak if peak else None}
 
 
 def timing(
