@@ -9,7 +9,7 @@ every other, so (1) and (2) mean the same for all of them: guiding x0 or v is gu
 
 A condition y is a pytree of arrays with a leading axis B, such as labels [B], embeddings [B, D], or text with a mask;
 `null` is the same pytree for one example, without that axis. A scale is a number, an array, [] or [B], traced or not,
-or a function of t [B].
+or a function of t [B], of a network of two times that of the first.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion.predict import Denoise, Output, Prediction, WithVariance, decode, pred_of, replace_pred, target
 from diffusion.process import Path, coefficients, expand
@@ -41,7 +42,8 @@ def null_like(y: Any, null: Any) -> Any:
     """The condition `null` of one example, repeated to the shape of y.
 
     Raises:
-      ValueError: `null` has another structure than y, or a leaf does not broadcast to one example of y's.
+      ValueError: `null` has another structure than y, or a leaf is not a value of y's type or does not broadcast to
+        one example of y's.
     """
     if jax.tree.structure(y) != jax.tree.structure(null):
         raise ValueError(
@@ -49,6 +51,9 @@ def null_like(y: Any, null: Any) -> Any:
         )
 
     def rows(a: jax.Array, n: Any) -> jax.Array:
+        exact = jnp.issubdtype(a.dtype, jnp.integer) and not isinstance(n, jax.core.Tracer)
+        if exact and not np.array_equal(n, np.asarray(n).astype(a.dtype)):
+            raise ValueError(f"null={n} cannot be a value of the condition, which is {a.dtype}")
         n, row = jnp.asarray(n, a.dtype), a.shape[1:]
         if n.ndim > len(row) or any(m not in (1, k) for m, k in zip(n.shape[::-1], row[::-1], strict=False)):
             raise ValueError(f"null of shape {n.shape} does not fit one example of the condition, shape {row}")
@@ -106,7 +111,13 @@ def interval(scale: Scale, low: float | jax.Array, high: float | jax.Array) -> S
 
 
 def clip(denoise: Denoise, path: Path, prediction: Prediction, low: float = -1.0, high: float = 1.0) -> Denoise:
-    """The denoiser with x0_hat kept inside [low, high]; see `corrected`."""
+    """The denoiser with x0_hat kept inside [low, high]; see `corrected`.
+
+    Raises:
+      ValueError: low is not below high.
+    """
+    if not low < high:
+        raise ValueError(f"low={low} must be below high={high}")
     return corrected(denoise, path, prediction, lambda x0: jnp.clip(x0, low, high))
 
 
@@ -122,6 +133,9 @@ def dynamic_threshold(
 
     Saharia et al. 2022 (2205.11487), section 2.3: strong guidance pushes x0_hat out of the range, and clipping alone
     saturates it. Where the quantile lies inside the range nothing is scaled, and only what lies beyond is clipped.
+
+    Raises:
+      ValueError: the quantile lies outside (0, 1], or low is not below high.
     """
     if not 0 < quantile <= 1:
         raise ValueError(f"quantile={quantile} must lie in (0, 1]")
@@ -158,12 +172,14 @@ def corrected(denoise: Denoise, path: Path, prediction: Prediction, fix: Callabl
 
 
 def _factor(scale: Scale, t: jax.Array, like: jax.Array) -> float | jax.Array:
-    """The scale at times t [B], ready to multiply `like` [B, ...]."""
-    value = scale(t) if callable(scale) else scale
+    """The scale at times t, [B] or [B, 2], ready to multiply `like` [B, ...]."""
+    value = scale(t if t.ndim == 1 else t[:, 0]) if callable(scale) else scale
     if jnp.ndim(value) == 0:
         return value
-    if jnp.shape(value) != t.shape:
-        raise ValueError(f"a guidance scale must be a number or one per example {t.shape}, not {jnp.shape(value)}")
+    if jnp.shape(value) != like.shape[:1]:
+        raise ValueError(
+            f"a guidance scale must be a number or one per example {like.shape[:1]}, not {jnp.shape(value)}"
+        )
     return expand(jnp.asarray(value), like)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from diffusion.predict import Denoise, Prediction, WithVariance, determinant, estimate, pred_of, replace_pred, target
 from diffusion.process import Coefficients, Path, check_images, coefficients, noise
-from diffusion.times import Times, uniform_times
+from diffusion.times import Times, listed_times, uniform_times
 from diffusion.vlb import Vlb, least_variance, vlb_term
 
 Weight = Callable[[Coefficients], jax.Array]
@@ -56,11 +56,13 @@ def loss(
 
     Args:
       denoise: xt [B, *S, C] to a prediction in `space`.
-      times: time sampler, default `times.uniform_times`.
+      times: time sampler, default `times.uniform_times`; with `vlb` those of its chain.
       weight: default 1.
       space: linear map from images to where the error is measured, default none.
       vlb: the variational term, which a learned variance needs; images must then be in [-1, 1].
     """
+    if times is None and vlb is not None:
+        times = listed_times(vlb.chain[:-1])
     sampled = draw(key, x0, times)
     return loss_at(sampled, denoise, path, x0, y, prediction=prediction, weight=weight, space=space, vlb=vlb)
 
@@ -106,7 +108,7 @@ def loss_at(
     t, eps, importance = sampled
     xt = noise(path, x0, t, eps)
     coef = coefficients(path, t)
-    output = denoise(xt, t, y)
+    output = denoise(xt.astype(x0.dtype), t, y)
     pred = pred_of(output)
     wanted = target(prediction, coef, *((x0, eps) if space is None else (space(x0), space(eps))))
     if pred.shape != wanted.shape:
@@ -124,7 +126,7 @@ def loss_at(
             raise ValueError(
                 "the denoiser returned no variance for the variational term to train; only=True trains the prediction"
             )
-        held = output if vlb.only else replace_pred(output, jax.lax.stop_gradient(pred))
+        constant = output if vlb.only else replace_pred(output, jax.lax.stop_gradient(pred))
         term = vlb_term(
             vlb.variance,
             path,
@@ -132,7 +134,7 @@ def loss_at(
             xt,
             t,
             _next_time(vlb.chain, t),
-            estimate(prediction, coef, xt, held),
+            estimate(prediction, coef, xt, constant),
             least_variance(path, vlb.chain),
         )
         value = vlb.weight * term + (0 if vlb.only else value)
@@ -153,23 +155,17 @@ def _next_time(chain: np.ndarray, t: jax.Array) -> jax.Array:
     return times[1:][jnp.abs(times[None, :-1] - t[:, None]).argmin(1)]
 
 
-def by_quartile(t: jax.Array, values: jax.Array, name: str = "loss") -> dict[str, jax.Array]:
-    """Means of `values` [B] whose times t [B] lie in (0, 1/4], (1/4, 1/2], ...: {"loss_q0": [], ..., "loss_q3": []}.
-
-    NaN for a quartile without examples. On a chain of T steps, t = i / T, these are quarters of its steps.
-    """
-    quartile = jnp.clip(jnp.ceil(4 * t) - 1, 0, 3)
-    return {f"{name}_q{i}": jnp.mean(values, where=quartile == i) for i in range(4)}
-
-
 def weighting(
     name: Weighting, prediction: Prediction, *, gamma: float = 5.0, bias: float = 2.0, floor: float = 1e-3
 ) -> Weight:
     """Weight on the squared error of `prediction` that is the published weight `name`, eq. (2), on that of x0.
 
-    `gamma` belongs to min_snr and `bias` to sigmoid, whose last factor makes it independent of the path's clock. Where
-    a weight has a pole (most do, at t = 0, for a network that predicts x0) it is bounded by the `floor` under alpha and
-    sigma. snr is constant for eps, snr+1 for v on a variance-preserving path.
+    `gamma` belongs to min_snr and `bias` to sigmoid, whose last factor makes it independent of how the path
+    parametrises time. Where a weight has a pole (most do, at t = 0, for a network that predicts x0) it is bounded by
+    the `floor` under alpha and sigma. snr is constant for eps, snr+1 for v on a variance-preserving path.
+
+    Raises:
+      ValueError: the name is unknown, or gamma is not positive.
     """
     if name not in get_args(Weighting):
         raise ValueError(f"weighting={name!r} is not one of {get_args(Weighting)}")

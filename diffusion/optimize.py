@@ -19,8 +19,8 @@ Params = Any
 
 def adamw(
     learning_rate: float,
-    steps: int,
     *,
+    steps: int,
     warmup: int = 0,
     schedule: str = "cosine",
     b2: float = 0.999,
@@ -41,14 +41,14 @@ def adamw(
     Raises:
       ValueError: the schedule is unknown, or `warmup` is not shorter than `steps`.
     """
-    rate = scheduled(learning_rate, steps, warmup=warmup, schedule=schedule)
+    rate = scheduled(learning_rate, steps=steps, warmup=warmup, schedule=schedule)
     return _clipped(clip, optax.adamw(rate, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed))
 
 
 def muon(
     learning_rate: float,
-    steps: int,
     *,
+    steps: int,
     hidden: Callable[[Params], Params],
     matrix_rate: float = 0.03,
     warmup: int = 0,
@@ -89,13 +89,13 @@ def muon(
             raise ValueError(f"hidden marks none of the parameters {names!s:.200}: is it meant for another network?")
         return jax.tree.map(of, mask, params)
 
-    options = dict(warmup=warmup, schedule=schedule)
+    options = dict(steps=steps, warmup=warmup, schedule=schedule)
     optimizer = contrib.muon(
-        scheduled(matrix_rate, steps, **options),
+        scheduled(matrix_rate, **options),
         ns_steps=3,
         preconditioning="schatten",
         weight_decay=weight_decay,
-        adam_learning_rate=scheduled(learning_rate, steps, **options),
+        adam_learning_rate=scheduled(learning_rate, **options),
         adam_b2=b2,
         eps=eps,
         muon_weight_dimension_numbers=axes,
@@ -103,7 +103,7 @@ def muon(
     return _clipped(clip, optimizer)
 
 
-def scheduled(peak: float, steps: int, *, warmup: int = 0, schedule: str = "cosine") -> optax.Schedule:
+def scheduled(peak: float, *, steps: int, warmup: int = 0, schedule: str = "cosine") -> optax.Schedule:
     """The rate at each step, eq. (1): linear warm-up, then a cosine or a line to zero at `steps`, or a constant.
 
     Raises:

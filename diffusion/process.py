@@ -46,7 +46,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """A quarter circle from data to noise; written with sines so that both end points are exact."""
+    """alpha^2 + sigma^2 = 1; written with sines so that both end points are exact."""
 
     def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.sin(math.pi / 2 * (1 - t)), jnp.sin(math.pi / 2 * t)
@@ -126,7 +126,7 @@ def named_betas(name: str, steps: int = 1000) -> np.ndarray:
         high = math.nan
     if not 1e-4 < high <= 1:
         raise ValueError(
-            f"schedule={name!r} is not one of linear, linear<beta_max> (linear0.025, above 1e-4 and up to 1), cosine"
+            f"betas={name!r} are not one of linear, linear<beta_max> (linear0.025, above 1e-4 and up to 1), cosine"
         )
     return linear_betas(steps, high=high)
 

@@ -152,13 +152,13 @@ def invert(
     """The noise x1 [B, *S, C] that a sampler without noise turns into x0, along rising `times`; see `sample`.
 
     Exact in the limit of small steps. x0 is taken for xt at times[0], which should lie a little above 0: at 0 most
-    predictions do not determine eps. `sampler` is `ddim()`, the default, or `heun()`.
+    predictions do not determine eps. `sampler` is `ddim()`, the default, `heun()` or `dpmpp_2m()`.
 
     Raises:
-      ValueError: times do not rise, keep is not in 2..T + 1, or x0 is not of a floating type.
+      ValueError: times do not rise, keep is not in 2..T + 1, x0 is not of a floating type, or the sampler adds noise.
     """
-    times = _checked(times, x0.shape[0], 1, "rising", "`uniform_grid(steps)[::-1]`")
-    return _walk(jax.random.key(0), denoise, path, x0, times, y, prediction, sampler or ddim(), keep)
+    times = _checked(times, x0.shape[0], 1, "rising", "`uniform_grid(steps)[::-1]` with 0 replaced by 1e-3")
+    return _walk(None, denoise, path, x0, times, y, prediction, sampler or ddim(), keep)
 
 
 def _checked(times: np.ndarray | jax.Array, b: int, sign: int, direction: str, hint: str) -> np.ndarray | jax.Array:
@@ -173,7 +173,7 @@ def _checked(times: np.ndarray | jax.Array, b: int, sign: int, direction: str, h
 
 
 def _walk(
-    key: jax.Array,
+    key: jax.Array | None,
     denoise: Denoise,
     path: Path,
     x1: jax.Array,
@@ -188,9 +188,7 @@ def _walk(
     if keep is not None and not 2 <= keep <= steps + 1:
         raise ValueError(f"keep={keep} frames must lie in 2..{steps + 1} for {steps} steps")
     b = x1.shape[0]
-    keys = key if key.ndim else sample_keys(key, jnp.arange(b))
-    if keys.shape != (b,) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        raise ValueError(f"key must be one typed key (jax.random.key) or {b} of them, not {keys.dtype} {keys.shape}")
+    keys = None if key is None else keys_of(key, b)
     # In bfloat16 neighbouring times would be equal, and rounding would accumulate over the steps.
     wide = jnp.promote_types(x1.dtype, jnp.float32)
     times = jnp.asarray(times, wide)
@@ -206,7 +204,7 @@ def _walk(
     def advance(carry, now):
         xt, memory, frames = carry
         t, s, i, slot = now
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        step_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         xs, memory = sampler.step(step_keys, predict, path, xt, t, s, memory)
         if frames is not None:
             frames = frames.at[slot].set(xs.astype(x1.dtype), mode="drop")
@@ -224,32 +222,64 @@ def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
-def normal(keys: jax.Array, like: jax.Array) -> jax.Array:
-    """Standard normal noise of the shape and dtype of `like` [B, ...], one key per example [B]."""
+def keys_of(key: jax.Array, b: int) -> jax.Array:
+    """The keys of b samples: `key` if it is b of them already, else `sample_keys` of the numbers 0..b - 1.
+
+    Raises:
+      ValueError: `key` is neither one typed key nor b of them.
+    """
+    keys = key if key.ndim else sample_keys(key, jnp.arange(b))
+    if keys.shape != (b,) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key must be one typed key (jax.random.key) or {b} of them, not {keys.dtype} {keys.shape}")
+    return keys
+
+
+def normal(keys: jax.Array | None, like: jax.Array) -> jax.Array:
+    """Standard normal noise of the shape and dtype of `like` [B, ...], one key per example [B].
+
+    Raises:
+      ValueError: there are no keys, as in `invert`.
+    """
+    if keys is None:
+        raise ValueError("this sampler adds noise, which cannot be inverted: use ddim(), heun() or dpmpp_2m()")
     return jax.vmap(lambda k: jax.random.normal(k, like.shape[1:], like.dtype))(keys)
 
 
-def initial_noise(keys: jax.Array, shape: tuple[int, ...], path: Path | None = None, t: float = 1.0) -> jax.Array:
+def initial_noise(
+    keys: jax.Array, shape: tuple[int, ...], path: Path | None = None, t: float | jax.Array | None = None
+) -> jax.Array:
     """x1 [B, *shape] of standard normal values, one key per sample.
 
-    Pass a `path` whose noise does not end at unit scale (variance-exploding ones, JiT's noise scale), and the time t at
-    which sampling starts: x1 is then sigma(t) times normal noise.
+    Pass a `path` whose noise does not end at unit scale (variance-exploding ones, JiT's noise scale), and the time t,
+    [] or [B], at which sampling starts: x1 is then sigma(t) times normal noise.
+
+    Raises:
+      ValueError: only one of path and t is given.
     """
+    if (path is None) != (t is None):
+        raise ValueError(f"path={path} and t={t} belong together: noise of the scale sigma(t), or of unit scale")
     # Steps fold in their index 0, 1, ...; the start must not share their noise.
     x1 = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 2**31 - 1), shape))(keys)
-    return x1 if path is None else path(jnp.asarray(t, x1.dtype))[1] * x1
+    return x1 if path is None else expand(path(jnp.asarray(t, x1.dtype))[1], x1) * x1
 
 
 def one_step(step: Callable[..., jax.Array]) -> Sampler:
     """The sampler of a method without memory: step(keys, predict, path, xt, t, s) -> xs."""
-    return Sampler(lambda xt: (), lambda *arguments: (step(*arguments[:-1]), ()))
+
+    def whole(key, predict, path, xt, t, s, memory):
+        return step(key, predict, path, xt, t, s), memory
+
+    return Sampler(lambda xt: (), whole)
 
 
 def ddim(eta: float | jax.Array = 0.0, overstep: float = 1.0) -> Sampler:
     """DDIM, eq. (1): deterministic for eta = 0, ancestral for eta = 1. eta may be traced, or one per example [B].
 
-    `overstep` is the blog's step size: the image moves to t - overstep (t - s) while the clock moves to s. The last
-    step may then end at a time below 0, for which the path must be defined.
+    `overstep` is the blog's step size: the image moves to t - overstep (t - s) and is then taken for one at time s. The
+    last step may end at a time below 0, for which the path must be defined.
+
+    Raises:
+      ValueError: eta or overstep is out of range, or both are used.
     """
     known = isinstance(eta, int | float)
     if known and not 0 <= eta <= 1:
@@ -267,9 +297,8 @@ def ddim(eta: float | jax.Array = 0.0, overstep: float = 1.0) -> Sampler:
             return alpha * now.x0 + sigma * now.eps
         small = expand(between(path, t, s).small, xt)
         scale = eta if known else expand(jnp.asarray(eta), xt)
-        # Rounding can make the difference slightly negative.
-        rest = jnp.sqrt(jnp.maximum(jnp.square(sigma) - scale**2 * small, 0))
-        return alpha * now.x0 + rest * now.eps + scale * jnp.sqrt(jnp.maximum(small, 0)) * normal(key, xt)
+        rest = _sqrt(jnp.square(sigma) - scale**2 * small)
+        return alpha * now.x0 + rest * now.eps + scale * _sqrt(small) * normal(key, xt)
 
     return one_step(step)
 
@@ -314,7 +343,7 @@ def heun() -> Sampler:
 def dpmpp_2m() -> Sampler:
     """DPM-Solver++(2M), eq. (4): second order with one evaluation a step, from the x0_hat of the step before.
 
-    First order on the first step and on a step to where sigma = 0, where h is infinite.
+    First order on the first step, on one to or from where h is infinite, alpha or sigma = 0, and on the one after.
     """
 
     def init(xt: jax.Array) -> Memory:
@@ -326,7 +355,7 @@ def dpmpp_2m() -> Sampler:
         x0_before, log_before = memory
         now = predict(xt, t)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
-        log_t, log_s = (jnp.log(a) - jnp.log(b) for a, b in ((alpha_t, sigma_t), (alpha_s, sigma_s)))
+        log_t, log_s = _log_ratio(alpha_t, sigma_t), _log_ratio(alpha_s, sigma_s)
         # A sum, not a broadcast: inside `shard_map` the memory varies over the mesh, and times may not.
         log_t = jnp.zeros_like(log_before) + log_t
         h, before = log_s - log_t, log_t - log_before
@@ -338,3 +367,15 @@ def dpmpp_2m() -> Sampler:
         return xs, (now.x0, log_t)
 
     return Sampler(init, step)
+
+
+def _sqrt(x: jax.Array) -> jax.Array:
+    """The root of x, 0 where rounding has made it negative; with the gradient 0, not infinity, where it is 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+
+
+def _log_ratio(alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """log(alpha / sigma), infinite where one of them is 0, without a gradient there."""
+    finite = (alpha > 0) & (sigma > 0)
+    log_alpha, log_sigma = (jnp.log(jnp.where(finite, value, 1)) for value in (alpha, sigma))
+    return jnp.where(finite, log_alpha - log_sigma, jnp.where(sigma > 0, -jnp.inf, jnp.inf))

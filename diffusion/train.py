@@ -24,8 +24,8 @@ Params = Any
 class State(NamedTuple):
     """Everything that training carries from one step to the next.
 
-    step: counts the steps, those skipped for an overflow in float16 included. It does not count an update skipped for a
-      non-finite loss or gradient: fewer steps than batches mean that there was one.
+    step: counts the steps, those skipped for an overflow in float16 included, those skipped for a non-finite loss or
+      gradient not: if step < number of batches, an update was skipped.
     ema: the averaged parameters; a tuple of them for a list of decays.
     log2_scale: of the loss, eq. (2); None for no scaling.
     carry: what the loss keeps between steps, such as a `times.History`; None for nothing.
@@ -53,14 +53,14 @@ def init_state(
     log2_scale: float | None = None,
     carry: Any = None,
 ) -> State:
-    """State before the first step; every average starts at the parameters.
+    """State before the first step; every average starts at the parameters, in float32 if they are in less.
 
     Args:
       ema_decay: that of `make_step`; here only the number of averages matters.
       log2_scale: where loss scaling begins, for networks that compute in float16: 20 is usual. None for no scaling.
       carry: see `State`.
     """
-    averages = tuple(jax.tree.map(jnp.copy, params) for _ in _listed(ema_decay))
+    averages = tuple(jax.tree.map(_average, params) for _ in _listed(ema_decay))
     ema = averages[0] if _is_one(ema_decay) else averages
     scale = None if log2_scale is None else jnp.asarray(log2_scale, jnp.float32)
     return State(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), scale, carry)
@@ -82,10 +82,11 @@ def make_step(
 
     Args:
       ema_decay: one, or a list for as many averages.
-      draw: (key, batch, state) -> batch, what the loss sees instead: times and noise for the whole batch, for example,
-        so that microbatches do not change them. It may use the averages or the carry of the state. The loss's own key
-        differs between microbatches.
-      report: (aux, carry) -> (metrics, carry), of the whole batch; by default aux are the metrics.
+      draw: (key, batch, state) -> batch; its result is passed to loss_fn in place of the batch: times and noise for the
+        whole batch, for example, so that microbatches do not change them. It may use the averages or the carry of the
+        state. The loss's own key differs between microbatches.
+      report: (aux, carry) -> (metrics, carry), of the whole batch; by default aux are the metrics. "loss" and
+        "grad_norm" are those of the step, whatever aux has under these names.
       microbatch: examples to differentiate at a time; gradients are added up. Scalars of aux are averaged, arrays, one
         value per example, are put together again.
       scale_growth: of log2_scale per step, eq. (2), if the state has one.
@@ -137,7 +138,9 @@ def make_step(
         usable = jnp.isfinite(value) & jnp.isfinite(norm)
         # A branch, not jnp.where: that would read and write every parameter once more.
         params, ema, opt, carry = jax.lax.cond(usable, take, lambda: (state.params, state.ema, state.opt, state.carry))
-        metrics = {"loss": value, "grad_norm": norm, **metrics}
+        # Of the whole batch; aux may have another "loss", one per example.
+        own = {"loss": value, "grad_norm": norm}
+        metrics = own | metrics | own
         taken, scale = usable, None
         if scaled:
             # At a scale of 1 the loss itself overflows.
@@ -153,7 +156,11 @@ def make_step(
 def accumulated(
     differentiate: Callable[[jax.Array, Any], Any], key: jax.Array, batch: Any, microbatch: int | None
 ) -> tuple[tuple[jax.Array, Any], Params]:
-    """differentiate(key, batch) -> ((value, aux), grads) of the whole batch, `microbatch` examples at a time."""
+    """differentiate(key, batch) -> ((value, aux), grads) of the whole batch, `microbatch` examples at a time.
+
+    Raises:
+      ValueError: the batch is not a multiple of `microbatch`.
+    """
     b = len(jax.tree.leaves(batch)[0])
     if microbatch is None or microbatch >= b:
         return differentiate(key, batch)
@@ -180,6 +187,11 @@ def accumulated(
 
 def _is_one(ema_decay: float | Sequence[float]) -> bool:
     return not isinstance(ema_decay, Sequence)
+
+
+def _average(p: jax.Array) -> jax.Array:
+    """The first value of an average: in bfloat16 the small changes of a step would be lost to rounding."""
+    return jnp.array(p, jnp.promote_types(p.dtype, jnp.float32) if jnp.issubdtype(p.dtype, jnp.floating) else p.dtype)
 
 
 def _listed(ema_decay: float | Sequence[float]) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
 """The variational bound on -log p(x0): a term of a training loss, and the bits per dimension of a trained network.
 
-    -log p(x0) <= KL(q(x1 | x0) || N(0, I)) + sum_s KL(q(xs | xt, x0) || p(xs | xt)) - E log p(x0 | xt at s = 0)  (1)
+    -log p(x0) <= KL(q(x1 | x0) || N(0, std^2)) + sum_s KL(q(xs | xt, x0) || p(xs | xt)) - E log p(x0 | xt at s = 0) (1)
 
 with the posterior q and the reverse step p of `posterior`: Ho et al. 2020 (2006.11239), Nichol & Dhariwal 2021
 (2102.09672). In bits per dimension lower is better; 8 is the cost of storing the values. A chain is a grid of falling
@@ -17,7 +17,7 @@ import numpy as np
 from diffusion.posterior import Gaussian, Variance, between, check_variance, posterior, reverse
 from diffusion.predict import Denoise, Estimate, Prediction, estimate
 from diffusion.process import Path, coefficients, expand, noise
-from diffusion.sample import normal, sample_keys
+from diffusion.sample import keys_of, normal
 
 
 class Vlb(NamedTuple):
@@ -26,8 +26,8 @@ class Vlb(NamedTuple):
     chain: its falling times [T + 1], `grids.respaced_grid`; the time sampler must sample from them (`listed_times`).
     variance: one of `posterior.Variance`, which the network learns or is given.
     weight: c of eq. (1) of `loss`; guided-diffusion's rescale_learned_sigmas is T / 1000, its use_kl is T with `only`.
-    only: the variational term is the whole loss. Otherwise it trains the variance alone: the prediction is constant in
-      it.
+    only: the variational term is the whole loss. Otherwise it trains the variance alone: no gradient flows to the
+      prediction.
     """
 
     chain: np.ndarray
@@ -56,6 +56,7 @@ def bits_per_dim(
     *,
     prediction: Prediction,
     variance: Variance,
+    prior_std: float = 1.0,
 ) -> Likelihood:
     """The bound (1) for images x0 [B, *S, C] in [-1, 1], in 256 levels. Memory does not grow with T.
 
@@ -65,6 +66,7 @@ def bits_per_dim(
       key: one key, or one per image [B] (`sample_keys`), so that the bits of an image do not depend on its batch.
       chain: falling times [T + 1] that end at 0, all of the training chain's or some (`grids.respaced_grid`).
       variance: as trained; with a fixed one "fixed_small" is usually the tighter bound.
+      prior_std: standard deviation of the noise from which sampling starts: sigma(chain[0]) if that is not 1.
 
     Raises:
       ValueError: `chain` is not one, or the variance is unknown or missing.
@@ -72,7 +74,7 @@ def bits_per_dim(
     check_variance(variance)
     least = least_variance(path, chain)
     b = x0.shape[0]
-    keys = key if key.ndim else sample_keys(key, jnp.arange(b))
+    keys = keys_of(key, b)
     # In bfloat16 neighbouring times would be equal.
     times = jnp.asarray(chain, jnp.promote_types(x0.dtype, jnp.float32))
 
@@ -87,7 +89,7 @@ def bits_per_dim(
         return None, (bits, jnp.square(model.x0 - x0).mean(axes), jnp.square(model.eps - eps).mean(axes))
 
     _, (terms, x0_mse, eps_mse) = jax.lax.scan(term, None, (times[:-1], times[1:], jnp.arange(len(chain) - 1)))
-    prior = prior_term(path, x0, jnp.broadcast_to(times[0], (b,)))
+    prior = prior_term(path, x0, jnp.broadcast_to(times[0], (b,)), prior_std)
     return Likelihood(prior + terms.sum(0), prior, terms, x0_mse, eps_mse)
 
 
@@ -111,9 +113,9 @@ def vlb_term(
     return bits(jnp.where(last, decoder_nll(model, x0), divergence))
 
 
-def prior_term(path: Path, x0: jax.Array, t: jax.Array) -> jax.Array:
-    """KL(q(xt | x0) || N(0, I)) for t [B], the start of the chain, in bits per dimension [B]."""
-    alpha, sigma = path(t)
+def prior_term(path: Path, x0: jax.Array, t: jax.Array, std: float = 1.0) -> jax.Array:
+    """KL(q(xt | x0) || N(0, std^2 I)) for t [B], the start of the chain, in bits per dimension [B]."""
+    alpha, sigma = (a / std for a in path(t))
     excess = jnp.square(sigma) - 1
     # x - log(1 + x) with log1p: both are near zero where alpha is small.
     return bits(0.5 * (expand(excess - jnp.log1p(excess), x0) + jnp.square(expand(alpha, x0) * x0)))

@@ -85,7 +85,7 @@ def train(source: data.Source, *, seed: int = 0, steps: int = STEPS) -> Any:
 
 def optimizer(steps: int) -> optax.GradientTransformation:
     """AdamW over `steps` steps."""
-    return optimize.adamw(2e-3, steps, warmup=steps // 20, weight_decay=0.05, clip=1.0)
+    return optimize.adamw(2e-3, steps=steps, warmup=steps // 20, weight_decay=0.05, clip=1.0)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

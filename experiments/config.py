@@ -143,16 +143,6 @@ class Config:
     sample: Sample = field(default_factory=Sample)
 
 
-def without_effect(section: Any) -> dict[str, str]:
-    """The fields of a section that were set and have no effect, and what they would need, as `path=geometric`."""
-    found = {}
-    for each in dataclasses.fields(section):
-        for name, value in each.metadata.get("only", {}).items():
-            if getattr(section, each.name) != each.default and getattr(section, name) != value:
-                found[each.name] = f"{name}={value}"
-    return found
-
-
 def network_name(network: Network) -> str:
     """The name of a network in stored configs and messages: "vit", "unet", "blog"."""
     return type(network).__name__.lower()

@@ -54,7 +54,7 @@ def objective(parts: Parts, *, training: bool = True) -> Objective:
         return values.mean(), aux
 
     def report(aux: dict[str, jax.Array], carry: Any) -> tuple[dict[str, jax.Array], Any]:
-        metrics = losses.by_quartile(aux["t"], aux["loss"])
+        metrics = by_quartile(aux["t"], aux["loss"])
         metrics |= {name: aux[name].mean() for name in ("mse", "vlb") if name in aux}
         if parts.history is not None:
             carry = times.remember(carry, aux["t"], aux["loss"])
@@ -92,3 +92,12 @@ def conditioning(parts: Parts, key: jax.Array, x0: jax.Array) -> jax.Array:
     level = largest * jax.random.uniform(key_level, x0.shape[:1])
     low = low + level[:, None, None, None] * jax.random.normal(key_noise, low.shape)
     return superres.conditioning(low, x0.shape[1:-1], level)
+
+
+def by_quartile(t: jax.Array, values: jax.Array, name: str = "loss") -> dict[str, jax.Array]:
+    """Means of `values` [B] whose times t [B] lie in (0, 1/4], (1/4, 1/2], ...: {"loss_q0": [], ..., "loss_q3": []}.
+
+    NaN for a quartile without examples. On a chain of T steps, t = i / T, these are quarters of its steps.
+    """
+    quartile = jnp.clip(jnp.ceil(4 * t) - 1, 0, 3)
+    return {f"{name}_q{i}": jnp.mean(values, where=quartile == i) for i in range(4)}

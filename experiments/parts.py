@@ -6,7 +6,8 @@ parts and no config.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
@@ -18,14 +19,13 @@ import optax
 from diffusion import experts, grids, guide, loss, optimize, process, sample, superres, times, vlb
 from diffusion.models import Model, Task, recomposed
 from diffusion.patch import patchify
-from diffusion.posterior import check_variance
+from diffusion.posterior import Variance
 from diffusion.predict import Denoise, Prediction
-from experiments.config import Condition, Config, network_name, without_effect
+from experiments import checks
+from experiments.config import Config, network_name
 
 # Where float16's loss scaling begins, log2.
 _LOG2_SCALE = 20.0
-# The paths that are a chain of `config.process.steps` steps.
-_CHAINS = ("vp", "geometric")
 # How a network has the variance that `config.process.variance` says it learns.
 _LEARNED = {"learned_range": "channels", "learned_sigmoid": "head"}
 
@@ -135,6 +135,15 @@ def key(seed: int, use: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode()))
 
 
+@contextmanager
+def named(flag: str) -> Iterator[None]:
+    """Puts the name of a flag, or of a section of flags, before the message of a ValueError of the library."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"--config.{flag}: {e}") from e
+
+
 def init_params(parts: Parts) -> Any:
     """Parameters from the config's seed."""
     *size, channels = parts.spec.shape
@@ -174,15 +183,15 @@ def chain_of(parts: Parts) -> np.ndarray:
 def _without_data(config: Config) -> dict[str, Any]:
     """The parts that do not depend on the data, by their names in `Parts`."""
     p = config.process
-    _check_effects(config)
-    check_variance(p.variance)
+    checks.check(config)
     for name in ("prediction", "loss_in"):
         if getattr(p, name) is not None:
             choose(f"process.{name}", getattr(p, name), dict.fromkeys(get_args(Prediction)))
+    choose("process.variance", p.variance, dict.fromkeys(get_args(Variance)))
     if not config.data.low < config.data.high:
         raise ValueError(f"--config.data.low={config.data.low} must be below --config.data.high={config.data.high}")
     path = _path(config)
-    chain = grids.respaced_grid("", p.steps) if p.path in _CHAINS else None
+    chain = grids.respaced_grid("", p.steps) if p.path in checks.CHAINS else None
     bounds = _bounds(config, path)
     patches = dict(patch_size=config.model.patch_size, stride=getattr(config.model, "stride", None))
     return {
@@ -202,30 +211,6 @@ def _without_data(config: Config) -> dict[str, Any]:
     }
 
 
-def _check_effects(config: Config) -> None:
-    """Raises ValueError for a field that was set and has no effect on this run."""
-    for name in ("process", "train", "sample"):
-        for field, needed in without_effect(getattr(config, name)).items():
-            value, default = (getattr(each, field) for each in (getattr(config, name), type(getattr(config, name))))
-            raise ValueError(
-                f"--config.{name}.{field}={value} has no effect on this run: leave it at {default}, or set "
-                f"--config.{name}.{needed}"
-            )
-    for field in ("noise", "sample_noise"):
-        value, default = getattr(config.condition, field), getattr(Condition, field)
-        if not config.condition.size and value != default:
-            raise ValueError(
-                f"--config.condition.{field}={value} has no effect on this run: leave it at {default}, or set "
-                "--config.condition.size"
-            )
-    by_channels = getattr(config.model, "num_head_channels", None) is not None
-    if by_channels and config.model.num_heads != type(config.model).num_heads:
-        raise ValueError(
-            f"--config.model.num_heads={config.model.num_heads} has no effect on this run: leave it at "
-            f"{type(config.model).num_heads}, since num_head_channels={config.model.num_head_channels} is set"
-        )
-
-
 def _path(config: Config) -> process.Path:
     c = config.process
     options = {
@@ -234,7 +219,8 @@ def _path(config: Config) -> process.Path:
         "vp": lambda: process.VP(process.named_betas(c.betas, c.steps)),
         "geometric": lambda: process.Geometric(c.rate, c.steps),
     }
-    return choose("process.path", c.path, options)()
+    with named("process.betas" if c.path == "vp" else "process"):
+        return choose("process.path", c.path, options)()
 
 
 def _models(config: Config, spec: DataSpec, path: process.Path) -> tuple[Model, Model]:
@@ -250,12 +236,12 @@ def _models(config: Config, spec: DataSpec, path: process.Path) -> tuple[Model, 
         out_channels=spec.shape[-1],
         learned_variance=_LEARNED.get(p.variance, "none"),
         path=path,
-        steps=p.steps if p.path in _CHAINS else None,
+        steps=p.steps if p.path in checks.CHAINS else None,
     )
-    try:
+    if getattr(c, "times", 1) != 1:
+        raise ValueError(f"--config.model.times={c.times}: the losses and samplers of a run pass one time, times=1")
+    with named("model"):
         model = c.model(task)
-    except ValueError as e:
-        raise ValueError(f"--config.model: {e}") from e
     if not c.returns_tokens:
         return model, model
     images = recomposed(model, c.patch_size, c.stride)
@@ -265,7 +251,8 @@ def _models(config: Config, spec: DataSpec, path: process.Path) -> tuple[Model, 
 def _bounds(config: Config, path: process.Path) -> np.ndarray | None:
     c = config.process
     if c.snr_splits:
-        return experts.boundaries(path, c.snr_splits)
+        with named("process"):
+            return experts.boundaries(path, c.snr_splits)
     if c.split is not None:
         raise ValueError(
             f"--config.process.split={c.split} needs --config.process.snr_splits, the thresholds between experts"
@@ -293,22 +280,18 @@ def _expert_times(config: Config, chain: np.ndarray | None, bounds: np.ndarray) 
     c = config.process
     if c.split is None:
         return times.uniform_times  # of the experts together, which are sampled from and not trained
-    if not 0 <= c.split <= len(bounds):
-        raise ValueError(
-            f"--config.process.split={c.split}: with snr_splits={c.snr_splits} train one expert at a time, "
-            f"--split=0 to --split={len(bounds)}"
-        )
     options = {
         "uniform": lambda: experts.expert_times(bounds, c.split),
         "grid": lambda: experts.expert_times(bounds, c.split, chain),
     }
     if c.times not in options:
         raise ValueError(f"--config.process.times={c.times} is not one of {', '.join(options)}, which experts can have")
-    return options[c.times]()
+    with named(f"process.split={c.split}"):
+        return options[c.times]()
 
 
 def _need_chain(config: Config) -> None:
-    if config.process.path not in _CHAINS:
+    if config.process.path not in checks.CHAINS:
         raise ValueError(
             f"--config.process.path={config.process.path} is not a chain of steps, which this needs: set it to vp"
         )
@@ -317,7 +300,8 @@ def _need_chain(config: Config) -> None:
 def _weight(config: Config) -> loss.Weight | None:
     c = config.process
     if c.weighting is not None:
-        return loss.weighting(c.weighting, c.prediction, gamma=c.weighting_gamma, bias=c.weighting_bias)
+        with named("process"):
+            return loss.weighting(c.weighting, c.prediction, gamma=c.weighting_gamma, bias=c.weighting_bias)
     return None if c.loss_in in (None, c.prediction) else loss.measured_in(c.loss_in, c.prediction, c.loss_floor)
 
 
@@ -332,8 +316,6 @@ def _vlb(config: Config, chain: np.ndarray | None) -> vlb.Vlb | None:
         if c.vlb_only:
             raise ValueError("--config.process.vlb_only needs a weight, --config.process.vlb_weight")
         return None
-    if not c.vlb_weight > 0:
-        raise ValueError(f"--config.process.vlb_weight={c.vlb_weight} must not be negative")
     if c.times not in ("grid", "loss_second_moment") or c.path != "vp":
         raise ValueError(
             f"--config.process.vlb_weight={c.vlb_weight} is measured between steps of a chain: it needs "
@@ -356,16 +338,18 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
             f"{network_name(config.model)}: set it to adamw"
         )
     kinds = {"adamw": optimize.adamw, "muon": partial(optimize.muon, hidden=hidden, matrix_rate=c.matrix_rate)}
-    return choose("train.optimizer", c.optimizer, kinds)(
-        c.learning_rate,
-        c.steps,
-        warmup=c.warmup,
-        schedule=c.schedule,
-        b2=c.b2,
-        eps=c.adam_eps,
-        weight_decay=c.weight_decay,
-        clip=c.clip,
-    )
+    kind = choose("train.optimizer", c.optimizer, kinds)
+    with named("train"):
+        return kind(
+            c.learning_rate,
+            steps=c.steps,
+            warmup=c.warmup,
+            schedule=c.schedule,
+            b2=c.b2,
+            eps=c.adam_eps,
+            weight_decay=c.weight_decay,
+            clip=c.clip,
+        )
 
 
 def _superres(config: Config, spec: DataSpec) -> Superres | None:
@@ -374,18 +358,13 @@ def _superres(config: Config, spec: DataSpec) -> Superres | None:
         return None
     if len(c.size) != 2:
         raise ValueError(f"--config.condition.size={c.size} must be a pair (height, width)")
-    for name in ("noise", "sample_noise"):
-        if not getattr(c, name) >= 0:
-            raise ValueError(f"--config.condition.{name}={getattr(c, name)} must not be negative")
     if c.sample_noise > c.noise:
         raise ValueError(
             f"--config.condition.sample_noise={c.sample_noise} must not exceed --config.condition.noise={c.noise}, the "
             "largest of training"
         )
-    try:
-        superres.shrink(jnp.zeros((1, *spec.shape)), c.size)
-    except ValueError as e:
-        raise ValueError(f"--config.condition.size: {e}") from e
+    with named("condition.size"):
+        jax.eval_shape(lambda x: superres.shrink(x, c.size), jnp.zeros((1, *spec.shape)))
     return Superres(tuple(c.size), c.noise, c.sample_noise)
 
 
@@ -397,7 +376,8 @@ def _sampler(config: Config) -> sample.Sampler:
         "heun": sample.heun,
         "dpmpp_2m": sample.dpmpp_2m,
     }
-    return choose("sample.sampler", c.sampler, options)()
+    with named("sample"):
+        return choose("sample.sampler", c.sampler, options)()
 
 
 def _grid(config: Config, path: process.Path) -> np.ndarray:
@@ -408,23 +388,21 @@ def _grid(config: Config, path: process.Path) -> np.ndarray:
                 f"--config.sample.respacing={c.respacing!r} names the steps: leave out sample.shift and sample.last"
             )
         _need_chain(config)
-        return grids.respaced_grid(c.respacing, config.process.steps)
+        with named("sample"):
+            return grids.respaced_grid(c.respacing, config.process.steps)
     # Where alpha = 0 a prediction of eps does not determine x0: begin just below.
     with jax.ensure_compile_time_eval():
         singular = config.process.prediction == "eps" and float(path(jnp.ones(()))[0]) < 1e-6
-    return grids.shifted_grid(c.steps, c.shift, 0.999 if singular else 1.0, c.last if c.steps > 1 else None)
+    with named("sample"):
+        return grids.shifted_grid(c.steps, c.shift, 0.999 if singular else 1.0, c.last)
 
 
 def _guidance(config: Config) -> Callable[[Denoise, Any], Denoise]:
     c = config.sample
-    if not 0 <= c.guidance_low < c.guidance_high <= 1:
-        raise ValueError(
-            f"guidance interval [--config.sample.guidance_low={c.guidance_low}, guidance_high={c.guidance_high}] must "
-            "satisfy 0 <= low < high <= 1"
-        )
     scale = c.guidance
     if scale not in (0, 1) and (c.guidance_low, c.guidance_high) != (0, 1):
-        scale = guide.interval(scale, c.guidance_low, c.guidance_high)
+        with named("sample.guidance_low, guidance_high"):
+            scale = guide.interval(scale, c.guidance_low, c.guidance_high)
     return partial(guide.classifier_free, scale=scale)
 
 
@@ -434,7 +412,5 @@ def _threshold(config: Config, path: process.Path) -> Callable[[Denoise], Denois
     if c.threshold is not None and c.clip:
         raise ValueError(f"--config.sample.threshold={c.threshold} keeps estimates in range already: leave out clip")
     if c.threshold is not None:
-        if not 0 < c.threshold <= 1:
-            raise ValueError(f"--config.sample.threshold={c.threshold} must lie in (0, 1]")
         return lambda denoise: guide.dynamic_threshold(denoise, quantile=c.threshold, **about)
     return (lambda denoise: guide.clip(denoise, **about)) if c.clip else None

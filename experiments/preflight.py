@@ -18,28 +18,13 @@ from experiments.run_dir import RunDir
 def check(config: Config) -> None:
     """Raises ValueError for values out of range and fields that do not fit each other, naming the flag."""
     c = config.train
-    counts = {f"train.{name}": getattr(c, name) for name in ("steps", "batch_size", "repeat", "log_every")}
-    counts |= {f"train.{name}": getattr(c, name) for name in ("sample_every", "save_every", "eval_count")}
-    counts |= {f"sample.{name}": getattr(config.sample, name) for name in ("count", "steps", "batch_size")}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"--config.{name}={value} must be at least 1")
+    parts.check(config)
     if c.batch_size % jax.device_count():
         raise ValueError(f"--config.train.batch_size={c.batch_size} must be a multiple of {jax.device_count()} devices")
-    if not c.matrix_rate > 0:
-        raise ValueError(f"--config.train.matrix_rate={c.matrix_rate} must be positive")
-    if c.clip is not None and not c.clip > 0:
-        raise ValueError(f"--config.train.clip={c.clip} must be positive; None turns clipping off")
     if c.patience is not None and not c.eval_every:
         raise ValueError(f"--config.train.patience={c.patience} needs --config.train.eval_every")
-    if not c.ema:
-        raise ValueError("--config.train.ema=() must list one or more decays, such as (0.999,)")
-    if not 0 <= c.warmup < c.steps:
-        raise ValueError(
-            f"--config.train.warmup={c.warmup} must be below --config.train.steps={c.steps}, and not negative"
-        )
     examples = c.batch_size * c.repeat
-    if c.microbatch is not None and (c.microbatch < 1 or examples % c.microbatch):
+    if c.microbatch is not None and examples % c.microbatch:
         raise ValueError(f"--config.train.microbatch={c.microbatch} must divide the {examples} examples of a batch")
     if c.microbatch is not None and c.microbatch % jax.device_count():
         raise ValueError(f"--config.train.microbatch={c.microbatch} must be a multiple of {jax.device_count()} devices")
@@ -48,7 +33,6 @@ def check(config: Config) -> None:
             f"--config.process.split=None: with snr_splits={config.process.snr_splits} train one expert at a time, "
             f"--split=0 to --split={len(config.process.snr_splits)}"
         )
-    parts.check(config)
 
 
 def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> None:

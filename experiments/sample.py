@@ -10,7 +10,6 @@ animation from noise to sample. Sample i depends on the seed and its number i al
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +19,8 @@ import numpy as np
 from absl import app, flags
 
 from experiments import command, image_files, inputs, report, sampling
-from experiments.config import Config, Sample, without_effect
+from experiments.checks import without_effect
+from experiments.config import Config, Sample
 from experiments.parts import DataSpec, Parts
 from experiments.run_dir import Trained, trained
 
@@ -87,20 +87,15 @@ def overridden(config: Config, spec: DataSpec) -> Config:
     given = {name: holder.value for name, holder in _SAMPLE_FLAGS.items() if holder.value is not None}
     if "steps" in given and "respacing" in given:
         raise ValueError(f"--steps={given['steps']} and --respacing={given['respacing']} exclude each other: pass one")
-    for name in ("steps", "batch_size"):
-        if given.get(name, 1) < 1:
-            raise ValueError(f"--{name}={given[name]} must be at least 1")
-    if not math.isfinite(given.get("guidance", 1.0)):
-        raise ValueError(f"--guidance={given['guidance']} must be a finite number")
     guided = [name for name in given if name.startswith("guidance")]
     if guided and not spec.num_classes:
         raise ValueError(f"--{guided[0]}={given[guided[0]]} needs a run that was trained with labels; this one was not")
     # A flag replaces the fields of the run that exclude it.
     implied: dict[str, Any] = {}
     if "steps" in given:
-        implied |= {"respacing": None}
+        implied |= {"respacing": None} | ({"last": None} if given["steps"] == 1 else {})
     if "respacing" in given:
-        implied |= {"shift": 1.0, "last": None}
+        implied |= {"shift": 1.0, "last": None, "steps": Sample.steps}
     if "clip" in given:
         implied |= {"threshold": None}
     if "threshold" in given:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.grids import logsnr_grid, respaced_grid, shifted_grid, uniform_grid
+from diffusion.grids import karras_grid, logsnr_grid, respaced_grid, shifted_grid, uniform_grid
 from diffusion.process import VP, Cosine, Linear, linear_betas, logsnr, times_of_snr
 
 
@@ -101,8 +101,26 @@ def test_times_of_snr_are_where_the_snr_has_fallen_to_it():
         lambda: uniform_grid(5, last=0.0),
         lambda: uniform_grid(5, start=0.5, last=0.5),
         lambda: uniform_grid(1, last=0.5),
+        lambda: shifted_grid(5, start=80.0),
+        lambda: karras_grid(1, 80.0, 0.002),
+        lambda: karras_grid(5, 1.0, 1.0),
+        lambda: karras_grid(5, 1.0, 0.1, rho=0.0),
     ],
 )
 def test_impossible_grids_are_refused(make):
     with pytest.raises(ValueError, match="="):
         make()
+
+
+def test_edms_grid():
+    """Eq. 5 of Karras et al. 2022."""
+    grid = karras_grid(18, 80.0, 0.002)
+    i = np.arange(18)
+    edm = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(grid, np.append(edm, 0), rtol=1e-12)
+    np.testing.assert_allclose(grid[[0, 17, 18]], [80, 0.002, 0], rtol=1e-12)
+
+
+def test_a_uniform_grid_may_begin_beyond_1():
+    np.testing.assert_allclose(uniform_grid(4, start=80.0), [80, 60, 40, 20, 0])
+    np.testing.assert_allclose(uniform_grid(4, start=80.0, last=20.0), [80, 60, 40, 20, 0])

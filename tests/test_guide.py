@@ -277,3 +277,29 @@ def test_corrections_keep_the_learned_variance(inputs):
 def test_impossible_thresholds_are_refused(options):
     with pytest.raises(ValueError, match="must"):
         guide.dynamic_threshold(denoise, Linear(), "x0", **options)
+
+
+def test_a_network_of_two_times_is_guided_by_the_first():
+    """Images of two rows, so that a factor of shape [B, 2] would broadcast."""
+    xt, t = jnp.zeros((2, 2, 2, 1)), jnp.array([[0.9, 0.1], [0.3, 0.2]])
+
+    def denoise(xt, t, y):
+        assert t.shape[1:] == (2,)
+        return jnp.ones_like(xt) * y[:, None, None, None]
+
+    y = jnp.array([1, 1])
+    whole = guide.classifier_free(denoise, 0, jnp.array([2.0, 3.0]))(xt, t, y)
+    np.testing.assert_array_equal(whole, jnp.ones_like(xt) * jnp.array([2.0, 3.0])[:, None, None, None])
+    inside = guide.classifier_free(denoise, 0, guide.interval(2.0, 0.5, 1.0))(xt, t, y)
+    np.testing.assert_array_equal(inside, jnp.ones_like(xt) * jnp.array([2.0, 1.0])[:, None, None, None])
+
+
+@pytest.mark.parametrize(("y", "null"), [(np.array([1, 2], np.uint8), 256), (jnp.array([1, 2]), 10.7)])
+def test_a_null_that_is_no_value_of_the_condition_is_refused(key, y, null):
+    with pytest.raises(ValueError, match=f"null={null} cannot be a value of the condition"):
+        guide.drop_condition(key, y, null, 0.5)
+
+
+def test_an_empty_range_is_refused():
+    with pytest.raises(ValueError, match="low=1 must be below high=-1"):
+        guide.clip(lambda xt, t, y: xt, Linear(), "x0", low=1, high=-1)

@@ -273,19 +273,6 @@ def test_importance_weights_multiply_the_loss_but_not_what_is_reported(x0):
     np.testing.assert_array_equal(value, jnp.arange(64.0) * parts["loss"])
 
 
-def test_quartile_means_average_to_the_mean(key):
-    t = jnp.concatenate([jnp.arange(1, 101) / 100, jnp.array([0.0, 0.1, 0.97])])
-    values = jax.random.normal(key, t.shape)
-    means = losses.by_quartile(t, values, "mse")
-    assert list(means) == ["mse_q0", "mse_q1", "mse_q2", "mse_q3"]
-    counts = np.array([27, 25, 25, 26])
-    np.testing.assert_allclose((np.array(list(means.values())) * counts).sum() / 103, values.mean(), rtol=1e-5)
-    # Indices 0..24 of a chain of 100 steps are its first quarter: times 0.01..0.25.
-    first = np.append(values[:25], values[100:102])
-    np.testing.assert_allclose(means["mse_q0"], first.mean(), rtol=1e-5)
-    assert np.isnan(losses.by_quartile(t[:3], values[:3])["loss_q3"])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -347,3 +334,23 @@ def test_unknown_weightings_are_named():
 def test_impossible_time_samplers_are_refused(make):
     with pytest.raises(ValueError, match="must"):
         make()
+
+
+def test_without_times_a_variational_term_is_measured_at_those_of_its_chain(key):
+    chain, x0 = respaced_grid("", 20), jnp.zeros((400, 2, 1))
+    _, found = losses.loss(
+        key,
+        lambda xt, t, y: xt,
+        VP(linear_betas(20)),
+        x0,
+        prediction="eps",
+        vlb=Vlb(chain, "fixed_small", only=True),
+    )
+    np.testing.assert_allclose(np.unique(found["t"]), chain[:-1][::-1], rtol=1e-6)
+
+
+def test_a_network_is_called_in_the_dtype_of_the_images(key):
+    seen = []
+    x0 = jnp.zeros((2, 2, 1), jnp.bfloat16)
+    losses.loss(key, lambda xt, t, y: seen.append((xt.dtype, t.dtype)) or xt, Linear(), x0, prediction="x0")
+    assert seen == [(jnp.bfloat16, jnp.float32)]

@@ -11,7 +11,7 @@ from diffusion.models.vit import hidden_matrices, vit
 
 def test_learning_rate_warms_up_and_ends_at_zero():
     params = {"w": jnp.zeros((2, 2))}
-    optimizer = optimize.adamw(1.0, 10, warmup=4)
+    optimizer = optimize.adamw(1.0, steps=10, warmup=4)
     state, sizes = optimizer.init(params), []
     for _ in range(11):
         updates, state = optimizer.update({"w": jnp.ones((2, 2))}, state, params)
@@ -22,7 +22,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_a_linear_schedule_falls_to_zero_and_stays_there():
     params = {"w": jnp.zeros((2, 2))}
-    optimizer = optimize.adamw(1.0, 10, warmup=2, schedule="linear")
+    optimizer = optimize.adamw(1.0, steps=10, warmup=2, schedule="linear")
     state, sizes = optimizer.init(params), []
     for _ in range(13):
         updates, state = optimizer.update({"w": jnp.ones((2, 2))}, state, params)
@@ -32,7 +32,7 @@ def test_a_linear_schedule_falls_to_zero_and_stays_there():
 
 def test_weight_decay_spares_vectors():
     params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    optimizer = optimize.adamw(0.1, 10, schedule="constant", weight_decay=0.5)
+    optimizer = optimize.adamw(0.1, steps=10, schedule="constant", weight_decay=0.5)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["matrix"], -0.05, rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], 0)
@@ -50,10 +50,10 @@ def test_weight_decay_spares_biases_of_any_shape():
 def test_clipping_bounds_the_gradient_norm():
     params = {"w": jnp.zeros(4)}
     big, small = ({"w": jnp.full(4, g)} for g in (100.0, 1.0))
-    optimizer = optimize.adamw(0.1, 10, schedule="constant", clip=1e-9)
+    optimizer = optimize.adamw(0.1, steps=10, schedule="constant", clip=1e-9)
     # With gradients clipped to almost nothing, Adam's epsilon dominates: the update shrinks.
     updates, _ = optimizer.update(big, optimizer.init(params), params)
-    free, _ = optimize.adamw(0.1, 10, schedule="constant").update(small, optimizer.init(params)[1], params)
+    free, _ = optimize.adamw(0.1, steps=10, schedule="constant").update(small, optimizer.init(params)[1], params)
     assert jnp.abs(updates["w"]).max() < 0.1 * jnp.abs(free["w"]).max()
 
 
@@ -63,7 +63,7 @@ def test_clipping_bounds_the_gradient_norm():
 )
 def test_impossible_schedules_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        optimize.adamw(1e-3, 10, **options)
+        optimize.adamw(1e-3, steps=10, **options)
 
 
 # Muon
@@ -96,7 +96,7 @@ def test_muon_matches_numpy_step_by_step(scale, key):
     """Spectra over three decades, other gradients at every step; the average looks ahead (Nesterov) and is unbiased."""
     rng, beta = np.random.default_rng(0), 0.95
     params = {"matrix": jnp.zeros((48, 16)), "heads": jnp.zeros((16, 3, 4, 4)), "table": jnp.zeros(2), "bias": 0.0}
-    optimizer = optimize.muon(1e-3, 10, hidden=two_matrices, matrix_rate=0.5, schedule="constant")
+    optimizer = optimize.muon(1e-3, steps=10, hidden=two_matrices, matrix_rate=0.5, schedule="constant")
     state, average, update = optimizer.init(params), {"matrix": 0.0, "heads": 0.0}, jax.jit(optimizer.update)
     for step in range(1, 4):
         grads = dict(params)
@@ -116,7 +116,7 @@ def test_muon_matches_numpy_step_by_step(scale, key):
 
 def test_muon_pushes_singular_values_towards_one(some):
     params, grads = some
-    optimizer = optimize.muon(1e-3, 10, hidden=two_matrices, matrix_rate=0.5, schedule="constant")
+    optimizer = optimize.muon(1e-3, steps=10, hidden=two_matrices, matrix_rate=0.5, schedule="constant")
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     for name in ("matrix", "heads"):
         update = np.asarray(updates[name]).reshape(len(updates[name]), -1)
@@ -129,16 +129,18 @@ def test_muon_pushes_singular_values_towards_one(some):
 def test_what_muon_cannot_be_given_is_refused(some):
     params, _ = some
     with pytest.raises(ValueError, match=r"hidden marks none of the parameters \['bias', 'heads', 'matrix', 'table'\]"):
-        optimize.muon(1e-3, 10, hidden=hidden_matrices).init(params)
+        optimize.muon(1e-3, steps=10, hidden=hidden_matrices).init(params)
     with pytest.raises(ValueError, match=r"hidden marks a parameter of shape \(16,\), which is not a matrix"):
-        optimize.muon(1e-3, 10, hidden=lambda p: {**two_matrices(p), "bias": True}).init(params)
+        optimize.muon(1e-3, steps=10, hidden=lambda p: {**two_matrices(p), "bias": True}).init(params)
     with pytest.raises(ValueError, match="schedule='step'"):
-        optimize.muon(1e-3, 10, hidden=two_matrices, schedule="step")
+        optimize.muon(1e-3, steps=10, hidden=two_matrices, schedule="step")
 
 
 def test_muon_moves_all_else_as_nadam_does_at_a_rate_of_its_own(some):
     params, grads = some
-    optimizer = optimize.muon(1e-3, 10, hidden=two_matrices, matrix_rate=0.5, b2=0.9, eps=0.1, schedule="constant")
+    optimizer = optimize.muon(
+        1e-3, steps=10, hidden=two_matrices, matrix_rate=0.5, b2=0.9, eps=0.1, schedule="constant"
+    )
     nadam = optax.nadam(1e-3, b2=0.9, eps=0.1)
     state, other, update = optimizer.init(params), nadam.init(params), jax.jit(optimizer.update)
     for scale in (1.0, 3.0, 0.5):
@@ -151,7 +153,7 @@ def test_muon_moves_all_else_as_nadam_does_at_a_rate_of_its_own(some):
 
 def test_muons_rates_follow_one_schedule(some):
     params, grads = some
-    optimizer = optimize.muon(1.0, 10, hidden=two_matrices, matrix_rate=1.0, warmup=4, clip=1.0)
+    optimizer = optimize.muon(1.0, steps=10, hidden=two_matrices, matrix_rate=1.0, warmup=4, clip=1.0)
     state, sizes, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for _ in range(11):
         updates, state = update(grads, state, params)
@@ -164,7 +166,9 @@ def test_muons_rates_follow_one_schedule(some):
 def test_muons_weight_decay_acts_on_its_matrices(some):
     params, grads = some
     nothing = jax.tree.map(jnp.zeros_like, grads)
-    optimizer = optimize.muon(1e-3, 10, hidden=two_matrices, matrix_rate=0.1, schedule="constant", weight_decay=0.5)
+    optimizer = optimize.muon(
+        1e-3, steps=10, hidden=two_matrices, matrix_rate=0.1, schedule="constant", weight_decay=0.5
+    )
     updates, _ = optimizer.update(nothing, optimizer.init(params), params)
     for name, update in updates.items():
         np.testing.assert_allclose(update, -0.05 if two_matrices(params)[name] else 0.0, rtol=1e-6)
@@ -175,7 +179,7 @@ def test_muons_clipping_bounds_the_gradient_norm(some):
     options = dict(hidden=two_matrices, eps=1.0, schedule="constant")  # so that Adam's step depends on the size
     updates = []
     for clip, scale in ((1.0, 1e3), (1.0, 1e6), (None, 1e6)):
-        optimizer = optimize.muon(1e-3, 10, clip=clip, **options)
+        optimizer = optimize.muon(1e-3, steps=10, clip=clip, **options)
         updates.append(optimizer.update(jax.tree.map(lambda g: scale * g, grads), optimizer.init(params), params)[0])  # noqa: B023
     np.testing.assert_allclose(updates[0]["table"], updates[1]["table"], rtol=1e-4)
     assert jnp.linalg.norm(updates[2]["table"]) > 2 * jnp.linalg.norm(updates[1]["table"])
@@ -195,7 +199,7 @@ def test_a_muon_state_goes_through_a_checkpoint_bit_for_bit(key, tmp_path):
     model = vit(patch_size=4, width=16, depth=1, heads=2)
     x = jax.random.normal(key, (8, 8, 8, 1))
     params = model.init(key, x, jnp.zeros(8))
-    optimizer = optimize.muon(1e-3, 10, hidden=hidden_matrices)
+    optimizer = optimize.muon(1e-3, steps=10, hidden=hidden_matrices)
 
     def loss_fn(params, key, batch):
         return jnp.square(model.apply(params, batch, jnp.zeros(8)) - batch).mean(), {}

@@ -100,7 +100,7 @@ def test_the_cosine_schedule_has_a_name():
     "name", ["", "sqrt", "linear-1", "linearly", "linear1.5", "linear0.00001", "linear0.02x", "linearnan"]
 )
 def test_unknown_schedules_are_named(name):
-    with pytest.raises(ValueError, match=f"schedule='{name}' is not one of linear, linear<beta_max>"):
+    with pytest.raises(ValueError, match=f"betas='{name}' are not one of linear, linear<beta_max>"):
         process.named_betas(name)
 
 

@@ -337,7 +337,9 @@ def test_inversion_finds_the_noise_of_the_exact_flow():
     path, x1 = Cosine(), jnp.linspace(-2, 2, 9).reshape(1, 9, 1)
     times = np.linspace(0.001, 1, 401)
     x0 = exact_flow(path, x1)
-    np.testing.assert_allclose(invert(gaussian_denoiser(path, "v"), path, x0, times, prediction="v"), x1, atol=0.02)
+    for sampler in (ddim(), dpmpp_2m()):
+        found = invert(gaussian_denoiser(path, "v"), path, x0, times, prediction="v", sampler=sampler)
+        np.testing.assert_allclose(found, x1, atol=0.02)
 
 
 def test_samples_do_not_depend_on_their_neighbours(key):
@@ -470,3 +472,57 @@ def test_unknown_variances_are_named_before_sampling():
 def test_too_many_frames_are_refused(key):
     with pytest.raises(ValueError, match="keep=5"):
         sample(key, lambda xt, t, y: xt, Linear(), jnp.zeros((1, 2)), uniform_grid(3), prediction="x0", keep=5)
+
+
+def test_initial_noise_has_the_scale_of_each_examples_time(key):
+    """Also where there are as many channels as examples."""
+    keys, times = sample_keys(key, jnp.arange(3)), jnp.array([1.0, 10.0, 100.0])
+    x1 = initial_noise(keys, (40, 40, 3), exploding, times)
+    np.testing.assert_allclose(np.asarray(x1).std((1, 2, 3)), times, rtol=0.05)
+    assert initial_noise(keys, (4, 4, 1), exploding, times).shape == (3, 4, 4, 1)
+    for half in ({"path": exploding}, {"t": 80.0}):
+        with pytest.raises(ValueError, match="belong together"):
+            initial_noise(keys, (4, 4, 1), **half)
+
+
+@pytest.mark.parametrize("sampler", [lambda eta: ddim(eta), lambda eta: ancestral(), lambda eta: dpmpp_2m()])
+def test_gradients_with_respect_to_eta_and_times_are_those_of_finite_differences(key, sampler):
+    path, keys = Cosine(), sample_keys(key, jnp.arange(2))
+    with jax.enable_x64(True):
+        x1, times = jnp.asarray(initial_noise(keys, (2, 2, 1)), jnp.float64), jnp.asarray(uniform_grid(4, 0.9))
+
+        @jax.jit
+        def total(eta, inner):
+            grid = jnp.concatenate([times[:1], inner, times[-1:]])
+            denoise = gaussian_denoiser(path, "v")
+            x0 = sample(keys, denoise, path, x1, grid, prediction="v", sampler=sampler(eta))
+            return jnp.square(x0).sum()
+
+        eta, inner, h = jnp.float64(0.5), times[1:-1], 1e-5
+        for_eta, for_times = jax.jit(jax.grad(total, (0, 1)))(eta, inner)
+        np.testing.assert_allclose(for_eta, (total(eta + h, inner) - total(eta - h, inner)) / (2 * h), rtol=1e-5)
+        for i in range(3):
+            step = h * jnp.eye(3)[i]
+            slope = (total(eta, inner + step) - total(eta, inner - step)) / (2 * h)
+            np.testing.assert_allclose(for_times[i], slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [ancestral(), ddim(1.0), ddim(jnp.float32(0.5))])
+def test_an_inversion_with_noise_is_refused(sampler):
+    with pytest.raises(ValueError, match=r"adds noise, which cannot be inverted: use ddim\(\), heun\(\) or dpmpp_2m"):
+        invert(
+            gaussian_denoiser(Cosine(), "v"),
+            Cosine(),
+            jnp.zeros((1, 2, 1)),
+            np.linspace(0.01, 1, 5),
+            prediction="v",
+            sampler=sampler,
+        )
+
+
+def test_a_step_takes_its_arguments_by_name(key):
+    xt, t, s = jnp.ones((1, 2, 1)), jnp.float32(0.5), jnp.float32(0.25)
+    predict = lambda xt, t: Estimate(xt, xt, None)  # noqa: E731
+    for sampler in (ddim(), heun(), dpmpp_2m()):
+        xs, _ = sampler.step(key=key[None], predict=predict, path=Linear(), xt=xt, t=t, s=s, memory=sampler.init(xt))
+        assert xs.shape == xt.shape

@@ -26,7 +26,7 @@ def run(state, step, key, steps):
 
 @pytest.fixture
 def setup():
-    optimizer = optimize.adamw(1e-2, 10, warmup=2, weight_decay=0.1, clip=1.0)
+    optimizer = optimize.adamw(1e-2, steps=10, warmup=2, weight_decay=0.1, clip=1.0)
     state = train.init_state({"w": jnp.zeros(3)}, optimizer)
     return state, jax.jit(train.make_step(quadratic, optimizer, ema_decay=0.9))
 
@@ -121,7 +121,7 @@ def diffusion_step(microbatch, **options):
         return values.mean(), parts
 
     def report(parts, carry):
-        return losses.by_quartile(parts["t"], parts["loss"]), carry
+        return {"largest": parts["loss"].max()}, carry
 
     optimizer = optax.adam(1e-2)
     state = train.init_state({"w": jnp.eye(3) / 2, "b": jnp.zeros(3)}, optimizer)
@@ -135,10 +135,9 @@ def test_microbatches_are_the_full_batch(key, microbatch):
     (step, state), (cut, _) = diffusion_step(None), diffusion_step(microbatch)
     (whole, metrics), (parts, cut_metrics) = step(key, state, batch), cut(key, state, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, parts)
-    assert {*metrics} == {"loss", "grad_norm", "loss_q0", "loss_q1", "loss_q2", "loss_q3"}
+    assert {*metrics} == {"loss", "grad_norm", "largest"}
     for name, value in metrics.items():
         np.testing.assert_allclose(cut_metrics[name], value, rtol=1e-5)
-    np.testing.assert_allclose(np.mean([metrics[f"loss_q{i}"] for i in range(4)]), metrics["loss"], rtol=1e-5)
 
 
 def test_gradients_of_microbatches_add_up_exactly(key):
@@ -311,7 +310,7 @@ from functools import partial
 model = vit(patch_size=4, width=16, depth=1, heads=2)
 x = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
 params = model.init(jax.random.key(0), x, jnp.zeros(8))
-optimizer = optimize.adamw(1e-2, 10)
+optimizer = optimize.adamw(1e-2, steps=10)
 def loss_fn(params, key, x):
     values, _ = loss.loss(key, partial(model.apply, params), process.Linear(), x, prediction="x0")
     return values.mean(), {}
@@ -337,3 +336,28 @@ assert worst < 1e-5 < 1e-3 < moved, (worst, moved)
 
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_averages_of_bfloat16_parameters_are_float32(key):
+    """A step of 1e-3 of a parameter of 1 is below the resolution of bfloat16, and the average must move by it."""
+    optimizer = optax.sgd(1.0)
+    params = {"a": jnp.ones((), jnp.bfloat16), "b": jnp.zeros((), jnp.float32)}
+    state = train.init_state(params, optimizer, ema_decay=0.999)
+    state = state._replace(params={"a": jnp.bfloat16(2.0), "b": jnp.float32(1.0)}, step=jnp.int32(100_000))
+    step = jax.jit(train.make_step(lambda p, key, x: (0 * (p["a"] + p["b"]), {}), optimizer, ema_decay=0.999))
+    after, _ = step(key, state, jnp.zeros(1))
+    assert after.params["a"].dtype == jnp.bfloat16
+    assert {a.dtype for a in jax.tree.leaves(after.ema)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(after.ema["a"], 1.001, rtol=1e-6)
+    np.testing.assert_allclose(after.ema["b"], 0.001, rtol=1e-4)
+
+
+def test_the_loss_of_each_example_in_aux_does_not_replace_the_mean(key):
+    def loss_fn(params, key, x):
+        values = params["w"] * x
+        return values.mean(), {"loss": values, "grad_norm": values, "kept": values}
+
+    optimizer = optax.sgd(1.0)
+    state = train.init_state({"w": jnp.ones(())}, optimizer)
+    _, metrics = train.make_step(loss_fn, optimizer)(key, state, jnp.array([1.0, 3.0]))
+    assert (float(metrics["loss"]), float(metrics["grad_norm"]), metrics["kept"].shape) == (2.0, 2.0, (2,))

@@ -219,3 +219,13 @@ def test_terms_and_their_gradients_are_finite_at_both_ends_of_the_chain(key):
 def test_impossible_chains_are_refused(times):
     with pytest.raises(ValueError, match="falling times that ends at 0"):
         check_chain(np.array(times))
+
+
+def test_the_prior_may_have_another_scale():
+    """On an exploding path the noise of sampling is N(0, sigma^2); the divergence is that of two normal variables."""
+    exploding = lambda t: (jnp.ones_like(t), t)  # noqa: E731
+    x0, sigma, std = jnp.array([[0.5], [-1.0]]), 80.0, 82.0
+    ours = prior_term(exploding, x0, jnp.full(2, sigma), std)
+    expected = np.log(std / sigma) + (sigma**2 + np.square(x0[:, 0])) / (2 * std**2) - 0.5
+    np.testing.assert_allclose(ours, expected / np.log(2), rtol=1e-3)
+    assert prior_term(exploding, x0, jnp.full(2, sigma)).min() > 1000

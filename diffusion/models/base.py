@@ -111,8 +111,9 @@ def from_module(module: nn.Module, *, num_classes: int | None = None, times: int
             return
         if num_classes == 0:
             raise ValueError("this network is unconditional (num_classes=0): call it without labels y")
-        if y.shape != xt.shape[:1] or not jnp.issubdtype(y.dtype, jnp.integer):
-            raise ValueError(f"labels y must be integers of shape {xt.shape[:1]}, not {y.dtype} {tuple(y.shape)}")
+        if not hasattr(y, "dtype") or y.shape != xt.shape[:1] or not jnp.issubdtype(y.dtype, jnp.integer):
+            given = f"{y.dtype} {tuple(y.shape)}" if hasattr(y, "dtype") else repr(y)
+            raise ValueError(f"labels y must be an array of integers of shape {xt.shape[:1]}, not {given}")
         if not isinstance(y, jax.core.Tracer | jax.ShapeDtypeStruct):
             labels = np.asarray(y)
             if labels.size and not (labels.min() >= 0 and labels.max() <= num_classes):

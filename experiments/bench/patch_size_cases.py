@@ -128,7 +128,7 @@ def ready(
 
 def optimizer() -> optax.GradientTransformation:
     """AdamW."""
-    return optimize.adamw(RATE, 1, schedule="constant")
+    return optimize.adamw(RATE, steps=1, schedule="constant")
 
 
 def lowered_train(model: Model, like: Any, shape: Sequence[int]) -> jax.stages.Lowered:

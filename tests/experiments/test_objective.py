@@ -121,3 +121,16 @@ def test_a_low_resolution_image_is_the_conditioning_input():
     assert drawn["conditioning"].shape == (8, 8, 8, 2)
     level = np.asarray(drawn["conditioning"][:, 0, 0, 1])
     assert 0 <= level.min() < level.max() <= 0.5
+
+
+def test_quartile_means_average_to_the_mean():
+    t = jnp.concatenate([jnp.arange(1, 101) / 100, jnp.array([0.0, 0.1, 0.97])])
+    values = jax.random.normal(jax.random.key(0), t.shape)
+    means = objective.by_quartile(t, values, "mse")
+    assert list(means) == ["mse_q0", "mse_q1", "mse_q2", "mse_q3"]
+    counts = np.array([27, 25, 25, 26])
+    np.testing.assert_allclose((np.array(list(means.values())) * counts).sum() / 103, values.mean(), rtol=1e-5)
+    # Indices 0..24 of a chain of 100 steps are its first quarter: times 0.01..0.25.
+    first = np.append(values[:25], values[100:102])
+    np.testing.assert_allclose(means["mse_q0"], first.mean(), rtol=1e-5)
+    assert np.isnan(objective.by_quartile(t[:3], values[:3])["loss_q3"])

@@ -31,8 +31,9 @@ def test_wrong_inputs_are_refused(network):
         ((xt.astype(np.uint8), t, y), r"images must be floating-point, not uint8: convert them first"),
         ((xt, t, jnp.array([0, 4])), r"labels y lie in 0\.\.4, outside 0\.\.3"),
         ((xt, t, np.array([-1, 2])), r"labels y lie in -1\.\.2, outside 0\.\.3"),
-        ((xt, t, jnp.zeros(2)), r"labels y must be integers of shape \(2,\), not float32 \(2,\)"),
-        ((xt, t, jnp.zeros((2, 1), int)), r"labels y must be integers of shape \(2,\), not int32 \(2, 1\)"),
+        ((xt, t, jnp.zeros(2)), r"labels y must be an array of integers of shape \(2,\), not float32 \(2,\)"),
+        ((xt, t, [0, 1]), r"labels y must be an array of integers of shape \(2,\), not \[0, 1\]"),
+        ((xt, t, jnp.zeros((2, 1), int)), r"labels y must be an array of integers of shape \(2,\), not int32 \(2, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda params, wrong=wrong: model.apply(params, *wrong), params)

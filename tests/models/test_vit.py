@@ -9,6 +9,7 @@ import pytest
 
 from diffusion.models.base import Task
 from diffusion.models.vit import ViT, _rotate, rotary_angles, sincos_positions, vit
+from diffusion.models.vit_flops import vit_flops
 from tests.models.networks import ready
 
 SMALL = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2}
@@ -258,3 +259,23 @@ def test_the_function_takes_the_fields_of_the_dataclass():
     model = used.model()
     used.width = 64  # a model is not changed by its dataclass afterwards
     assert ready(model, (1, 8, 8, 1))[0]["embed"]["kernel"].shape == (16, 32)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"learned_variance": "channels"}, {"times": 2}, {"out_channels": 1}, {"mlp": "swiglu", "bottleneck": 8}],
+)
+def test_operations_are_those_that_xla_counts(fields):
+    """XLA counts a few per cent more: norms, activations, additions."""
+    fields = dict(patch_size=4, width=64, depth=2, heads=2, num_classes=5) | fields
+    model = vit(**fields)
+    t = jnp.ones((1, 2)) if fields.get("times") == 2 else jnp.ones(1)
+    inputs = jnp.ones((1, 16, 16, 3)), t, jnp.zeros(1, int)
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    counted = jax.jit(model.apply).lower(params, *inputs).cost_analysis()["flops"]
+    assert 0.93 < vit_flops((16, 16), 3, **fields) / counted < 1
+
+
+def test_operations_of_unknown_fields_are_not_counted():
+    with pytest.raises(TypeError, match="colour"):
+        vit_flops((8, 8), 3, colour=1)
