@@ -197,7 +197,8 @@ def times_of_snr(path: Path, snr: Sequence[float] | np.ndarray, span: tuple[floa
         raise ValueError(f"the path's SNR stays above {snr[~reached(high)][0]:g} up to t={span[1]:g}")
     while (np.nextafter(low, np.float32(np.inf)) < high).any():
         middle = (low + high) / 2
-        low, high = np.where(reached(middle), low, middle), np.where(reached(middle), middle, high)
+        fallen = reached(middle)
+        low, high = np.where(fallen, low, middle), np.where(fallen, middle, high)
     return high
 
 

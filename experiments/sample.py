@@ -9,8 +9,9 @@ Writes samples.npz (arr_0 uint8 [N, H, W, C], arr_1 labels) and samples.png; wit
 animation from noise to sample. Sample i depends on the seed and its number i alone, not on the batch size.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,7 +65,8 @@ def main(argv: Sequence[str]) -> None:
     workdirs = command.workdirs()
     run = trained(workdirs, _CHECKPOINT.value, _EMA.value)
     run = run._replace(config=overridden(run.config, run.spec))
-    parts, members = run.parts()
+    with flags_of_sample():
+        parts, members = run.parts()
     low, labels = base_samples(run.config, run.spec)
     sample = sampling.sample_fn(parts, members=members)
     few = [a[:1] for a in (labels, labels, low) if a is not None]
@@ -76,6 +78,15 @@ def main(argv: Sequence[str]) -> None:
     if _TRAJECTORY.value:
         trajectory(run, parts, members, labels, low, outdir)
     print(f"{report.minutes(seconds)}; written to {outdir}: {', '.join(sorted(p.name for p in outdir.iterdir()))}")
+
+
+@contextlib.contextmanager
+def flags_of_sample() -> Iterator[None]:
+    """Fields of `config.sample` are named as the flags of this command in messages."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(str(e).replace("--config.sample.", "--")) from e
 
 
 def overridden(config: Config, spec: DataSpec) -> Config:

@@ -1,13 +1,28 @@
-"""Strict JAX for every test: no silent rank promotion, no key used twice, and (pyproject.toml) no warning."""
+"""Strict JAX for every test: no silent rank promotion, no key used twice, and (pyproject.toml) no warning.
 
+Programs are compiled with few optimisations, here and in the processes that tests start, since most take longer to
+compile than to run: a third of the time. The jobs and notebooks of `.ci/run` are compiled as users compile them.
+"""
+
+import gc
 import os
+from importlib import metadata
 from pathlib import Path
 
-import jax
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
+_QUICK = ["--xla_cpu_parallel_codegen_split_count=1"]
+if metadata.version("jaxlib").startswith("0.10."):  # later versions have no such flag, and an unknown one is fatal
+    _QUICK.append("--xla_cpu_use_fusion_emitters=false")
+# Read when jax is imported, and when it compiles first.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_QUICK])
+# Tracing makes many objects, few of them in cycles.
+gc.set_threshold(200_000, 20, 100)
 
-from diffusion import data
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+
+from diffusion import data  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
@@ -42,8 +57,8 @@ def shared_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def few_optimizations(tmp_path_factory) -> Path:
-    """Compiles quickly, for modules whose programs take longer to optimise than to run, and each program once.
+def compiled_once(tmp_path_factory) -> Path:
+    """Each program is compiled once in the tests of a module, and of other modules that use this.
 
     The value is the folder of compiled programs, one for each process: JAX does not write its files atomically.
     """
@@ -53,9 +68,7 @@ def few_optimizations(tmp_path_factory) -> Path:
     compilation_cache.reset_cache()
     for name, value in zip(cache, (str(programs), 0.0), strict=True):
         jax.config.update(name, value)
-    jax.config.update("jax_disable_most_optimizations", True)
     yield programs
-    jax.config.update("jax_disable_most_optimizations", False)
     for name, value in zip(cache, before, strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()

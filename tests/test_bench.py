@@ -39,15 +39,6 @@ ROOT = Path(__file__).parent.parent
 SPEC = DataSpec((8, 12, 2), tuple("abcde"))
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """Most optimisations take longer than they save in programs that run a few times."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def tiny() -> Config:
     """A network with all the fields that the PyTorch one has, small."""
     return Config(
@@ -123,6 +114,7 @@ def test_programs_that_differ_are_not_the_same(error):
         peers.check_same("it", {"outputs": 0.0, "gradients": error})
 
 
+@pytest.mark.slow
 def test_vit_against_pytorch():
     pytest.importorskip("torch")
     config = tiny()
@@ -324,6 +316,7 @@ def test_patch_size(tmp_path, monkeypatch):
     assert (tmp_path / "chart.png").stat().st_size
 
 
+@pytest.mark.slow
 def test_operations_of_a_patch_size_are_counted_alike_twice():
     """By hand and by XLA, of a network as wide as the command's; nothing is compiled."""
     fields = {"num_channels": 64, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [32]}

@@ -49,6 +49,7 @@ def over(rows, ours, theirs):
     return f"{rows[ours]['images_per_second'] / rows[theirs]['images_per_second']:.2f} x"
 
 
+@pytest.mark.slow
 def test_the_training_step_is_set_against_the_matrix_product_and_pytorch(tmp_path):
     results, lines = ran(tmp_path, "jit_train")
     rows, name = results["jit_train"]["rows"], "batch 4, xla"
@@ -67,6 +68,7 @@ def test_the_training_step_is_set_against_the_matrix_product_and_pytorch(tmp_pat
         assert "PyTorch" in left_out(results, "jit_train")
 
 
+@pytest.mark.slow
 def test_sampling_is_set_against_pytorch(tmp_path):
     results, lines = ran(tmp_path, "jit_sample")
     rows, name = results["jit_sample"]["rows"], "batch 2, xla"
@@ -78,6 +80,7 @@ def test_sampling_is_set_against_pytorch(tmp_path):
         assert lines[f"{name}: speed over compiled PyTorch"].value == over(rows, name, "PyTorch, batch 2")
 
 
+@pytest.mark.slow
 def test_the_unet_is_set_against_pytorch_and_a_network_without_patches(tmp_path):
     results, lines = ran(tmp_path, "unet")
     rows = results["unet"]["rows"]
@@ -102,6 +105,7 @@ def test_patches_are_set_against_a_copy_of_the_tokens(tmp_path):
     assert lines["copy"].value == f"{results['machine']['rows']['copy']['bytes_per_second'] / 1e9:.3g} GB/s"
 
 
+@pytest.mark.slow
 def test_the_main_job_is_measured_with_several_steps_a_dispatch(tmp_path):
     results, lines = ran(tmp_path, "digits")
     several = results["digits"]["rows"]["10 steps a dispatch"]
@@ -109,6 +113,7 @@ def test_the_main_job_is_measured_with_several_steps_a_dispatch(tmp_path):
     assert "3,600 steps" in lines["main job, 1 step a dispatch"].value
 
 
+@pytest.mark.slow
 def test_numbers_hold_on_this_machine(tmp_path):
     results, lines = ran(tmp_path, "numbers")
     rows = results["numbers"]["rows"]
@@ -119,6 +124,7 @@ def test_numbers_hold_on_this_machine(tmp_path):
     assert lines["JiT-B/16's step twice, operations as they are"].met
 
 
+@pytest.mark.slow
 def test_the_short_training_ends_with_samples_to_look_at(tmp_path):
     results, _ = ran(tmp_path, "training")
     row = results["training"]["rows"]["JiT, tiny"]
@@ -282,6 +288,7 @@ def test_sections_and_cards_that_are_not_there_are_refused(monkeypatch):
         compile_ahead.prepare()
 
 
+@pytest.mark.slow
 def test_programs_are_compiled_ahead_at_their_full_size():
     """Those that are quickly made are traced, which is where a wrong shape or field is found; none is compiled."""
     for name, make, options in compile_ahead.programs(report.SECTIONS, tiny=False):
@@ -312,6 +319,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_jobs_are_the_configs_of_the_same_names(name):
     get_config, make, shape, classes = CONFIGS[name]
@@ -364,6 +372,7 @@ def torch_unet():
     return torch, torch_patch_unet, job, params, module, x0, eps
 
 
+@pytest.mark.slow
 def test_the_pytorch_unet_has_our_loss_at_both_ends_of_the_chain(torch_unet):
     torch, peer, job, params, module, x0, eps = torch_unet
     i = np.array([1, 2, 500, 1000])
@@ -378,6 +387,7 @@ def test_the_pytorch_unet_has_our_loss_at_both_ends_of_the_chain(torch_unet):
     assert sum((a - b).square().sum() for a, b in pairs) < 1e-6 * sum(b.square().sum() for _, b in pairs)
 
 
+@pytest.mark.slow
 def test_the_pytorch_unet_samples_as_ours_without_noise(torch_unet, monkeypatch):
     """Both samplers from the same start, the noise of every step taken for zero."""
     torch, peer, job, params, module, _, eps = torch_unet

@@ -13,7 +13,6 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-SLOW = ("patch_diffusion", "patching")  # they compile U-Nets, and a dozen implementations of one function
 COLAB = "https://colab.research.google.com/github/patch-diffusion/patch-diffusion/blob/main/"
 
 
@@ -64,9 +63,8 @@ def test_stored_outputs_are_those_of_one_run_without_errors(path):
     assert not errors(notebook)
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW), id=p.stem) for p in NOTEBOOKS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_on_its_smoke_variant(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PATCH_DIFFUSION_SMOKE", "1")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
@@ -75,8 +73,6 @@ def test_runs_on_its_smoke_variant(path, tmp_path, monkeypatch):
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.delenv("MPLBACKEND", raising=False)
-    # What costs time there is the compiler.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
     notebook = read(path)
     for cell in code(notebook):

@@ -52,7 +52,8 @@ print("done")
 
 
 def test_patches_experts_and_samplers_agree_with_one_device():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "16", "JAX_PLATFORMS": "cpu"}
+    devices = "--xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}", "NPROC": "16", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=os.environ | flags, capture_output=True, text=True, timeout=300
     )

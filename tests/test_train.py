@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -331,8 +332,8 @@ moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), state
 print(worst, moved)
 assert worst < 1e-5 < 1e-3 < moved, (worst, moved)
 """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "NPROC": "16", "JAX_PLATFORMS": "cpu"}
-    import os
+    devices = "--xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}", "NPROC": "16", "JAX_PLATFORMS": "cpu"}
 
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -31,6 +31,7 @@ print(sorted(faults() for _ in range(8))[4])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to keep memory")
 def test_memory_that_was_freed_is_there_again_without_page_faults():
     """Of 100 MB that XLA asks for at every step: there are 24,414 pages of 4 KiB in them."""

@@ -21,7 +21,7 @@ def opened():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(few_optimizations, opened):
+def quick(compiled_once, opened):
     """Data sets are opened once and those of digits are small; the value opens whole ones."""
     open_source = inputs.source
 
@@ -38,7 +38,7 @@ def quick(few_optimizations, opened):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "source", source)
         patch.setattr(command, "start", lambda: None)
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(few_optimizations))  # of processes that tests start
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled_once))  # of processes that tests start
         yield open_source
 
 

@@ -11,6 +11,7 @@ from experiments.run_dir import RunDir
 from tests.experiments.runs import call
 
 
+@pytest.mark.slow
 def test_the_blogs_figures(blog_run):
     printed = call(blog_run.workdir, command=blog_figures)
     names = [Path(line).name for line in printed.splitlines() if line.endswith(".png")]

@@ -26,6 +26,7 @@ def test_bits_depend_on_the_image_alone_and_add_up(chain_run, tmp_path):
         assert image.width > 500
 
 
+@pytest.mark.slow
 def test_experts_code_images_each_at_its_own_times(expert_runs, tmp_path):
     run = trained(expert_runs[0])
     likelihood.measure(run, tmp_path / "both", count=3)

@@ -43,8 +43,8 @@ def stepped(microbatch=None):
     config = small()
     config.train.ema, config.process.times, config.train.microbatch = (0.0, 0.9), "loss_second_moment", microbatch
     run = parts.resolve(config, SPEC)
-    params = parts.init_params(run)
-    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    noisy = lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape)  # noqa: E731
+    params = jax.jit(lambda: jax.tree.map(noisy, parts.init_params(run)))()
     state = objective.init_state(run, params)
     return run, state, *jax.jit(objective.make_step(run))(jax.random.key(3), state, batch())
 

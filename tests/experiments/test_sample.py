@@ -102,7 +102,8 @@ def test_every_flag_of_the_sampler_reaches_it(run):
             flags.FLAGS.unparse_flags()
             flags.FLAGS(["sample", *(f"--{name}={value}" for name, value in flagged.items())])
             found = sample.overridden(config, spec)
-        assert found == dataclasses.replace(config, sample=dataclasses.replace(config.sample, **flagged))
+        implied = {"steps": configs.Sample.steps} if "respacing" in flagged else {}
+        assert found == dataclasses.replace(config, sample=dataclasses.replace(config.sample, **implied, **flagged))
     assert config == tiny()
 
 
@@ -143,10 +144,16 @@ def test_an_older_checkpoint_can_be_sampled_from(run, tmp_path):
         (["--labels=seven"], r"--labels: \['seven'\] are not among the classes"),
         (["--labels="], r"--labels: .* classes"),
         (["--sampler=dim"], r"'dim' is not one of ddim, ancestral, heun, dpmpp_2m"),
-        (["--sampler=heun", "--overstep=1.5"], r"--config\.sample\.overstep=1\.5 has no effect on this run"),
+        (
+            ["--sampler=heun", "--overstep=1.5"],
+            r"--overstep=1\.5 has no effect on this run: leave it at 1\.0, or set --sampler=ddim",
+        ),
         (["--overstep=-1"], r"overstep=-1\.0 must be positive"),
         (["--guidance=nan"], r"--guidance=nan must be a finite number"),
-        (["--guidance_low=0.9", "--guidance_high=0.5"], r"guidance_low=0\.9, guidance_high=0\.5\] must"),
+        (
+            ["--guidance_low=0.9", "--guidance_high=0.5"],
+            r"--guidance_low, guidance_high: guidance interval \[0\.9, 0\.5\]: its low end must",
+        ),
         (["--steps=3", "--respacing=4"], r"--steps=3 and --respacing=4 exclude each other"),
         (["--checkpoint=5"], r"there is no checkpoint of step 5 in .*; there are \[3, 6\]"),
         (["--base_samples=x.npz"], r"--base_samples=x\.npz: this is not a super-resolution run"),

@@ -62,6 +62,7 @@ def test_flags_of_the_chain_reach_the_sampler(chain_run, tmp_path):
         sampled(tmp_path / "c", *arguments, "--ema=0.7")
 
 
+@pytest.mark.slow
 def test_a_cascade_enlarges_the_samples_of_another_run(tmp_path):
     """With a vision transformer, that learns a variance."""
     config = tiny_chain("large")

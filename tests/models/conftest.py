@@ -1,8 +1,8 @@
-"""All tests of networks compile quickly."""
+"""All tests of networks share compiled programs."""
 
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(few_optimizations):
-    """Small networks take longer to optimise than to run."""
+def quick(compiled_once):
+    """Many of them compile the same network."""

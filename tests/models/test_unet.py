@@ -63,6 +63,7 @@ def patch_unet():
     return compiled(unet(**fields).apply, params, xt, t, y), params, xt, t, y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BRANCHES)
 def test_every_branch_answers_in_the_images_shape_and_learns_with_every_parameter(name):
     fields, shape, channels = BRANCHES[name]

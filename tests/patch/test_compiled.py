@@ -26,6 +26,7 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.mark.slow
 def test_examples_in_docstrings():
     result = doctest.testmod(compiled)
     assert result.attempted > 0
@@ -327,6 +328,7 @@ def test_noised_patches_refuses_outputs_that_overlap():
         )
 
 
+@pytest.mark.slow
 def test_many_threads_at_once(rng):
     """Callers that are threads themselves, each with helpers, some compiling."""
     x = rng.random((400, 36, 36, 1), np.float32)
@@ -409,6 +411,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_while_another_thread_compiles(tmp_path):
     run("-c", CHECK + FORK, NUMBA_CACHE_DIR=str(tmp_path))
@@ -424,6 +427,7 @@ def test_threads_under_every_threading_layer(layer):
     run("-c", script, NUMBA_THREADING_LAYER=layer)
 
 
+@pytest.mark.slow
 def test_spawned_workers(tmp_path):
     script = tmp_path / "spawn.py"
     script.write_text(CHECK + SPAWN)
@@ -433,6 +437,7 @@ def test_spawned_workers(tmp_path):
 HITS = CHECK + "check(7)\nprint(sum(sum(k.stats.cache_hits.values()) for k in kernels.programs.values()))"
 
 
+@pytest.mark.slow
 def test_compiled_code_is_kept_between_processes(tmp_path):
     assert run("-c", HITS, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["0"]
     assert run("-c", HITS, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["1"]

@@ -57,9 +57,7 @@ def same_bits(a, b):
     np.testing.assert_array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
 
 
-@settings(deadline=None, max_examples=20, derandomize=True)
-@given(st.data())
-def test_patchify_is_the_naive_loop(data):
+def check_patchify(data):
     size, p, s = data.draw(cuts())
     layout = data.draw(st.sampled_from(LAYOUTS))
     dtypes = ("?", "u1", "i2", ">i4", "u8", "f2", "f4", ">f8", "g", "c8", "c16")
@@ -79,7 +77,20 @@ def test_patchify_is_the_naive_loop(data):
     assert bits(np.asarray(tokens)) == bits(expected.astype(dtype))
 
 
-@settings(deadline=None, max_examples=10, derandomize=True)
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(st.data())
+def test_patchify_is_the_naive_loop(data):
+    check_patchify(data)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_patchify_is_the_naive_loop_for_more_arrays(data):
+    check_patchify(data)
+
+
+@settings(deadline=None, max_examples=6, derandomize=True)
 @given(st.data())
 def test_fold_and_unpatchify_are_the_naive_sum(data):
     size, p, s = data.draw(cuts())
