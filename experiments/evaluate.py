@@ -33,7 +33,9 @@ def main(argv: Sequence[str]) -> None:
         path, labelled = folder.samples, bool(spec.num_classes)
     features = report.features_for(config)
     if features is None:
-        raise ValueError(f"{folder.path} was trained on {config.data.name}, and there are features for digits only")
+        raise ValueError(
+            f"{folder.path} was trained on {config.data.name}, and there are features for 28x28 digits only"
+        )
     images, labels = image_files.read_npz(path)
     try:
         values = report.quality(config, images, labels if labelled else None, features)

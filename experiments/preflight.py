@@ -58,13 +58,16 @@ def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> Non
 
 
 def describe(config: Config, source: data.Source, params: parts.Any) -> str:
-    """One line: which network is trained on which images."""
+    """Which network is trained on which images, and what has no effect for want of labels."""
     count = sum(p.size for p in jax.tree.leaves(params))
     n, *shape = source.images.shape
     grid = geometry(shape[:-1], config.model.patch_size, getattr(config.model, "stride", None)).grid
     size = "x".join(map(str, shape))
     name = network_name(config.model)
-    return f"{name}: {count:,} parameters, {math.prod(grid)} tokens, on {n:,} images {size} of {source.name}"
+    line = f"{name}: {count:,} parameters, {math.prod(grid)} tokens, on {n:,} images {size} of {source.name}"
+    if config.sample.guidance != 1 and not inputs.data_spec(config, source).num_classes:
+        line += f"\nwithout labels, so --config.sample.guidance={config.sample.guidance} has no effect"
+    return line
 
 
 def dry_run(config: Config) -> None:

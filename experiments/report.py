@@ -38,9 +38,11 @@ def finish(
     report |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
     if run.superres:
         report["condition"] = list(run.superres.size)
-    report |= {"sample_steps": len(run.grid) - 1, "guidance": config.sample.guidance}
+    report |= {"sample_steps": len(run.grid) - 1}
+    if run.spec.num_classes:
+        report["guidance"] = config.sample.guidance
     features = features_for(config)
-    if features is not None and images.shape[1:] == (28, 28, 1) and len(images) >= 4:
+    if features is not None and len(images) >= 4:
         report |= quality(config, images, labels if run.spec.num_classes else None, features)
     return folder.write_report(report)
 
@@ -72,7 +74,9 @@ def save(arrays: Path, image: Path, images: np.ndarray, labels: np.ndarray, clas
 
 def features_for(config: Config) -> Features | None:
     """The features in which samples of a run are compared with its data; None where there are none."""
-    return digit_features if config.data.name in DIGITS else None
+    c = config.data
+    as_they_are = c.size in (None, (28, 28)) and c.channels in (None, 1)
+    return digit_features if c.name in DIGITS and as_they_are else None
 
 
 def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, features: Features) -> dict[str, float]:
@@ -103,10 +107,11 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
             f"{RunDir(workdir).previews}.\n"
             f"Next, with all experts: python -m experiments.sample --workdir={','.join(others)} --num_samples=64"
         )
+    guidance = f", guidance {report['guidance']:g}" if "guidance" in report else ""
     words = [
         f"Trained {report['train_steps']} steps in {minutes(report['train_seconds'])}, then made "
         f"{report['sample_count']} samples in {minutes(report['sample_seconds'])} "
-        f"({report['sample_steps']} steps each, guidance {report['guidance']:g})."
+        f"({report['sample_steps']} steps each{guidance})."
     ]
     if "distance" in report:
         words.append(

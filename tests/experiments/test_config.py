@@ -104,6 +104,13 @@ def test_dry_run_says_what_would_be_trained(name, blank_images, capsys):
         assert (parameters[:3], tokens) == ("131", "256")
 
 
+def test_guidance_without_labels_is_said_to_have_no_effect(blank_images, capsys):
+    config = shipped("mnist")
+    config.data.labels = False
+    preflight.dry_run(config)
+    assert "without labels, so --config.sample.guidance=1.42 has no effect" in capsys.readouterr().out
+
+
 # Counted by building the published PyTorch program's networks with its README's flags.
 PUBLISHED = {"lsun:2": 122916120, "lsun:4": 121416544, "lsun:8": 121011584, "ffhq1024": 162645344}
 PUBLISHED |= {"imagenet256:0": 202148704, "imagenet256:1": 202148704}

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments import evaluate, report
+from diffusion import data
+from experiments import config as configs
+from experiments import evaluate, inputs, report
 from tests.experiments.runs import call, samples
 
 
@@ -42,8 +44,30 @@ def test_images_without_labels_have_no_agreement(run, blog_run, tmp_path):
 
 
 def test_a_run_on_other_images_has_no_features(folder_run):
-    with pytest.raises(ValueError, match=r"was trained on folder:.*, and there are features for digits only"):
+    with pytest.raises(ValueError, match=r"was trained on folder:.*, and there are features for 28x28 digits only"):
         call(folder_run.workdir, command=evaluate)
+
+
+def test_the_report_names_guidance_where_there_is_some(run, blog_run):
+    assert run.report["guidance"] == 2.0 and "guidance 2)" in run.printed
+    assert "guidance" not in blog_run.report and "steps each)" in blog_run.printed
+
+
+def test_features_are_those_of_digits_of_their_own_size():
+    config = configs.Config()
+    assert report.features_for(config) is not None
+    config.data.size = (14, 14)
+    assert report.features_for(config) is None
+
+
+def test_the_data_of_a_run_are_its_own_splits(monkeypatch):
+    """Of a run whose held-out split has another name, that split is compared with."""
+    opened, config = [], configs.Config(data=configs.Data(held_out="validation"))
+    source = data.from_arrays(np.zeros((8, 28, 28, 1), np.uint8), np.zeros(8, int))
+    monkeypatch.setattr(inputs, "source", lambda config, split="train": opened.append(split) or source)
+    monkeypatch.setattr(report, "measure", lambda *_, **__: {})
+    report.quality(config, np.zeros((4, 28, 28, 1), np.uint8), None, report.digit_features)
+    assert opened == ["train", "validation"]
 
 
 def test_of_more_samples_than_can_be_compared_some_are_measured(run, monkeypatch):
