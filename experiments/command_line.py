@@ -14,7 +14,7 @@ from typing import get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from experiments.config import Config, Network, fields
+from experiments.config import Config, AnyNetwork, fields
 
 _CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = _CONFIGS / "mnist.py"
@@ -102,7 +102,7 @@ def check_lists(config: Config) -> None:
 def instead(field: str, config: Config) -> str:
     """What to pass instead of a field that this config does not have."""
     section, _, name = field.rpartition(".")
-    others = [kind.__name__ for kind in get_args(Network) if section == "model" and name in fields(kind())]
+    others = [kind.__name__ for kind in get_args(AnyNetwork) if section == "model" and name in fields(kind())]
     if others:
         own = type(config.model).__name__
         return (

@@ -13,7 +13,7 @@ from diffusion.models.blog import Blog
 from diffusion.models.unet import UNet
 from diffusion.models.vit import ViT
 
-Network = ViT | UNet | Blog
+AnyNetwork = ViT | UNet | Blog
 VERSION = 2  # of the stored config; `stored_versions` reads the earlier ones
 
 
@@ -136,14 +136,14 @@ class Config:
     name: str = "mnist"
     seed: int = 0
     data: Data = field(default_factory=Data)
-    model: Network = field(default_factory=ViT)
+    model: AnyNetwork = field(default_factory=ViT)
     process: Process = field(default_factory=Process)
     condition: Condition = field(default_factory=Condition)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
 
 
-def network_name(network: Network) -> str:
+def network_name(network: AnyNetwork) -> str:
     """The name of a network in stored configs and messages: "vit", "unet", "blog"."""
     return type(network).__name__.lower()
 
@@ -166,7 +166,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
     values = stored_versions.upgrade(values)
     values = {name: value for name, value in values.items() if name != "version"}
-    networks = {kind.__name__.lower(): kind for kind in get_args(Network)}
+    networks = {kind.__name__.lower(): kind for kind in get_args(AnyNetwork)}
     model = dict(values.pop("model", {"network": "vit"}))
     name = model.pop("network", None)
     if name not in networks:
