@@ -14,7 +14,7 @@ from typing import get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from experiments.config import Config, AnyNetwork, fields
+from experiments.config import AnyNetwork, Config, fields
 
 _CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = _CONFIGS / "mnist.py"
