@@ -75,9 +75,10 @@ def without_effect(section: Any) -> dict[str, str]:
     """The fields of a section that were set and have no effect, and what they would need, as "path=geometric"."""
     found = {}
     for each in dataclasses.fields(section):
-        for name, value in each.metadata.get("only", {}).items():
-            if getattr(section, each.name) != each.default and getattr(section, name) != value:
-                found[each.name] = f"{name}={value}"
+        for name, only in each.metadata.get("only", {}).items():
+            values = only if isinstance(only, tuple) else (only,)
+            if getattr(section, each.name) != each.default and getattr(section, name) not in values:
+                found[each.name] = f"{name}={' or '.join(map(str, values))}"
     return found
 
 

@@ -18,7 +18,7 @@ VERSION = 2  # of the stored config; `stored_versions` reads the earlier ones
 
 
 def _only(default: Any, **values: Any) -> Any:
-    """A field that has an effect only where another field of its section has this value."""
+    """A field that has an effect only where another field of its section has this value, or one of a tuple."""
     return field(default=default, metadata={"only": values})
 
 
