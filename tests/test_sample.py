@@ -491,15 +491,19 @@ def test_gradients_with_respect_to_eta_and_times_are_those_of_finite_differences
     with jax.enable_x64(True):
         x1, times = jnp.asarray(initial_noise(keys, (2, 2, 1)), jnp.float64), jnp.asarray(uniform_grid(4, 0.9))
 
+        def of(eta, grid):
+            denoise = gaussian_denoiser(path, "v")
+            return jnp.square(sample(keys, denoise, path, x1, grid, prediction="v", sampler=sampler(eta))).sum()
+
         @jax.jit
         def total(eta, inner):
-            grid = jnp.concatenate([times[:1], inner, times[-1:]])
-            denoise = gaussian_denoiser(path, "v")
-            x0 = sample(keys, denoise, path, x1, grid, prediction="v", sampler=sampler(eta))
-            return jnp.square(x0).sum()
+            return of(eta, jnp.concatenate([times[:1], inner, times[-1:]]))
 
         eta, inner, h = jnp.float64(0.5), times[1:-1], 1e-5
         for_eta, for_times = jax.jit(jax.grad(total, (0, 1)))(eta, inner)
+        ends = jax.jit(jax.grad(lambda times: of(eta, times)))(times)
+        assert np.isfinite(ends).all() and np.abs(ends).min() > 0
+        np.testing.assert_allclose(ends[1:-1], for_times, rtol=1e-10)
         np.testing.assert_allclose(for_eta, (total(eta + h, inner) - total(eta - h, inner)) / (2 * h), rtol=1e-5)
         for i in range(3):
             step = h * jnp.eye(3)[i]
