@@ -5,7 +5,8 @@
 
 Reads arr_0 uint8 [N, H, W, C] and, where there is one, arr_1 [N], the labels that the samples should have: the layout
 of `experiments.sample` and of guided-diffusion. Without --workdir they are compared with digits. Images that are not
-digits are compared in the features of EfficientNet-Lite0. The numbers are explained in `diffusion.metrics`.
+digits are compared in the features of EfficientNet-Lite0, or with --inception in those of FID. The numbers are
+explained in `diffusion.metrics`.
 """
 
 import json
@@ -14,13 +15,18 @@ from pathlib import Path
 
 from absl import app, flags
 
-from diffusion.metrics.features import digits
+from diffusion.metrics.features import digits, inception
 from experiments import command, image_files, report
 from experiments.config import Config
 from experiments.run_dir import RunDir
 
 flags.declare_key_flag("workdir")
 _SAMPLES = flags.DEFINE_string("samples", None, "File of images; default: samples.npz of --workdir.")
+_INCEPTION = flags.DEFINE_string(
+    "inception",
+    None,
+    "File with the published weights of Inception-v3, pt_inception-2015-12-05-6726825d.pth: gives FID.",
+)
 _JSON = flags.DEFINE_bool("json", False, "Print the numbers as JSON.")
 
 
@@ -33,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         folder = RunDir(command.workdir())
         config, spec = folder.stored()
         path, labelled, shape = folder.samples, bool(spec.num_classes), spec.shape
-    features = report.features_for(config, shape)
+    features = report.fid_features(_INCEPTION.value) if _INCEPTION.value else report.features_for(config, shape)
     images, labels = image_files.read_npz(path)
     try:
         values = report.quality(config, images, labels if labelled else None, features)
@@ -45,8 +51,9 @@ def main(argv: Sequence[str]) -> None:
 def table(path: Path, values: dict[str, float]) -> str:
     """The numbers, a line each, with what to compare them to."""
     real = "real digits" if values.get("features", digits.NAME) == digits.NAME else "real images"
+    distance = "FID" if values.get("features") == inception.NAME else "feature distance"
     rows = [
-        ("feature distance", f"{values['distance']:.2f}", "Frechet; lower is better"),
+        (distance, f"{values['distance']:.2f}", "Frechet; lower is better"),
         (f"  of {real}", f"{values['reference']:.2f}", f"the reference: as many {real} in their place"),
         ("  ratio", f"{values['ratio']:.2f}", "1: as good as real"),
         ("kernel distance", f"{values['kernel_distance']:.4f}", f"lower is better; {real} fall below 0"),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.data import Source
-from diffusion.metrics.features import Extracted, Named, digits, efficientnet
+from diffusion.metrics.features import Extracted, Named, digits, efficientnet, inception
 from diffusion.metrics.report import report as measure
 from experiments import image_files, inputs, parts, sampling
 from experiments.config import Config
@@ -22,6 +22,21 @@ DIGIT_FEATURES = Named(digits.NAME, digits.digit_features)
 def _image_features(images: np.ndarray) -> Extracted:
     with Bar(len(images), "features", "image") as progress:
         return efficientnet.efficientnet_features(images, progress=progress.update)
+
+
+def fid_features(path: str) -> Named:
+    """FID's features, with the published weights of Inception-v3 in the file `path`.
+
+    Raises:
+      OSError, ValueError: the file is missing or another one.
+    """
+    params = inception.load_weights(path)
+
+    def features(images: np.ndarray) -> Extracted:
+        with Bar(len(images), "features", "image") as progress:
+            return inception.inception_features(images, params, progress.update)
+
+    return Named(inception.NAME, features)
 
 
 IMAGE_FEATURES = Named(efficientnet.NAME, _image_features)
@@ -109,8 +124,8 @@ def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, featu
 
     The logits of digits are compared with the labels; other networks know other classes. At most half as many samples
     as there are real images are measured, chosen at random, since as many real images are compared with the other half.
-    `measured` is their number. Real images that are not digits are at most `REAL`, chosen at random. They are split
-    without regard to their classes where some class has too few for an equal share.
+    `measured` is their number. With EfficientNet-Lite0 at most `REAL` real images are compared, chosen at random. Real
+    images that are not digits are split without regard to their classes where one has too few for an equal share.
 
     Raises:
       TypeError, ValueError: the samples are of another format, or too few; see `diffusion.metrics.report.report`.
@@ -119,7 +134,9 @@ def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, featu
         raise ValueError(f"there are {len(labels)} labels for {len(images)} images")
     real = [inputs.source(config, split) for split in ("train", config.data.held_out)]
     if features != DIGIT_FEATURES:
-        labels, real = None, _subset(real)
+        labels = None
+    if features == IMAGE_FEATURES:
+        real = _subset(real)
     most = sum(len(source.labels) for source in real) // 2
     chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
     if features != DIGIT_FEATURES:
@@ -168,7 +185,7 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
     ]
     if "distance" in report:
         words.append(
-            f"Frechet distance on {report.get('features', digits.NAME)} to real images: {report['distance']:.2f}, "
+            f"{_distance_name(report)} to real images: {report['distance']:.2f}, "
             f"{report['ratio']:.2f} times the {report['reference']:.2f} of as many real images "
             "(1 would be as good as real; lower is better)."
         )
@@ -182,6 +199,12 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
     words.append(f"Images: {RunDir(workdir).samples_image}; arrays: {RunDir(workdir).samples}.")
     enlarges = " --base_samples=runs/NAME/samples.npz" if report.get("condition") else " --num_samples=64 --trajectory"
     return " ".join(words) + f"\nNext: python -m experiments.sample --workdir={workdir}{enlarges}"
+
+
+def _distance_name(report: dict[str, Any]) -> str:
+    """FID is said of Inception-v3 with the published weights only; `fid_features` takes no others."""
+    name = report.get("features", digits.NAME)  # which earlier versions did not write
+    return "FID" if name == inception.NAME else f"Frechet distance on {name}"
 
 
 def caution(count: int, flag: str) -> str:

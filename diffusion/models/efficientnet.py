@@ -5,8 +5,7 @@
     logits = V pooled + c
 
 Tan and Le 2019 (1905.11946); "Lite" leaves out squeeze-and-excitation and uses (1)'s r6. Padding is TensorFlow's
-"SAME". Batch normalisation with stored statistics is an affine map of each channel, and folded into the convolution
-before it. All products use full float32 precision, so that features are the same on every device.
+"SAME", batch normalisation is folded into the convolutions (`folded`).
 """
 
 from collections.abc import Mapping
@@ -17,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.cpu import conv
+from diffusion.models import folded
+from diffusion.models.folded import Conv
 
 SIZE = 224  # of the images that it was trained on
 FEATURES = 1280
@@ -54,68 +54,25 @@ def from_torch(state: Mapping[str, np.ndarray]) -> Params:
         layers |= {"depthwise": ("_depthwise_conv", "_bn1"), "project": ("_project_conv", "_bn2")}
         names |= {f"block_{i}_{layer}": tuple(f"_blocks.{i}.{name}" for name in of) for layer, of in layers.items()}
     try:
-        params = {layer: folded(state, *of, EPSILON) for layer, of in names.items()}
+        params = {layer: folded.from_torch(state, *of, EPSILON) for layer, of in names.items()}
         params["logits"] = {"kernel": state["_fc.weight"].T, "bias": state["_fc.bias"]}
     except KeyError as e:
         raise ValueError(f"the weights of EfficientNet-Lite0 lack the entry {e}") from None
-    return checked(params, shapes(), "EfficientNet-Lite0")
-
-
-def folded(state: Mapping[str, np.ndarray], conv_name: str, norm: str, epsilon: float) -> dict[str, np.ndarray]:
-    """Kernel [h, w, in, out] and bias [out] of a convolution of PyTorch and the batch normalisation after it."""
-    scale = state[f"{norm}.weight"] / np.sqrt(state[f"{norm}.running_var"] + np.float32(epsilon))
-    kernel = state[f"{conv_name}.weight"].transpose(2, 3, 1, 0) * scale
-    return {"kernel": kernel, "bias": state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale}
-
-
-def checked(params: Params, expected: Params, network: str) -> Params:
-    """`params`, if all have the shapes of `expected`; ValueError names the first that has not."""
-    for layer, arrays in expected.items():
-        for name, array in arrays.items():
-            if params[layer][name].shape != array.shape:
-                raise ValueError(
-                    f"{layer} of {network} has a {name} of shape {params[layer][name].shape}, not {array.shape}: "
-                    "these are the weights of another network"
-                )
-    return params
-
-
-class _Conv(nn.Module):
-    """Convolution with "SAME" padding and a bias."""
-
-    features: int
-    size: int = 1
-    stride: int = 1
-    depthwise: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        channels = 1 if self.depthwise else x.shape[-1]
-        shape = (self.size, self.size, channels, self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if self.depthwise:
-            return conv.depthwise(x, kernel, self.stride) + bias[None, None, None]
-        if self.size == 1:
-            return jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0], precision="highest") + bias[None, None, None]
-        y = jax.lax.conv_general_dilated(
-            x, kernel, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
-        )
-        return y + bias[None, None, None]
+    return folded.checked(params, shapes(), "EfficientNet-Lite0")
 
 
 class _EfficientNetLite0(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        h = nn.relu6(_Conv(32, 3, 2, name="stem")(x))
+        h = nn.relu6(Conv(32, (3, 3), 2, name="stem")(x))
         for i, (size, features, expansion, stride) in enumerate(BLOCKS):
             before, width = h, h.shape[-1] * expansion
             if expansion > 1:
-                h = nn.relu6(_Conv(width, name=f"block_{i}_expand")(h))
-            h = nn.relu6(_Conv(width, size, stride, True, name=f"block_{i}_depthwise")(h))
-            h = _Conv(features, name=f"block_{i}_project")(h)
+                h = nn.relu6(Conv(width, name=f"block_{i}_expand")(h))
+            h = nn.relu6(Conv(width, (size, size), stride, depthwise=True, name=f"block_{i}_depthwise")(h))
+            h = Conv(features, name=f"block_{i}_project")(h)
             if h.shape == before.shape:
                 h += before
-        h = nn.relu6(_Conv(FEATURES, name="head")(h))
+        h = nn.relu6(Conv(FEATURES, name="head")(h))
         pooled = h.mean((1, 2))
         return pooled, nn.Dense(CLASSES, precision="highest", name="logits")(pooled)

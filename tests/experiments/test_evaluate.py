@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion import data
-from diffusion.metrics.features import Extracted, Named, efficientnet
+from diffusion.metrics.features import Extracted, Named, efficientnet, inception
 from experiments import config as configs
 from experiments import evaluate, inputs, report
 from tests.experiments.runs import call, samples
@@ -79,6 +79,20 @@ def test_a_run_on_a_folder_of_colour_images_is_measured(folder_run, installed, t
     words = report.paragraph(workdir, folder_run.report | values)
     assert f"Frechet distance on EfficientNet-Lite0 to real images: {values['distance']:.2f}, " in words
     assert "FID" not in printed + words and "Nothing was measured" not in words
+
+
+def test_fid_is_said_of_the_published_file_only(folder_run, installed, monkeypatch, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file nowhere.pth: download the weights of Inception-v3"):
+        call(folder_run.workdir, "--inception=nowhere.pth", command=evaluate)
+    workdir = shutil.copytree(folder_run.workdir, tmp_path / "folder")
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 12, 3)).astype(np.uint8)
+    np.savez(workdir / "samples.npz", arr_0=images, arr_1=np.arange(6) % 2)
+    monkeypatch.setattr(inception, "load_weights", lambda path: path)
+    monkeypatch.setattr(inception, "inception_features", lambda images, *_: installed(images))
+    printed = call(workdir, "--inception=weights.pth", command=evaluate)
+    assert "real images, on Inception-v3" in printed and "FID  " in printed and "feature distance" not in printed
+    values = json.loads(call(workdir, "--inception=weights.pth", "--json", command=evaluate))
+    assert "FID to real images" in report.paragraph(workdir, folder_run.report | values)
 
 
 @pytest.mark.parametrize("labels", [np.arange(60) % 3, np.repeat([0, 1], [58, 2]), np.zeros(60, int)])

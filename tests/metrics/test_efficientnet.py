@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusion.metrics.features import Extracted, Named, batches, efficientnet, name_of
 from diffusion.models import efficientnet as network
+from diffusion.models import folded
 
 # Two photographs, and the published PyTorch program's answer with the weights of the package.
 VECTOR = Path(__file__).parents[1] / "data" / "efficientnet_lite0.npz"
@@ -106,10 +107,10 @@ def test_weights_of_another_width_are_an_error():
     state = {}
     for layer, arrays in network.shapes().items():
         state[layer] = {name: np.zeros(x.shape, np.float32) for name, x in arrays.items()}
-    assert network.checked(state, network.shapes(), "Lite0") is state
+    assert folded.checked(state, network.shapes(), "Lite0") is state
     state["head"]["kernel"] = np.zeros((1, 1, 320, 1281), np.float32)
     with pytest.raises(ValueError, match=r"head of Lite0 has a kernel of shape \(1, 1, 320, 1281\), not .*1280"):
-        network.checked(state, network.shapes(), "Lite0")
+        folded.checked(state, network.shapes(), "Lite0")
 
 
 def test_batches_have_one_size_and_results_the_number_of_images():
