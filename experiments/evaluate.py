@@ -1,10 +1,12 @@
-"""Measures images of digits against real ones.
+"""Measures images against real ones.
 
     python -m experiments.evaluate --workdir=runs/mnist
     python -m experiments.evaluate --samples=samples.npz --json
 
-Reads arr_0 uint8 [N, 28, 28, 1] and, where there is one, arr_1 [N], the labels that the samples should have: the layout
-of `experiments.sample` and of guided-diffusion. The numbers are explained in `diffusion.metrics`.
+Reads arr_0 uint8 [N, H, W, C] and, where there is one, arr_1 [N], the labels that the samples should have: the layout
+of `experiments.sample` and of guided-diffusion. Without --workdir they are compared with digits. Images that are not
+digits are compared in the features of EfficientNet-Lite0, or with --inception in those of FID. The numbers are
+explained in `diffusion.metrics`.
 """
 
 import json
@@ -13,12 +15,18 @@ from pathlib import Path
 
 from absl import app, flags
 
+from diffusion.metrics.features import digits, inception
 from experiments import command, image_files, report
 from experiments.config import Config
 from experiments.run_dir import RunDir
 
 flags.declare_key_flag("workdir")
 _SAMPLES = flags.DEFINE_string("samples", None, "File of images; default: samples.npz of --workdir.")
+_INCEPTION = flags.DEFINE_string(
+    "inception",
+    None,
+    "File with the published weights of Inception-v3, pt_inception-2015-12-05-6726825d.pth: gives FID.",
+)
 _JSON = flags.DEFINE_bool("json", False, "Print the numbers as JSON.")
 
 
@@ -26,16 +34,12 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     command.start()
-    config, path, labelled = Config(), Path(_SAMPLES.value or ""), True
+    config, path, labelled, shape = Config(), Path(_SAMPLES.value or ""), True, (28, 28, 1)
     if not _SAMPLES.value:
         folder = RunDir(command.workdir())
         config, spec = folder.stored()
-        path, labelled = folder.samples, bool(spec.num_classes)
-    features = report.features_for(config)
-    if features is None:
-        raise ValueError(
-            f"{folder.path} was trained on {config.data.name}, and there are features for 28x28 digits only"
-        )
+        path, labelled, shape = folder.samples, bool(spec.num_classes), spec.shape
+    features = report.fid_features(_INCEPTION.value) if _INCEPTION.value else report.features_for(config, shape)
     images, labels = image_files.read_npz(path)
     try:
         values = report.quality(config, images, labels if labelled else None, features)
@@ -46,11 +50,13 @@ def main(argv: Sequence[str]) -> None:
 
 def table(path: Path, values: dict[str, float]) -> str:
     """The numbers, a line each, with what to compare them to."""
+    real = "real digits" if values.get("features", digits.NAME) == digits.NAME else "real images"
+    distance = "FID" if values.get("features") == inception.NAME else "feature distance"
     rows = [
-        ("feature distance", f"{values['distance']:.2f}", "Frechet; lower is better"),
-        ("  of real digits", f"{values['reference']:.2f}", "the reference: as many real digits in their place"),
+        (distance, f"{values['distance']:.2f}", "Frechet; lower is better"),
+        (f"  of {real}", f"{values['reference']:.2f}", f"the reference: as many {real} in their place"),
         ("  ratio", f"{values['ratio']:.2f}", "1: as good as real"),
-        ("kernel distance", f"{values['kernel_distance']:.4f}", "lower is better; real digits fall below 0"),
+        ("kernel distance", f"{values['kernel_distance']:.4f}", f"lower is better; {real} fall below 0"),
         ("precision", f"{values['precision']:.1%}", "samples that look like real ones"),
         ("recall", f"{values['recall']:.1%}", "real ones that look like some sample"),
         ("nearest ratio", f"{values['nearest_ratio']:.2f}", "about 1: no copies of training images; 0: copies"),
@@ -63,7 +69,8 @@ def table(path: Path, values: dict[str, float]) -> str:
     lines = [f"{name:<18}{value:>10}   {meaning}".rstrip() for name, value, meaning in rows]
     if values["measured"] < report.ENOUGH:
         lines += ["", report.caution(values["measured"], "experiments.sample --num_samples")]
-    return "\n".join([f"{values['measured']:,} images of {path}, against real digits", "", *lines])
+    title = f"{values['measured']:,} images of {path}, against {real}, on {values.get('features', digits.NAME)}"
+    return "\n".join([title, "", *lines])
 
 
 if __name__ == "__main__":

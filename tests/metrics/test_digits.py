@@ -15,7 +15,7 @@ def test_the_classifier_of_the_package_reads_held_out_digits(mnist5k_splits):
     _, held_out = mnist5k_splits
     extracted = digits.digit_features(held_out.images)
     assert isinstance(extracted, Extracted)
-    features, logits = extracted
+    features, logits, _ = extracted
     assert logits.shape == (500, 10) and features.shape == (500, 64)
     assert logits.dtype == features.dtype == np.float32
     assert distances.agreement(logits, held_out.labels) >= 0.99
@@ -26,7 +26,7 @@ def test_features_do_not_depend_on_the_other_images(mnist5k_splits):
     images = mnist5k_splits[1].images[:260]  # more than one batch
     together = digits.digit_features(images)
     for i in (0, 100, 259):
-        for all_images, alone in zip(together, digits.digit_features(images[i : i + 1]), strict=True):
+        for all_images, alone in zip(together[:2], digits.digit_features(images[i : i + 1])[:2], strict=True):
             np.testing.assert_array_equal(all_images[i], alone[0])
 
 

@@ -270,11 +270,15 @@ def test_tensors_outside_their_storage_are_an_error(tmp_path, bad):
 
 
 def test_files_of_other_formats_are_an_error(tmp_path):
-    (tmp_path / "legacy.pt").write_bytes(torch_file._LEGACY + b"the rest")
-    with pytest.raises(ValueError, match=r"format of PyTorch before 1\.6.*save it again"):
-        torch_file.read(tmp_path / "legacy.pt")
     content = SAVED.read_bytes()
-    for bad in (b"", b"hello", pickle.dumps({"x": 1}), content[: len(content) // 2], content[100:]):
+    for bad in (
+        b"",
+        b"hello",
+        torch_file._LEGACY + b"the rest",
+        pickle.dumps({"x": 1}),
+        content[: len(content) // 2],
+        content[100:],
+    ):
         (tmp_path / "bad.pt").write_bytes(bad)
         with pytest.raises(ValueError, match=r"bad\.pt is not a file of torch\.save, or damaged"):
             torch_file.read(tmp_path / "bad.pt")
@@ -289,10 +293,67 @@ def test_files_of_other_formats_are_an_error(tmp_path):
         torch_file.read(tmp_path / "none.pt")
 
 
-def test_the_format_of_older_versions_of_pytorch_is_an_error(tmp_path, torch):
-    torch.save({"x": torch.ones(50)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"format of PyTorch before 1\.6.*save it again"):
-        torch_file.read(tmp_path / "legacy.pt")
+def test_files_of_older_versions_of_pytorch_are_read(tmp_path, torch):
+    """Views of one storage, every dtype, a parameter, and a dict inside."""
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {name: (torch.arange(6.0).reshape(3, 2)).to(getattr(torch, name)) for name in (*SIGNED, "uint8", "bool")}
+    tensors |= {"transposed": base.T, "slice": base[1:, 2:5], "empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}
+    tensors |= {"parameter": torch.nn.Parameter(torch.ones(2, 2))}
+    saved = {"model": torch.nn.Conv2d(3, 4, 3).state_dict(), "ema": tensors, "step": 3}
+    torch.save(saved, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    found = torch_file.read(tmp_path / "legacy.pt")
+    assert_same(found, {**saved, "model": dict(saved["model"])})
+    assert np.shares_memory(found["ema"]["transposed"], found["ema"]["slice"])
+
+
+def legacy(path, program, storages, keys="01"):
+    """A file as PyTorch wrote it before 1.6."""
+    machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    parts = [torch_file._LEGACY, pickle.dumps(1001, 2), pickle.dumps(machine, 2), program, pickle.dumps(list(keys), 2)]
+    path.write_bytes(b"".join([*parts, *(n.to_bytes(8, "little") + content for n, content in storages)]))
+    return path
+
+
+def old_tensors(a=6, b=4, views=None):
+    """A program of two tensors, whose references to storages have a sixth entry, as they had."""
+    first, second = (
+        Reference(("storage", FLOAT, "0", "cpu", a, views)),
+        Reference(("storage", DOUBLE, "1", "cpu", b, views)),
+    )
+    return program({"a": tensor(first), "b": tensor(second, 0, (2, 2), (1, 2))})
+
+
+OLD = [(6, np.arange(6, dtype="<f4").tobytes()), (4, np.arange(4, dtype="<f8").tobytes())]
+
+
+def test_programs_of_the_older_format_are_read(tmp_path):
+    found = torch_file.read(legacy(tmp_path / "a.pt", old_tensors(), OLD))
+    np.testing.assert_array_equal(found["a"], np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(found["b"], [[0, 2], [1, 3]])
+    assert not found["a"].flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"storages": OLD[:1]}, "exceeds the file"),
+        ({"storages": [OLD[0], (2**62, OLD[1][1])]}, "exceeds the file"),
+        ({"storages": [OLD[0], (3, OLD[1][1])]}, "storage 1 must have 4 values of float64 and has 3"),
+        ({"keys": "02"}, "damaged"),
+        ({"keys": "0"}, "damaged"),
+        ({"program": old_tensors(b=5)}, "storage 1 must have 5"),
+        ({"program": old_tensors(views=("0", 0, 3))}, "as a storage, which is not supported"),
+        (
+            {"program": program({"a": tensor(), "b": tensor(Reference(("storage", DOUBLE, "0", "cpu", 6)))})},
+            "is used as",
+        ),
+        ({"program": program({"a": Call(Name("posix", "system"), "true")})}, "uses the name 'posix.system'"),
+    ],
+)
+def test_damage_and_other_names_in_the_older_format_are_an_error(tmp_path, changed, message):
+    given = {"program": old_tensors(), "storages": OLD} | changed
+    with pytest.raises(ValueError, match=rf"bad\.pt.*{message}"):
+        torch_file.read(legacy(tmp_path / "bad.pt", **given))
 
 
 def test_a_flipped_byte_of_a_storage_is_detected(tmp_path):
@@ -321,8 +382,23 @@ def test_a_damaged_program_gives_arrays_in_bounds_or_a_value_error(undamaged, da
     damaged = bytearray(instructions)
     for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=4)):
         damaged[place] = data.draw(st.integers(0, 255))
+    assert_in_bounds(archive(path.with_name("damaged.pt"), bytes(damaged), storages))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_of_the_older_format_gives_arrays_in_bounds_or_a_value_error(undamaged, data):
+    path = legacy(undamaged[0].with_name("damaged_legacy.pt"), old_tensors(), OLD)
+    damaged = bytearray(path.read_bytes())
+    for place in data.draw(st.lists(st.integers(len(torch_file._LEGACY), len(damaged) - 1), min_size=1, max_size=4)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(damaged)
+    assert_in_bounds(path)
+
+
+def assert_in_bounds(path):
     try:
-        found = torch_file.read(archive(path.with_name("damaged.pt"), bytes(damaged), storages))
+        found = torch_file.read(path)
     except ValueError:
         return
     for x in found.values() if isinstance(found, dict) else ():

@@ -17,8 +17,10 @@ import numpy as np
 
 from diffusion.data.batches import checked_images
 from diffusion.metrics.features import Extracted
+from diffusion.metrics.features.batches import in_batches
 from diffusion.models import classifier
 
+NAME = "the digits' classifier"
 WEIGHTS = Path(__file__).parent / "mnist_classifier.safetensors"
 SHA256 = "052ee3a01fef402e1268c33fc0f871cb5a5e6076c98f207378755c1e16b9d162"  # of WEIGHTS
 BATCH_SIZE = 250
@@ -37,10 +39,7 @@ def digit_features(images: np.ndarray, params: Any = None) -> Extracted:
     if images.shape[1:] != classifier.SIZE:
         raise ValueError(f"digits must have shape [N, 28, 28, 1], not {images.shape}: pass another feature function")
     params = _default_params() if params is None else params
-    n = len(images)
-    padded = np.concatenate([images, np.zeros((-n % BATCH_SIZE, *images.shape[1:]), np.uint8)])
-    parts = [_forward(params, batch) for batch in padded.reshape(-1, BATCH_SIZE, *images.shape[1:])]
-    logits, features = (np.concatenate(arrays)[:n] for arrays in zip(*parts, strict=True))
+    logits, features = in_batches(functools.partial(_forward, params), images, BATCH_SIZE)
     return Extracted(features, logits)
 
 
