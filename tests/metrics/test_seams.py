@@ -98,3 +98,15 @@ def test_patches_without_seams_are_refused():
         seams(x[..., 0], 4)
     with pytest.raises(ValueError, match="NaN"):
         seams(x * np.nan, 4)
+
+
+def test_ratio_is_the_loop_over_the_ends_of_overlapping_patches(rng):
+    """Patches of 10 every 6 of 28 pixels begin at 0, 6, 12, 18 and end at 10, 16, 22, 28."""
+    x = rng.normal(size=(3, 28, 28, 2)) * np.linspace(1, 4, 28)[:, None, None]
+    border = beside = 0
+    for axis in (1, 2):
+        change = np.square(np.diff(x, axis=axis)).mean(tuple({0, 1, 2, 3} - {axis}))  # of i and i + 1
+        for i in (6, 10, 12, 16, 18, 22):
+            border += change[i - 1]
+            beside += (change[i - 2] + change[i]) / 2  # no two borders are neighbours
+    assert seams(x, 10, 6).ratio == pytest.approx(border / beside, rel=1e-9)
