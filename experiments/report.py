@@ -32,10 +32,13 @@ def finish(
         return folder.write_report(report | {"split": run.split, "experts": len(run.bounds) + 1})
     labels = inputs.equal_shares(config.sample.count, run.spec.num_classes)
     low = np.asarray(sampling.low_resolution(run, inputs.held_out(config, labels))) if run.superres else None
-    images, sample_seconds = collect(sampling.sample_fn(run), params, labels, config.sample.batch_size, low)
+    sample = sampling.sample_fn(run, finite=True)
+    images, sample_seconds, finite = collect(sample, params, labels, config.sample.batch_size, low)
     save(folder.samples, folder.samples_image, images, labels, run.spec.num_classes)
     log.image(steps, "samples", images[0])
     report |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
+    if not finite.all():
+        report["sample_non_finite"] = int((~finite).sum())
     if run.superres:
         report["condition"] = list(run.superres.size)
     report |= {"sample_steps": len(run.grid) - 1}
@@ -49,20 +52,30 @@ def finish(
 
 def collect(
     sample: sampling.SampleFn, params: Any, labels: np.ndarray, batch_size: int, low: np.ndarray | None = None
-) -> tuple[np.ndarray, float]:
-    """Samples [N, H, W, C] of `labels`, made with a progress bar, and the seconds that they took.
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Samples [N, H, W, C] of `labels`, made with a progress bar, the seconds that they took, and which are finite [N].
 
-    `low` [N, h, w, C] are the low-resolution images of a super-resolution network.
+    `sample` is `sampling.sample_fn(..., finite=True)`. `low` [N, h, w, C] are the low-resolution images of a
+    super-resolution network.
     """
-    batches = []
+    batches, finite = [], []
     with Bar(len(labels), "sampling", "image") as progress:
-        for batch in sampling.in_batches(sample, params, labels, batch_size, low):
+        for batch, whole in sampling.in_batches(sample, params, labels, batch_size, low):
             batches.append(batch)
+            finite.append(whole)
             progress.update(len(batch))
             if rate := progress.rate():  # unknown after the first batch, which compiles
                 progress.note(f"{rate:.0f} images/s")
         seconds = progress.seconds()
-    return np.concatenate(batches), seconds
+    return np.concatenate(batches), seconds, np.concatenate(finite)
+
+
+def non_finite(count: int, total: int) -> str:
+    """What samples that hold NaN are, and what to do."""
+    return (
+        f"{count} of {total} samples hold NaN or infinite values, which are black or white in the images: the network "
+        "or the sampler diverged. Sample from an earlier --checkpoint, with less --guidance or with other --steps."
+    )
 
 
 def save(arrays: Path, image: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
@@ -113,6 +126,8 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
         f"{report['sample_count']} samples in {minutes(report['sample_seconds'])} "
         f"({report['sample_steps']} steps each{guidance})."
     ]
+    if report.get("sample_non_finite"):
+        words.append(non_finite(report["sample_non_finite"], report["sample_count"]))
     if "distance" in report:
         words.append(
             f"Feature distance to real images: {report['distance']:.2f}, {report['ratio']:.2f} times the "
