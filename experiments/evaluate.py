@@ -1,69 +1,148 @@
-"""Measures images of digits against real ones.
+"""Measures images against real ones.
 
     python -m experiments.evaluate --workdir=runs/mnist
     python -m experiments.evaluate --samples=samples.npz --json
+    python -m experiments.evaluate --samples=samples.npz --reference=statistics.npz     or folder:PATH, or a data set
+    python -m experiments.evaluate --reference=folder:PATH --save_reference=statistics.npz
 
-Reads arr_0 uint8 [N, 28, 28, 1] and, where there is one, arr_1 [N], the labels that the samples should have: the layout
-of `experiments.sample` and of guided-diffusion. The numbers are explained in `diffusion.metrics`.
+Reads arr_0 uint8 [N, H, W, C] and, where there is one, arr_1 [N], the labels that the samples should have: the layout
+of `experiments.sample` and of guided-diffusion. Real images are those that the run was trained on and its held-out
+ones, or those of --reference. A file of statistics (`diffusion.metrics.references`) holds mean and covariance of
+features, which must be of the network that is used here. The numbers are explained in `diffusion.metrics`.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
 
-from experiments import command, image_files, report
+from diffusion import data
+from diffusion.data.batches import checked_images
+from diffusion.io import files
+from diffusion.metrics import references
+from diffusion.metrics.features import Features
+from diffusion.metrics.moments import Gaussian, gaussian, moments
+from diffusion.metrics.report import AT_ONCE, against, cautions, comparison, extract, features_name, lines
+from experiments import command, image_files, inputs, report
 from experiments.config import Config
 from experiments.run_dir import RunDir
 
 flags.declare_key_flag("workdir")
 _SAMPLES = flags.DEFINE_string("samples", None, "File of images; default: samples.npz of --workdir.")
 _JSON = flags.DEFINE_bool("json", False, "Print the numbers as JSON.")
+_REFERENCE = flags.DEFINE_string(
+    "reference",
+    None,
+    "Real images: a file of statistics .npz, folder:PATH, or the name of a data set; default: those of the run.",
+)
+_SAVE_REFERENCE = flags.DEFINE_string(
+    "save_reference", None, "Write statistics of the real images to this file .npz, and measure nothing."
+)
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     command.start()
-    config, path, labelled = Config(), Path(_SAMPLES.value or ""), True
-    if not _SAMPLES.value:
+    config, path, labelled, patches = Config(), Path(_SAMPLES.value or ""), True, None
+    if not _SAMPLES.value and (command.has_workdir() or not _SAVE_REFERENCE.value):
         folder = RunDir(command.workdir())
         config, spec = folder.stored()
-        path, labelled = folder.samples, bool(spec.num_classes)
+        path, labelled, patches = folder.samples, bool(spec.num_classes), report.patches(config, spec)
     features = report.features_for(config)
     if features is None:
         raise ValueError(
             f"{folder.path} was trained on {config.data.name}, and there are features for 28x28 digits only"
         )
+    if _SAVE_REFERENCE.value:
+        print(save_reference(config, _REFERENCE.value, Path(_SAVE_REFERENCE.value), features))
+        return
     images, labels = image_files.read_npz(path)
     try:
-        values = report.quality(config, images, labels if labelled else None, features)
+        if _REFERENCE.value:
+            values = against_reference(config, images, _REFERENCE.value, features)
+        else:
+            values = report.quality(config, images, labels if labelled else None, features, patches)
     except (TypeError, ValueError) as e:
         raise type(e)(f"{path}: {e}") from e
-    print(json.dumps({"samples": str(path), **values}, indent=2) if _JSON.value else table(path, values))
+    if _JSON.value:
+        print(json.dumps({"samples": str(path), **values}, indent=2))
+    else:
+        print(table(path, images, values, features_name(features), _REFERENCE.value or config.data.name))
 
 
-def table(path: Path, values: dict[str, float]) -> str:
-    """The numbers, a line each, with what to compare them to."""
-    rows = [
-        ("feature distance", f"{values['distance']:.2f}", "Frechet; lower is better"),
-        ("  of real digits", f"{values['reference']:.2f}", "the reference: as many real digits in their place"),
-        ("  ratio", f"{values['ratio']:.2f}", "1: as good as real"),
-        ("kernel distance", f"{values['kernel_distance']:.4f}", "lower is better; real digits fall below 0"),
-        ("precision", f"{values['precision']:.1%}", "samples that look like real ones"),
-        ("recall", f"{values['recall']:.1%}", "real ones that look like some sample"),
-        ("nearest ratio", f"{values['nearest_ratio']:.2f}", "about 1: no copies of training images; 0: copies"),
-    ]
-    if "agreement" in values:
-        rows.append(("agreement", f"{values['agreement']:.1%}", "a classifier reads the label as given"))
-    for name, value in values.items():
-        if name.startswith("agreement_"):
-            rows.append((f"  of {name.removeprefix('agreement_')}", f"{value:.1%}", ""))
-    lines = [f"{name:<18}{value:>10}   {meaning}".rstrip() for name, value, meaning in rows]
+def against_reference(config: Config, images: np.ndarray, reference: str, features: Features) -> dict[str, float]:
+    """The numbers of samples uint8 [N, H, W, C] with respect to --reference.
+
+    Of a folder or data set at most half as many samples as real images are measured, chosen at random.
+
+    Raises:
+      TypeError, ValueError: the samples are of another format, too few, or have other features than the statistics.
+      OSError: there is no such file or data set.
+    """
+    images = checked_images(images)
+    if reference.endswith(".npz"):
+        return {"measured": len(images), **against(extract(features, images), statistics(reference, features))}
+    source = opened(config, reference, images.shape[1:])
+    most = len(source.labels) // 2
+    if len(images) > most:
+        images = images[np.random.default_rng(0).permutation(len(images))[:most]]
+    values = comparison(extract(features, images), extract(features, source.images), source.labels)
+    return {"measured": len(images), **values}
+
+
+def statistics(path: str, features: Features) -> Gaussian:
+    """Mean and covariance of the features in a file; those of its images where it has no statistics.
+
+    Raises:
+      OSError, ValueError: see `diffusion.metrics.references.read`.
+    """
+    found = references.read(path)
+    if found.features is not None:
+        return found.features
+    images = checked_images(image_files.read_npz(Path(path))[0])
+    return gaussian(moments(features(images[i : i + AT_ONCE]).features for i in range(0, len(images), AT_ONCE)))
+
+
+def opened(config: Config, reference: str, shape: Sequence[int] | None) -> data.Source:
+    """The images of a folder or data set, of this shape (None: the config's); of a folder all, else those to train on.
+
+    Raises:
+      OSError, ValueError: see `diffusion.data.load`.
+    """
+    c = config.data
+    size, channels = (c.size, c.channels) if shape is None else (tuple(shape[:-1]), shape[-1])
+    split = "all" if reference.startswith("folder:") else "train"
+    return data.load(reference, split, size=size, crop=c.crop, channels=channels, data_dir=c.data_dir)
+
+
+def save_reference(config: Config, reference: str | None, path: Path, features: Features) -> str:
+    """Writes mean and covariance of the features of --reference, or of the run's training images; says what it wrote.
+
+    Raises:
+      ValueError: --reference is a file, which holds statistics already, or images cannot be read.
+      OSError: there is no such data set, or `path` cannot be written.
+    """
+    if reference is not None and reference.endswith(".npz"):
+        raise ValueError(f"--save_reference needs images, and --reference={reference} is a file: pass folder:PATH")
+    source = inputs.source(config) if reference is None else opened(config, reference, None)
+    n = len(source.labels)
+    found = moments(features(source.images[i : i + AT_ONCE]).features for i in range(0, n, AT_ONCE))
+    files.atomic_write(path, lambda file: references.write(file, gaussian(found)))
+    name = features_name(features)
+    return f"{path}: mean and covariance of {len(found.mean)} features ({name}) of {n:,} images of {source.name}"
+
+
+def table(path: Path, images: np.ndarray, values: dict[str, float], features_name: str, reference: str) -> str:
+    """The numbers, a line each, with 95 % intervals and what to compare them with, and why they may mislead."""
+    warnings = cautions(images, values)
     if values["measured"] < report.ENOUGH:
-        lines += ["", report.caution(values["measured"], "experiments.sample --num_samples")]
-    return "\n".join([f"{values['measured']:,} images of {path}, against real digits", "", *lines])
+        warnings.append(report.caution(values["measured"], "experiments.sample --num_samples"))
+    measured, features = f"{values['measured']:,} images of {path}", f"{values['features']:.0f} features"
+    title = f"{measured}, against {reference}, on {features} ({features_name})"
+    return "\n".join([title, "", *lines(values, features_name), *(f"\n{each}" for each in warnings)])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 from diffusion.metrics.features import Features
 from diffusion.metrics.features.digits import digit_features
 from diffusion.metrics.report import report as measure
+from diffusion.metrics.seams import has_seams
 from experiments import image_files, inputs, parts, sampling
 from experiments.config import Config
 from experiments.log import Log
@@ -46,7 +47,8 @@ def finish(
         report["guidance"] = config.sample.guidance
     features = features_for(config)
     if features is not None and len(images) >= 4:
-        report |= quality(config, images, labels if run.spec.num_classes else None, features)
+        labels = labels if run.spec.num_classes else None
+        report |= quality(config, images, labels, features, patches(config, run.spec))
     return folder.write_report(report)
 
 
@@ -92,7 +94,19 @@ def features_for(config: Config) -> Features | None:
     return digit_features if c.name in DIGITS and as_they_are else None
 
 
-def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, features: Features) -> dict[str, float]:
+def patches(config: Config, spec: parts.DataSpec) -> tuple[int, int | None] | None:
+    """Patch size and stride of a run's network, for the seam metric; None where the patches have no seams."""
+    found = config.model.patch_size, getattr(config.model, "stride", None)
+    return found if has_seams(spec.shape[:-1], *found) else None
+
+
+def quality(
+    config: Config,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    features: Features,
+    patches: tuple[int, int | None] | None = None,
+) -> dict[str, float]:
     """`diffusion.metrics.report.report` of samples against the data of `config`; no agreements without labels.
 
     At most half as many samples as there are real images are measured, chosen at random, since as many real images are
@@ -106,7 +120,8 @@ def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, featu
     chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"there are {len(labels)} labels for {len(images)} images")
-    values = measure(images[chosen], None if labels is None else labels[chosen], train, held_out, features=features)
+    labels = None if labels is None else labels[chosen]
+    values = measure(images[chosen], labels, train, held_out, features=features, patches=patches)
     return {"measured": len(chosen), **values}
 
 

@@ -53,7 +53,7 @@ def kernel_interval(
     n, f = a.shape
     _check(n, resamples, level)
     rng = np.random.default_rng(seed)
-    counts = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(resamples)]).astype(np.float64)
+    counts = np.stack([_counts(rng, n) for _ in range(resamples)])
     within, cross = np.zeros(len(counts)), np.zeros(n)
     for i in range(0, n, blocks.ROWS):
         rows = a[i : i + blocks.ROWS]
@@ -63,6 +63,12 @@ def kernel_interval(
         cross[i : i + blocks.ROWS] = ((rows @ b.T / f + 1) ** 3).mean(1)
     pairs = n**2 - np.square(counts).sum(1)
     return _around(kernel_distance(a, b), within / pairs - 2 * counts @ cross / n, level)
+
+
+def _counts(rng: np.random.Generator, n: int) -> np.ndarray:
+    """How often each of n rows is drawn, float64 [n]; drawn again where all are one row, which has no pairs."""
+    counts = np.bincount(rng.integers(0, n, n), minlength=n)
+    return counts.astype(np.float64) if counts.max() < n else _counts(rng, n)
 
 
 def _check(n: int, resamples: int, level: float) -> None:

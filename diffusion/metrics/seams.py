@@ -10,6 +10,7 @@ a border, not with the whole image, is fair to images whose middle has more deta
 visible, as in white noise and in smooth images; above 1: patches do not fit together; below 1: borders are blurred.
 """
 
+from collections.abc import Sequence
 from operator import index
 from typing import NamedTuple
 
@@ -55,6 +56,16 @@ def seams(images: np.ndarray, patch_size: int, stride: int | None = None) -> Sea
     if not beside:
         return Seams(float("inf") if border else 1.0, down + across)
     return Seams(float(border / beside), down + across)
+
+
+def has_seams(size: Sequence[int], patch_size: int, stride: int | None = None) -> bool:
+    """Whether images of `size` (H, W) have borders of patches, and pixels between: not with patches of one pixel."""
+    try:
+        for n in size:
+            _places(n, patch_size, stride)
+    except ValueError:
+        return False
+    return True
 
 
 def _places(n: int, patch_size: int, stride: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -60,6 +60,12 @@ def test_kernel_distance_of_equal_distributions_is_0_within_its_interval(rng):
     assert low > 0
 
 
+def test_kernel_interval_of_few_rows_is_finite(rng):
+    """Of two rows, half of the resamples hold one of them twice."""
+    low, high = intervals.kernel_interval(*rng.normal(size=(2, 2, 3)))
+    assert np.isfinite([low, high]).all() and low <= high
+
+
 def test_seeds_and_ranges(rng):
     x = rng.normal(size=20)
     mean = lambda which: x[which].mean()  # noqa: E731
