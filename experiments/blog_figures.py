@@ -69,7 +69,8 @@ def figures(workdir: Path) -> list[Path]:
     for steps in (n, max(n // 10, 1)):
         for name, overstep in {"without": 1.0, "with": _OVERSTEP}.items():
             resolved = parts.resolve(with_sample(config, steps=steps, overstep=overstep), spec)
-            images, _ = report.collect(sampling.sample_fn(resolved), params, labels, config.sample.batch_size)
+            sample = sampling.sample_fn(resolved, finite=True)
+            images, *_ = report.collect(sample, params, labels, config.sample.batch_size)
             title = f"{name} step scaling{f' of {overstep:g}' if overstep != 1 else ''}, n = {steps}"
             grids[f"{name}_step_scaling_{steps}"] = partial(plot_grid, images=images, title=title)
     return write(folder, strips, grids)

@@ -75,6 +75,11 @@ def workdir(default: str | Path | None = None) -> Path:
     return Path(_WORKDIR.value or default)
 
 
+def has_workdir() -> bool:
+    """Whether --workdir was given."""
+    return bool(_WORKDIR.value)
+
+
 def workdirs() -> list[Path]:
     """--workdir, which may list several, the runs of SNR experts, separated by commas.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def convert(
     """Makes the run in `workdir`; returns its number of parameters.
 
     Raises:
-      ValueError: `source` does not fit the network, a field is missing, or `workdir` holds a run.
+      ValueError: `source` does not fit the network or holds NaN, a field is missing, or `workdir` holds a run.
       OSError: `source` cannot be read, or `workdir` not written.
     """
     if not source:
@@ -117,8 +118,20 @@ def convert(
     jax.eval_shape(sampling.sample_fn(run), like, one, one, *low)
     files.check_writable(workdir)
     params = jax.tree.map(jnp.asarray, layouts.from_torch(layouts.read(source, entry), like, layout))
+    check_finite(params, source)
     folder.write_new(config, run.spec, objective.init_state(run, params))
     return sum(p.size for p in jax.tree.leaves(params))
+
+
+def check_finite(params: Any, source: str) -> None:
+    """Raises ValueError, with their names, if parameters are NaN or infinite: every sample would be."""
+    counts = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda p: int((~jnp.isfinite(p)).sum()), params))
+    bad = {jax.tree_util.keystr(path, simple=True, separator="/"): count for path, count in counts if count}
+    if bad:
+        raise ValueError(
+            f"--source={source}: {sum(bad.values())} values are NaN or infinite, in {', '.join(list(bad)[:5])}"
+            f"{', ...' if len(bad) > 5 else ''}: download the file again, or take another --entry of it"
+        )
 
 
 if __name__ == "__main__":

@@ -2,21 +2,33 @@
 
     python -m experiments.evaluate --workdir=runs/mnist
     python -m experiments.evaluate --samples=samples.npz --json
+    python -m experiments.evaluate --samples=samples.npz --reference=statistics.npz     or folder:PATH, or a data set
+    python -m experiments.evaluate --reference=folder:PATH --save_reference=statistics.npz
 
 Reads arr_0 uint8 [N, H, W, C] and, where there is one, arr_1 [N], the labels that the samples should have: the layout
-of `experiments.sample` and of guided-diffusion. Without --workdir they are compared with digits. Images that are not
-digits are compared in the features of EfficientNet-Lite0, or with --inception in those of FID. The numbers are
+of `experiments.sample` and of guided-diffusion. Real images are those that the run was trained on and its held-out
+ones, digits without --workdir, or those of --reference. A file of statistics (`diffusion.metrics.references`) holds
+mean and covariance of features, which must be of the network that is used here: the digits' classifier for digits
+(without --workdir for all of 28x28x1), and EfficientNet-Lite0 for other images, or with --inception that of FID. The numbers are
 explained in `diffusion.metrics`.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from absl import app, flags
 
-from diffusion.metrics.features import digits, inception
-from experiments import command, image_files, report
+from diffusion import data
+from diffusion.data.batches import checked_images
+from diffusion.io import files
+from diffusion.metrics import references
+from diffusion.metrics.features import Features, Named
+from diffusion.metrics.moments import Gaussian, gaussian, moments
+from diffusion.metrics.report import AT_ONCE, against, cautions, comparison, extract, lines
+from experiments import command, image_files, inputs, report
 from experiments.config import Config
 from experiments.run_dir import RunDir
 
@@ -28,49 +40,123 @@ _INCEPTION = flags.DEFINE_string(
     "File with the published weights of Inception-v3, pt_inception-2015-12-05-6726825d.pth: gives FID.",
 )
 _JSON = flags.DEFINE_bool("json", False, "Print the numbers as JSON.")
+_REFERENCE = flags.DEFINE_string(
+    "reference",
+    None,
+    "Real images: a file of statistics .npz, folder:PATH, or the name of a data set; default: those of the run.",
+)
+_SAVE_REFERENCE = flags.DEFINE_string(
+    "save_reference", None, "Write statistics of the real images to this file .npz, and measure nothing."
+)
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     command.start()
-    config, path, labelled, shape = Config(), Path(_SAMPLES.value or ""), True, (28, 28, 1)
-    if not _SAMPLES.value:
+    config, path, labelled, patches = Config(), Path(_SAMPLES.value or ""), True, None
+    if not _SAMPLES.value and (command.has_workdir() or not _SAVE_REFERENCE.value):
         folder = RunDir(command.workdir())
         config, spec = folder.stored()
-        path, labelled, shape = folder.samples, bool(spec.num_classes), spec.shape
-    features = report.fid_features(_INCEPTION.value) if _INCEPTION.value else report.features_for(config, shape)
+        path, labelled, patches = folder.samples, bool(spec.num_classes), report.patches(config, spec)
+    if _SAVE_REFERENCE.value:
+        print(save_reference(config, _REFERENCE.value, Path(_SAVE_REFERENCE.value)))
+        return
     images, labels = image_files.read_npz(path)
     try:
-        values = report.quality(config, images, labels if labelled else None, features)
+        images = checked_images(images)
+        features = features_for(config, images.shape[1:])
+        if _REFERENCE.value:
+            values = against_reference(config, images, _REFERENCE.value, features)
+        else:
+            values = report.quality(config, images, labels if labelled else None, features, patches)
     except (TypeError, ValueError) as e:
         raise type(e)(f"{path}: {e}") from e
-    print(json.dumps({"samples": str(path), **values}, indent=2) if _JSON.value else table(path, values))
+    if _JSON.value:
+        print(json.dumps({"samples": str(path), **values}, indent=2))
+    else:
+        print(table(path, images, values, features.name, _REFERENCE.value or config.data.name))
 
 
-def table(path: Path, values: dict[str, float]) -> str:
-    """The numbers, a line each, with what to compare them to."""
-    real = "real digits" if values.get("features", digits.NAME) == digits.NAME else "real images"
-    distance = "FID" if values.get("features") == inception.NAME else "feature distance"
-    rows = [
-        (distance, f"{values['distance']:.2f}", "Frechet; lower is better"),
-        (f"  of {real}", f"{values['reference']:.2f}", f"the reference: as many {real} in their place"),
-        ("  ratio", f"{values['ratio']:.2f}", "1: as good as real"),
-        ("kernel distance", f"{values['kernel_distance']:.4f}", f"lower is better; {real} fall below 0"),
-        ("precision", f"{values['precision']:.1%}", "samples that look like real ones"),
-        ("recall", f"{values['recall']:.1%}", "real ones that look like some sample"),
-        ("nearest ratio", f"{values['nearest_ratio']:.2f}", "about 1: no copies of training images; 0: copies"),
-    ]
-    if "agreement" in values:
-        rows.append(("agreement", f"{values['agreement']:.1%}", "a classifier reads the label as given"))
-    for name, value in values.items():
-        if name.startswith("agreement_"):
-            rows.append((f"  of {name.removeprefix('agreement_')}", f"{value:.1%}", ""))
-    lines = [f"{name:<18}{value:>10}   {meaning}".rstrip() for name, value, meaning in rows]
+def features_for(config: Config, shape: Sequence[int]) -> Named:
+    """The features that the flags ask for, for images of this shape [H, W, C].
+
+    Raises:
+      ImportError, OSError, ValueError: there are none; see `report.features_for` and `report.fid_features`.
+    """
+    return report.fid_features(_INCEPTION.value) if _INCEPTION.value else report.features_for(config, tuple(shape))
+
+
+def against_reference(config: Config, images: np.ndarray, reference: str, features: Features) -> dict[str, float]:
+    """The numbers of samples uint8 [N, H, W, C] with respect to --reference.
+
+    Of a folder or data set at most half as many samples as real images are measured, chosen at random.
+
+    Raises:
+      TypeError, ValueError: the samples are of another format, too few, or have other features than the statistics.
+      OSError: there is no such file or data set.
+    """
+    images = checked_images(images)
+    if reference.endswith(".npz"):
+        return {"measured": len(images), **against(extract(features, images), statistics(reference, features))}
+    source = opened(config, reference, images.shape[1:])
+    most = len(source.labels) // 2
+    if len(images) > most:
+        images = images[np.random.default_rng(0).permutation(len(images))[:most]]
+    values = comparison(extract(features, images), extract(features, source.images), source.labels)
+    return {"measured": len(images), **values}
+
+
+def statistics(path: str, features: Features) -> Gaussian:
+    """Mean and covariance of the features in a file; those of its images where it has no statistics.
+
+    Raises:
+      OSError, ValueError: see `diffusion.metrics.references.read`.
+    """
+    found = references.read(path)
+    if found.features is not None:
+        return found.features
+    images = checked_images(image_files.read_npz(Path(path))[0])
+    return gaussian(moments(features(images[i : i + AT_ONCE]).features for i in range(0, len(images), AT_ONCE)))
+
+
+def opened(config: Config, reference: str, shape: Sequence[int] | None) -> data.Source:
+    """The images of a folder or data set, of this shape (None: the config's); of a folder all, else those to train on.
+
+    Raises:
+      OSError, ValueError: see `diffusion.data.load`.
+    """
+    c = config.data
+    size, channels = (c.size, c.channels) if shape is None else (tuple(shape[:-1]), shape[-1])
+    split = "all" if reference.startswith("folder:") else "train"
+    return data.load(reference, split, size=size, crop=c.crop, channels=channels, data_dir=c.data_dir)
+
+
+def save_reference(config: Config, reference: str | None, path: Path) -> str:
+    """Writes mean and covariance of the features of --reference, or of the run's training images; says what it wrote.
+
+    Raises:
+      ValueError: --reference is a file, which holds statistics already, or images cannot be read.
+      OSError: there is no such data set, or `path` cannot be written.
+    """
+    if reference is not None and reference.endswith(".npz"):
+        raise ValueError(f"--save_reference needs images, and --reference={reference} is a file: pass folder:PATH")
+    source = inputs.source(config) if reference is None else opened(config, reference, None)
+    n, features = len(source.labels), features_for(config, source.images.shape[1:])
+    found = moments(features(source.images[i : i + AT_ONCE]).features for i in range(0, n, AT_ONCE))
+    files.atomic_write(path, lambda file: references.write(file, gaussian(found)))
+    count = f"{len(found.mean)} features ({features.name})"
+    return f"{path}: mean and covariance of {count} of {n:,} images of {source.name}"
+
+
+def table(path: Path, images: np.ndarray, values: dict[str, Any], features: str, reference: str) -> str:
+    """The numbers, a line each, with 95 % intervals and what to compare them with, and why they may mislead."""
+    warnings = cautions(images, values)
     if values["measured"] < report.ENOUGH:
-        lines += ["", report.caution(values["measured"], "experiments.sample --num_samples")]
-    title = f"{values['measured']:,} images of {path}, against {real}, on {values.get('features', digits.NAME)}"
-    return "\n".join([title, "", *lines])
+        warnings.append(report.caution(values["measured"], "experiments.sample --num_samples"))
+    count = f"{values['feature_count']:.0f} features ({features})"
+    title = f"{values['measured']:,} images of {path}, against {reference}, on {count}"
+    return "\n".join([title, "", *lines(values, features), *(f"\n{each}" for each in warnings)])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 from diffusion.data import Source
 from diffusion.metrics.features import Extracted, Named, digits, efficientnet, inception
 from diffusion.metrics.report import report as measure
+from diffusion.metrics.seams import has_seams
 from experiments import image_files, inputs, parts, sampling
 from experiments.config import Config
 from experiments.log import Log
@@ -58,19 +59,21 @@ def finish(
         return folder.write_report(report | {"split": run.split, "experts": len(run.bounds) + 1})
     labels = inputs.equal_shares(config.sample.count, run.spec.num_classes)
     low = np.asarray(sampling.low_resolution(run, inputs.held_out(config, labels))) if run.superres else None
-    images, sample_seconds = collect(sampling.sample_fn(run), params, labels, config.sample.batch_size, low)
+    sample = sampling.sample_fn(run, finite=True)
+    images, sample_seconds, finite = collect(sample, params, labels, config.sample.batch_size, low)
     save(folder.samples, folder.samples_image, images, labels, run.spec.num_classes)
     log.image(steps, "samples", images[0])
     report |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
+    if not finite.all():
+        report["sample_non_finite"] = int((~finite).sum())
     if run.superres:
         report["condition"] = list(run.superres.size)
     report |= {"sample_steps": len(run.grid) - 1}
     if run.spec.num_classes:
         report["guidance"] = config.sample.guidance
     try:
-        report |= quality(
-            config, images, labels if run.spec.num_classes else None, features_for(config, run.spec.shape)
-        )
+        labels = labels if run.spec.num_classes else None
+        report |= quality(config, images, labels, features_for(config, run.spec.shape), patches(config, run.spec))
     except (ImportError, ValueError) as e:  # the samples are there, and the training must not end with an error
         report["unmeasured"] = str(e)
     return folder.write_report(report)
@@ -78,20 +81,30 @@ def finish(
 
 def collect(
     sample: sampling.SampleFn, params: Any, labels: np.ndarray, batch_size: int, low: np.ndarray | None = None
-) -> tuple[np.ndarray, float]:
-    """Samples [N, H, W, C] of `labels`, made with a progress bar, and the seconds that they took.
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Samples [N, H, W, C] of `labels`, made with a progress bar, the seconds that they took, and which are finite [N].
 
-    `low` [N, h, w, C] are the low-resolution images of a super-resolution network.
+    `sample` is `sampling.sample_fn(..., finite=True)`. `low` [N, h, w, C] are the low-resolution images of a
+    super-resolution network.
     """
-    batches = []
+    batches, finite = [], []
     with Bar(len(labels), "sampling", "image") as progress:
-        for batch in sampling.in_batches(sample, params, labels, batch_size, low):
+        for batch, whole in sampling.in_batches(sample, params, labels, batch_size, low):
             batches.append(batch)
+            finite.append(whole)
             progress.update(len(batch))
             if rate := progress.rate():  # unknown after the first batch, which compiles
                 progress.note(f"{rate:.0f} images/s")
         seconds = progress.seconds()
-    return np.concatenate(batches), seconds
+    return np.concatenate(batches), seconds, np.concatenate(finite)
+
+
+def non_finite(count: int, total: int) -> str:
+    """What samples that hold NaN are, and what to do."""
+    return (
+        f"{count} of {total} samples hold NaN or infinite values, which are black or white in the images: the network "
+        "or the sampler diverged. Sample from an earlier --checkpoint, with less --guidance or with other --steps."
+    )
 
 
 def save(arrays: Path, image: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
@@ -110,8 +123,7 @@ def features_for(config: Config, shape: tuple[int, ...]) -> Named:
       ImportError: the package with the weights of EfficientNet-Lite0 is not installed; the message says how to.
       ValueError: there are no features for such arrays.
     """
-    c = config.data
-    if c.name in DIGITS and c.size in (None, (28, 28)) and c.channels in (None, 1):
+    if config.data.name in DIGITS and tuple(shape) == (28, 28, 1):
         return DIGIT_FEATURES
     if len(shape) != 3 or shape[-1] not in (1, 3):
         raise ValueError(f"there are features for images with 1 or 3 channels, and none for arrays of shape {shape}")
@@ -119,7 +131,19 @@ def features_for(config: Config, shape: tuple[int, ...]) -> Named:
     return IMAGE_FEATURES
 
 
-def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, features: Named) -> dict[str, Any]:
+def patches(config: Config, spec: parts.DataSpec) -> tuple[int, int | None] | None:
+    """Patch size and stride of a run's network, for the seam metric; None where the patches have no seams."""
+    found = config.model.patch_size, getattr(config.model, "stride", None)
+    return found if has_seams(spec.shape[:-1], *found) else None
+
+
+def quality(
+    config: Config,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    features: Named,
+    patches: tuple[int, int | None] | None = None,
+) -> dict[str, Any]:
     """`diffusion.metrics.report.report` of samples against the data of `config`, and the name of the features.
 
     The logits of digits are compared with the labels; other networks know other classes. At most half as many samples
@@ -141,7 +165,8 @@ def quality(config: Config, images: np.ndarray, labels: np.ndarray | None, featu
     chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
     if features != DIGIT_FEATURES:
         real = _splittable(real, len(chosen))
-    values = measure(images[chosen], None if labels is None else labels[chosen], *real, features=features)
+    labels = None if labels is None else labels[chosen]
+    values = measure(images[chosen], labels, *real, features=features, patches=patches)
     return {"measured": len(chosen), "features": features.name, **values}
 
 
@@ -183,6 +208,8 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
         f"{report['sample_count']} samples in {minutes(report['sample_seconds'])} "
         f"({report['sample_steps']} steps each{guidance})."
     ]
+    if report.get("sample_non_finite"):
+        words.append(non_finite(report["sample_non_finite"], report["sample_count"]))
     if "distance" in report:
         words.append(
             f"{_distance_name(report)} to real images: {report['distance']:.2f}, "

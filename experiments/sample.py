@@ -6,7 +6,8 @@
     python -m experiments.sample --workdir=runs/large --base_samples=runs/small/samples.npz    super-resolution
 
 Writes samples.npz (arr_0 uint8 [N, H, W, C], arr_1 labels) and samples.png; with --trajectory also a film strip and an
-animation from noise to sample. Sample i depends on the seed and its number i alone, not on the batch size.
+animation from noise to sample. Sample i depends on the seed and its number i alone, not on the batch size. If samples
+hold NaN or infinite values, the files are written all the same, and the exit status is 1.
 """
 
 import contextlib
@@ -68,16 +69,18 @@ def main(argv: Sequence[str]) -> None:
     with flags_of_sample():
         parts, members = run.parts()
     low, labels = base_samples(run.config, run.spec)
-    sample = sampling.sample_fn(parts, members=members)
+    sample = sampling.sample_fn(parts, members=members, finite=True)
     few = [a[:1] for a in (labels, labels, low) if a is not None]
     jax.eval_shape(sample, run.params, *few)
     outdir = command.output_folder(workdirs[0] / "samples", "samples.npz", _OUTDIR.value, _OVERWRITE.value)
     print(f"making {len(labels)} samples from step {run.step} of {' and '.join(map(str, workdirs))}")
-    images, seconds = report.collect(sample, run.params, labels, run.config.sample.batch_size, low)
+    images, seconds, finite = report.collect(sample, run.params, labels, run.config.sample.batch_size, low)
     report.save(outdir / "samples.npz", outdir / "samples.png", images, labels, run.spec.num_classes)
     if _TRAJECTORY.value:
         trajectory(run, parts, members, labels, low, outdir)
     print(f"{report.minutes(seconds)}; written to {outdir}: {', '.join(sorted(p.name for p in outdir.iterdir()))}")
+    if not finite.all():
+        raise FloatingPointError(report.non_finite(int((~finite).sum()), len(finite)))
 
 
 @contextlib.contextmanager

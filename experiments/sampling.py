@@ -40,10 +40,13 @@ def denoiser(
     return denoise if parts.threshold is None else parts.threshold(denoise)
 
 
-def sample_fn(parts: Parts, keep: int | None = None, members: Sequence[Parts] = ()) -> SampleFn:
+def sample_fn(
+    parts: Parts, keep: int | None = None, members: Sequence[Parts] = (), *, finite: bool = False
+) -> SampleFn:
     """Compiled (params, index [B], y [B], low uint8 [B, h, w, C] | None) -> uint8 samples [B, H, W, C].
 
-    With `keep`, also frames [keep, B, H, W, C]. `low` is the low-resolution image of a super-resolution network,
+    With `keep`, also frames [keep, B, H, W, C]. With `finite`, also bool [B]: whether all values of each sample are
+    finite, which uint8 cannot tell, NaN being 0 there. `low` is the low-resolution image of a super-resolution network,
     `members` the parts of all experts. Sample i depends on the seed, its number i, its label and its `low` alone.
     """
     sample_key = key(parts.sample_seed, "sample")
@@ -62,7 +65,11 @@ def sample_fn(parts: Parts, keep: int | None = None, members: Sequence[Parts] = 
             sampler=parts.sampler,
             keep=keep,
         )
-        return jax.tree.map(partial(to_uint8, parts), sampled)
+        images = jax.tree.map(partial(to_uint8, parts), sampled)
+        if not finite:
+            return images
+        last = sampled if keep is None else sampled[0]
+        return images, jnp.isfinite(last).all(tuple(range(1, last.ndim)))
 
     return sample
 
@@ -125,13 +132,15 @@ def low_resolution(parts: Parts, images: jax.Array) -> jax.Array | None:
 
 def in_batches(
     sample: SampleFn, params: Any, labels: np.ndarray, batch_size: int, images: np.ndarray | None = None
-) -> Iterator[np.ndarray]:
+) -> Iterator[Any]:
     """Samples 0..len(labels) - 1 batch by batch; the last batch is filled up, so that one program serves all.
 
-    `images` [N, ...] are the inputs of `sample`, if it has any.
+    What `sample` returns, an array or a tuple of arrays, is cut to the samples that were asked for. `images` [N, ...]
+    are the inputs of `sample`, if it has any.
     """
     n, batch_size = len(labels), min(batch_size, len(labels))
     for start in range(0, n, batch_size):
         index = np.arange(start, start + batch_size)
         inputs = () if images is None else (images[index % n],)
-        yield np.asarray(sample(params, index, labels[index % n], *inputs))[: n - start]
+        made = sample(params, index, labels[index % n], *inputs)
+        yield jax.tree.map(lambda array, left=n - start: np.asarray(array)[:left], made)

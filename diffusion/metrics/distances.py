@@ -5,12 +5,11 @@ and k(a, b) = (a.b / F + 1)^3:
 
     frechet = |m_a - m_b|^2 + tr(S_a + S_b) - 2 sum_i sqrt(lambda_i),  lambda = eig(S_a^1/2 S_b S_a^1/2)     (1)
     kernel  = mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j)              (2)
-    precision = share of fakes within some ball(r_i),  ball(x) with the radius to x's k-th nearest neighbour (3)
-    recall    = share of reals within some ball(f_i)
-    nearest   = median_i min_j |f_i - train_j| / median_i min_j |held_out_i - train_j|,  on pixels           (4)
+    nearest = median_i min_j |f_i - train_j| / median_i min_j |held_out_i - train_j|,  on pixels             (3)
 
-(1) Dowson and Landau 1982, Heusel et al. 2017 (the squared distance, as it is always quoted); (2) Binkowski et al.
-2018, the unbiased estimate; (3) Kynkaanniemi et al. 2019.
+(1) Dowson and Landau 1982, Heusel et al. 2017 (the squared distance, as it is always quoted; `moments` computes it);
+(2) Binkowski et al. 2018, the unbiased estimate, called KID of Inception features. Precision and recall are those of
+`neighbours`.
 
 The expected value of (1) depends on the number of images: with fewer real images, their distance from the other real
 images is larger. Therefore `distance_and_reference` compares n samples, and n real images in their place, with the same
@@ -19,14 +18,17 @@ remaining real images. Always quote the distance together with this real-data re
 All statistics are float64.
 """
 
-from collections.abc import Callable
+import warnings
 from operator import index
+from typing import Any
 
 import numpy as np
 
 from diffusion.data.batches import checked_labels
-
-ROWS = 256  # rows of a table of pairs that are in memory at once
+from diffusion.metrics import blocks
+from diffusion.metrics.blocks import by_rows, finite, pair, square_distances
+from diffusion.metrics.moments import frechet, gaussian, moments, scarce, square_root
+from diffusion.metrics.neighbours import neighbourhoods
 
 
 def agreement(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -45,17 +47,15 @@ def agreement(logits: np.ndarray, labels: np.ndarray) -> float:
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance, eq. (1), between the Gaussians fitted to features a [N, F] and b [M, F].
 
-    Covariances are the unbiased estimates (divided by N - 1).
+    Covariances are the unbiased estimates (divided by N - 1). Warns if N or M is not above F.
 
     Raises:
       ValueError: fewer than 2 rows, another F, or a value that is NaN or infinite.
     """
-    a, b = _pair(a, b)
-    root, cov_b = _sqrt(np.atleast_2d(np.cov(a, rowvar=False))), np.atleast_2d(np.cov(b, rowvar=False))
-    product = root @ cov_b @ root
-    cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
-    squared = np.square(a.mean(0) - b.mean(0)).sum() + np.square(root).sum() + np.trace(cov_b) - 2 * cross
-    return float(max(squared, 0.0))
+    a, b = pair(a, b)
+    if reason := scarce(min(len(a), len(b)), a.shape[1]):
+        warnings.warn(reason, stacklevel=2)
+    return frechet(gaussian(moments(a)), gaussian(moments(b)))
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -67,11 +67,11 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     Raises:
       ValueError: as `frechet_distance`.
     """
-    a, b = _pair(a, b)
+    a, b = (x.astype(np.float64) for x in pair(a, b))
     f = a.shape[1]
 
     def total(x: np.ndarray, y: np.ndarray) -> float:
-        return _by_rows(lambda rows: ((rows @ y.T / f + 1) ** 3).sum(1), x).sum()
+        return by_rows(lambda rows: ((rows @ y.T / f + 1) ** 3).sum(1), x).sum()
 
     def within(x: np.ndarray) -> float:
         itself = ((np.square(x).sum(1) / f + 1) ** 3).sum()
@@ -81,7 +81,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Precision and recall, eq. (3), of features `fake` [M, F] with respect to `real` [N, F].
+    """Precision and recall (`neighbours`) of features `fake` [M, F] with respect to `real` [N, F].
 
     Precision is the share of fakes that lie near some real, recall the share of reals that lie near some fake. Compare
     only values with equal N, M and k: 1,000 real digits in the place of fakes reach 0.88 of 1,000 others.
@@ -89,40 +89,32 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
     Raises:
       ValueError: k is outside 1 .. (rows of the smaller set) - 1, or as `frechet_distance`.
     """
-    real, fake = _pair(real, fake)
-    k = index(k)
-    if not 1 <= k < min(len(real), len(fake)):
-        raise ValueError(f"k={k} must lie in 1 .. {min(len(real), len(fake)) - 1} for {len(real)} and {len(fake)} rows")
-    return _covered(fake, real, k), _covered(real, fake, k)
+    near = neighbourhoods(real, fake, k)
+    return near.precision, near.recall
 
 
-def nearest_ratio(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> float:
-    """Median distance of samples [N, ...] to the nearest training image, relative to held-out images, eq. (4).
+def nearest_ratio(samples: np.ndarray, train: Any, held_out: Any) -> float:
+    """Median distance of samples [N, ...] to the nearest training image, relative to held-out images, eq. (3).
 
     About 1 if the samples are new images, towards 0 if they are copies of training images. Images that are smoother
-    than real ones are nearer to all others, so a value slightly below 1 does not prove copying.
+    than real ones are nearer to all others, so a value slightly below 1 does not prove copying. `train` and `held_out`
+    may be the `images` of a `Source`, decoded when indexed; one block of each is in memory as float64.
 
     Raises:
       ValueError: images of different shapes, no images, a non-finite value, or at least half of the held-out images are
         also in the training set.
     """
-    arrays = {"samples": samples, "train": train, "held_out": held_out}
-    samples, train, held_out = (_finite(name, x) for name, x in arrays.items())
-    shapes = [x.shape[1:] for x in (samples, train, held_out)]
+    shapes = [tuple(x.shape[1:]) for x in (samples, train, held_out)]
     if len(set(shapes)) != 1:
         raise ValueError(
             f"samples, train and held_out have images of different shapes {shapes}; pass images of one shape"
         )
-
-    def median(x: np.ndarray) -> float:
-        y = train.reshape(len(train), -1)
-        nearest = _by_rows(lambda rows: _square_distances(rows, y).min(1), x.reshape(len(x), -1))
-        return float(np.median(np.sqrt(nearest)))
-
-    expected = median(held_out)
+    # Both sets at once, so that images which are decoded when indexed are decoded once.
+    near, near_held_out = _nearest({"samples": samples, "held_out": held_out}, train)
+    expected = float(np.median(np.sqrt(near_held_out)))
     if not expected:
         raise ValueError("at least half of held_out is also in train: pass images that were not used for training")
-    return median(samples) / expected
+    return float(np.median(np.sqrt(near))) / expected
 
 
 def distance_and_reference(
@@ -137,15 +129,17 @@ def distance_and_reference(
     Raises:
       ValueError: N < n + 2, a class has fewer real features than its share, repeats < 1, or as `frechet_distance`.
     """
-    samples, real = _pair(samples, real)
+    samples, real = pair(samples, real)
     real_labels = checked_labels(real_labels, len(real), owner="of the real features ")
     if index(repeats) < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
     rng = np.random.default_rng(seed)
-    values = []
+    values, of_samples = [], gaussian(moments(samples))
+    root = square_root(of_samples.covariance)
     for _ in range(repeats):
         part, rest = split_real(real_labels, len(samples), rng)
-        values.append([frechet_distance(x, real[rest]) for x in (samples, real[part])])
+        of_rest = gaussian(moments(real[rest]))
+        values.append([frechet(of_samples, of_rest, root), frechet(gaussian(moments(real[part])), of_rest)])
     distance, reference = np.mean(values, 0)
     return float(distance), float(reference)
 
@@ -176,41 +170,19 @@ def split_real(labels: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np
     return part, np.setdiff1d(np.arange(len(labels)), part)
 
 
-def _sqrt(cov: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a positive semidefinite matrix."""
-    values, vectors = np.linalg.eigh(cov)
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+def _nearest(sets: dict[str, Any], train: Any) -> list[np.ndarray]:
+    """Squared distance [N] from each image of each set to the nearest of `train`; block by block."""
+    nearest = [np.full(len(images), np.inf) for images in sets.values()]
+    for start in range(0, len(train), blocks.ROWS):
+        centres = _pixels("train", train, start)
+        for (name, images), least in zip(sets.items(), nearest, strict=True):
+            for i in range(0, len(images), blocks.ROWS):
+                gaps = square_distances(_pixels(name, images, i), centres).min(1)
+                least[i : i + blocks.ROWS] = np.minimum(least[i : i + blocks.ROWS], gaps)
+    return nearest
 
 
-def _covered(x: np.ndarray, centres: np.ndarray, k: int) -> float:
-    """Share of x within the ball of some centre, eq. (3)."""
-    # The nearest of all centres is the centre itself, so its k-th neighbour is at index k.
-    radii = _by_rows(lambda rows: np.partition(_square_distances(rows, centres), k, 1)[:, k], centres)
-    return float(_by_rows(lambda rows: (_square_distances(rows, centres) <= radii).any(1), x).mean())
-
-
-def _square_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|a_i - b_j|^2 [N, M]; exact for integers such as pixels."""
-    return (np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T).clip(0)
-
-
-def _by_rows(f: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
-    return np.concatenate([f(x[i : i + ROWS]) for i in range(0, len(x), ROWS)])
-
-
-def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64, if their shapes are [N, F] and [M, F] and all values finite."""
-    a, b = _finite("the first features", a), _finite("the second features", b)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features must be [N, F] and [M, F] with N, M >= 2, not {a.shape} and {b.shape}")
-    return a, b
-
-
-def _finite(name: str, x: np.ndarray) -> np.ndarray:
-    x = np.asarray(x, np.float64)
-    if not x.size or not x.ndim:
-        raise ValueError(f"{name} must have at least one row, not shape {x.shape}")
-    bad = x.size - np.isfinite(x).sum()
-    if bad:
-        raise ValueError(f"{name} contain {bad} values that are NaN or infinite")
-    return x
+def _pixels(name: str, images: Any, start: int) -> np.ndarray:
+    """One block of images, from number `start` on, as rows of float64."""
+    block = finite(name, images[start : start + blocks.ROWS])
+    return block.reshape(len(block), -1).astype(np.float64)

@@ -143,6 +143,10 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path
         change=lambda c: setattr(c.model, "width", 16),
     )
     refused("no entry for the parameter block_0", layout=layouts.patch_unet())
+    broken = dit(tiny(), 3)
+    broken["blocks.0.attn.proj.bias"] = broken["blocks.0.attn.proj.bias"] * [np.inf, np.nan, *[1] * 6]
+    np.savez(tmp_path / "broken.npz", **broken)
+    refused(r"broken\.npz: 2 values are NaN or infinite, in block_0/.*bias: download", source=tmp_path / "broken.npz")
     refused("sample.sampler='euler'", change=lambda c: setattr(c.sample, "sampler", "euler"))
     workdir.mkdir(exist_ok=True)
     (workdir / stored_config.CONFIG).write_text(json.dumps({}))

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion import data
+from diffusion.metrics import distances
 from diffusion.metrics.features import Extracted, Named, efficientnet, inception
 from experiments import config as configs
 from experiments import evaluate, inputs, report
@@ -20,7 +22,7 @@ def test_evaluation_repeats_the_numbers_of_the_report(run):
     assert values.pop("samples") == str(run.workdir / "samples.npz")
     assert values.items() <= run.report.items()
     assert values["measured"] == 15
-    assert {"agreement_0", "distance", "reference", "precision", "nearest_ratio"} <= set(values)
+    assert {"agreement_0", "distance", "reference", "precision", "nearest_ratio", "seam"} <= set(values)
 
 
 def test_evaluation_of_a_file_prints_a_table_with_the_real_data_reference(run):
@@ -29,8 +31,10 @@ def test_evaluation_of_a_file_prints_a_table_with_the_real_data_reference(run):
     assert caution.startswith("Of 15 samples these numbers are mostly noise")
     assert title.startswith(f"15 images of {run.workdir / 'samples.npz'}")
     table = {line[:18].strip(): line[18:28].strip() for line in lines}
-    assert table["feature distance"] == f"{run.report['distance']:.2f}"
-    assert table["of real digits"] == f"{run.report['reference']:.2f}"
+    assert "against mnist5k, on 64 features (the digits' classifier)" in title
+    assert table["Frechet distance"] == f"{run.report['distance']:.2f}"
+    assert f"{run.report['reference']:.2f}" in printed and f"{run.report['coverage_low']:.1%} .. " in printed
+    assert "15 images are too few for the Frechet distance in 64 features" in printed
     assert table["ratio"] == f"{run.report['ratio']:.2f}"
     assert table["agreement"] == f"{run.report['agreement']:.1%}"
     assert table["of 7"] == f"{run.report['agreement_7']:.1%}"
@@ -74,7 +78,9 @@ def test_a_run_on_a_folder_of_colour_images_is_measured(folder_run, installed, t
     assert values["measured"] == 8 and values["features"] == "EfficientNet-Lite0"
     assert not [name for name in values if "agreement" in name]  # it knows other classes
     printed = call(workdir, command=evaluate)
-    assert printed.startswith(f"8 images of {workdir / 'samples.npz'}, against real images, on EfficientNet-Lite0\n")
+    title = printed.partition("\n")[0]
+    assert title.startswith(f"8 images of {workdir / 'samples.npz'}, against folder:")
+    assert title.endswith(" features (EfficientNet-Lite0)")
     assert "  of real images" in printed and "digits" not in printed
     words = report.paragraph(workdir, folder_run.report | values)
     assert f"Frechet distance on EfficientNet-Lite0 to real images: {values['distance']:.2f}, " in words
@@ -90,7 +96,7 @@ def test_fid_is_said_of_the_published_file_only(folder_run, installed, monkeypat
     monkeypatch.setattr(inception, "load_weights", lambda path: path)
     monkeypatch.setattr(inception, "inception_features", lambda images, *_: installed(images))
     printed = call(workdir, "--inception=weights.pth", command=evaluate)
-    assert "real images, on Inception-v3" in printed and "FID  " in printed and "feature distance" not in printed
+    assert "features (Inception-v3)" in printed and "FID  " in printed and "Frechet distance" not in printed
     values = json.loads(call(workdir, "--inception=weights.pth", "--json", command=evaluate))
     assert "FID to real images" in report.paragraph(workdir, folder_run.report | values)
 
@@ -228,3 +234,51 @@ def test_files_that_cannot_be_measured_are_refused(run, tmp_path):
         FileNotFoundError, match=r"there is no file .*none\.npz; experiments.train and experiments.sample write"
     ):
         call(None, f"--samples={tmp_path / 'none.npz'}", command=evaluate)
+
+
+def test_statistics_of_real_images_are_saved_and_compared_with(run, tmp_path):
+    """Those of the run's training images; the distance is that of the features themselves, and needs no data set."""
+    path = tmp_path / "mnist.npz"
+    printed = call(run.workdir, f"--save_reference={path}", command=evaluate)
+    assert printed == f"{path}: mean and covariance of 64 features (the digits' classifier) of 450 images of mnist5k\n"
+    images = samples(run.workdir)[0]
+    fake, real = (report.digit_features(x).features for x in (images, inputs.source(run.config).images))
+    values = json.loads(call(None, f"--samples={run.workdir / 'samples.npz'}", f"--reference={path}", "--json",
+                             command=evaluate))  # fmt: skip
+    with pytest.warns(UserWarning, match="too few"):
+        assert values["distance"] == pytest.approx(distances.frechet_distance(fake, real), rel=1e-9)
+    assert values.keys() == {"samples", "measured", "features", "distance", "distance_low", "distance_high",
+                             "class_score"}  # fmt: skip
+    assert values["measured"] == 15
+
+
+def test_images_in_a_file_or_a_folder_are_a_reference(run, tmp_path):
+    digits = inputs.source(run.config, "test")
+    for i in range(40):
+        (tmp_path / "digits" / f"{digits.labels[i]}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits.images[i, ..., 0]).save(tmp_path / "digits" / f"{digits.labels[i]}" / f"{i}.png")
+    np.savez(tmp_path / "adm.npz", digits.images[:40])
+    given = f"--samples={run.workdir / 'samples.npz'}"
+    folder = f"--reference=folder:{tmp_path / 'digits'}"
+    of_file = json.loads(call(None, given, f"--reference={tmp_path / 'adm.npz'}", "--json", command=evaluate))
+    call(None, folder, f"--save_reference={tmp_path / 'saved.npz'}", command=evaluate)
+    saved = json.loads(call(None, given, f"--reference={tmp_path / 'saved.npz'}", "--json", command=evaluate))
+    assert saved["distance"] == pytest.approx(of_file["distance"], rel=1e-6)
+    values = json.loads(call(None, given, folder, "--json", command=evaluate))
+    assert values["measured"] == 15 and {"reference", "coverage_reference", "kernel_distance"} <= values.keys()
+    title = call(None, given, folder, command=evaluate).splitlines()[0]
+    assert f"against folder:{tmp_path / 'digits'}, on 64 features" in title
+    for arguments, error, message in (
+        ([given, f"--reference={tmp_path / 'none.npz'}"], FileNotFoundError, "there is no file of reference stat"),
+        ([f"--reference={tmp_path / 'adm.npz'}", f"--save_reference={tmp_path / 'x.npz'}"], ValueError, "is a file"),
+        ([f"--reference={tmp_path / 'wide.npz'}", given], ValueError, "64 and 3 features, so they come from different"),
+    ):
+        np.savez(tmp_path / "wide.npz", mu=np.zeros(3), sigma=np.eye(3))
+        with pytest.raises(error, match=message):
+            call(None, *arguments, command=evaluate)
+
+
+def test_black_images_are_said(run, tmp_path):
+    np.savez(tmp_path / "black.npz", np.zeros((20, 28, 28, 1), np.uint8))
+    printed = call(None, f"--samples={tmp_path / 'black.npz'}", command=evaluate)
+    assert "all pixel values are 0, where 0 .. 255 are meant" in printed

@@ -110,9 +110,18 @@ def test_every_flag_of_the_sampler_reaches_it(run):
 def test_the_command_samples_as_the_flags_say(run, tmp_path, monkeypatch):
     used = []
     monkeypatch.setattr(sampling, "sample_fn", lambda run, *_, **__: used.append(run) or (lambda *_: None))
-    monkeypatch.setattr(report, "collect", lambda *_: (np.zeros((1, 28, 28, 1), np.uint8), 0.0))
+    monkeypatch.setattr(report, "collect", lambda *_: (np.zeros((1, 28, 28, 1), np.uint8), 0.0, np.ones(1, bool)))
     call(run.workdir, f"--outdir={tmp_path}", "--num_samples=1", "--steps=9", "--guidance=1.5", "--seed=5")
     assert (len(used[0].grid), used[0].guidance.keywords["scale"], used[0].sample_seed) == (10, 1.5, 5)
+
+
+def test_samples_that_hold_nan_are_written_counted_and_an_error(run, tmp_path, monkeypatch):
+    images, finite = np.zeros((3, 28, 28, 1), np.uint8), np.array([True, False, False])
+    monkeypatch.setattr(sampling, "sample_fn", lambda *_, **__: lambda *_: None)
+    monkeypatch.setattr(report, "collect", lambda *_: (images, 0.0, finite))
+    with pytest.raises(FloatingPointError, match="2 of 3 samples hold NaN or infinite values"):
+        call(run.workdir, f"--outdir={tmp_path}", "--num_samples=3")
+    np.testing.assert_array_equal(samples(tmp_path)[0], images)
 
 
 def test_each_call_has_a_new_folder_and_an_old_one_is_not_overwritten(copy):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffusion.models.vit import ViT
 from diffusion.sample import initial_noise
-from experiments import inputs, parts, sampling
+from experiments import inputs, parts, report, sampling
 from experiments.parts import DataSpec
 from experiments.run_dir import trained
 from tests.experiments import runs
@@ -146,3 +146,22 @@ def test_held_out_images_have_the_labels_asked_for():
     places = [np.flatnonzero((source.images == image).all((1, 2, 3)))[0] for image in images]
     np.testing.assert_array_equal(source.labels[places], labels)
     assert len(set(places[:100])) == 100
+
+
+def test_which_samples_are_finite_is_known():
+    """A label whose embedding is NaN spoils its own samples, also in a batch that is filled up; the others stay."""
+    config = tiny_chain()
+    config.model = ViT(patch_size=8, width=4, depth=1, heads=1)
+    run = parts.resolve(config, DataSpec((8, 8, 1), ("a", "b")))
+    params = parts.init_params(run)
+    table = next(name for name in params if params[name].get("embedding") is not None)
+    spoilt = {**params, table: {"embedding": params[table]["embedding"].at[1].set(np.nan)}}
+    sample, labels = sampling.sample_fn(run, finite=True), np.array([0, 1, 1, 0, 0], np.int32)
+    images, _, finite = report.collect(sample, spoilt, labels, 3)
+    assert finite.tolist() == [True, False, False, True, True]
+    whole, _, every = report.collect(sample, params, labels, 3)
+    assert every.all()
+    np.testing.assert_array_equal(images[finite], whole[finite])
+    np.testing.assert_array_equal(images[1:3], 0)
+    (_, frames), known = jax.eval_shape(sampling.sample_fn(run, 3, finite=True), params, labels, labels)
+    assert frames.shape == (3, 5, 8, 8, 1) and known.shape == (5,)

@@ -84,6 +84,8 @@ def test_the_report_says_what_was_reached_and_what_to_type_next(run):
     assert end.strip().splitlines()[-1].startswith(f"Next: python -m experiments.sample --workdir={run.workdir} ")
     assert "Of 15 samples these numbers are mostly noise: make 100 or more, better 1,000 (--config.sample.count)" in end
     assert "mostly noise" not in report.paragraph(run.workdir, {**values, "measured": 100})
+    assert "NaN" not in end
+    assert "2 of 15 samples hold NaN" in report.paragraph(run.workdir, {**values, "sample_non_finite": 2})
 
 
 def test_the_stored_config_says_what_the_run_is(run):
