@@ -20,12 +20,17 @@ from experiments import command
 from experiments.bench import commands, peers, tables, timing
 
 NETWORKS = {"efficientnet": efficientnet, "inception": inception}
-_NETWORKS = flags.DEFINE_multi_enum("networks", list(NETWORKS), list(NETWORKS), "Which networks.")
-_IMAGES = flags.DEFINE_integer("images", 16, "Images in a batch.", lower_bound=1)
+
+
+def define_flags(argv: list[str]) -> None:
+    """Defines these flags and those of all benchmarks; not on import, since another command has one of this name."""
+    commands.define_flags(argv)
+    flags.DEFINE_multi_enum("networks", list(NETWORKS), list(NETWORKS), "Which networks.")
+    flags.DEFINE_integer("images", 16, "Images in a batch.", lower_bound=1)
 
 
 def main(argv: Sequence[str]) -> None:
-    measure = partial(run, _NETWORKS.value, images=_IMAGES.value, rounds=flags.FLAGS.rounds)
+    measure = partial(run, flags.FLAGS.networks, images=flags.FLAGS.images, rounds=flags.FLAGS.rounds)
     commands.perform(argv, measure, report)
 
 
@@ -93,4 +98,4 @@ def report(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main, commands.define_flags)
+    command.run(main, define_flags)
