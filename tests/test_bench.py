@@ -17,6 +17,7 @@ from diffusion.patch import patchify, unpatchify
 from experiments.bench import (
     blog,
     commands,
+    features,
     jax_run,
     patch,
     patch_implementations,
@@ -125,6 +126,19 @@ def test_vit_against_pytorch():
         assert all(row["mfu"] == pytest.approx(row["tflops"] / 0.5) for row in result[kind].values())
     assert json.loads(json.dumps(result)) == result
     assert "PyTorch eager" in vit.report(result)
+
+
+@pytest.mark.slow
+def test_features_against_pytorch():
+    """Both networks, at every tap of the feature functions, spatial features included."""
+    pytest.importorskip("torch")
+    result = features.run(images=1, rounds=1)
+    for name in ("efficientnet", "inception"):
+        assert set(result[name]["errors"]) == {"PyTorch, channels first", "PyTorch, channels last"}
+        assert max(result[name]["errors"].values()) < 1e-5
+        consistent(result[name]["programs"], {"Flax", *result[name]["errors"]})
+    assert json.loads(json.dumps(result)) == result
+    assert "inception, batches of 1" in features.report(result)
 
 
 def test_another_network_is_not_timed(monkeypatch):
