@@ -196,14 +196,14 @@ def test_images_are_read_and_extracted_in_blocks(monkeypatch):
 
     class Decoded:
         def __init__(self, images):
-            self.images, self.shape, self.most = images, images.shape, 0
+            self.images, self.shape, self.most, self.read = images, images.shape, 0, 0
 
         def __len__(self):
             return len(self.images)
 
         def __getitem__(self, which):
             found = self.images[which]
-            self.most = max(self.most, len(found))
+            self.most, self.read = max(self.most, len(found)), self.read + len(found)
             return found
 
     images = np.random.default_rng(0).integers(0, 256, (90, 6, 4, 3), dtype=np.uint8)
@@ -216,6 +216,7 @@ def test_images_are_read_and_extracted_in_blocks(monkeypatch):
         images[70:], None, train._replace(images=decoded), held_out, features=pixels, patches=(2, None), resamples=0
     )
     assert decoded.most <= 20  # the real images of the seam metric
+    assert decoded.read <= 2 * 40 + 20  # once for pixels, once for features
     assert parts == pytest.approx({name: value for name, value in whole.items() if name in parts}, rel=1e-9)
     np.testing.assert_array_equal(extract(pixels, images).features, pixels(images).features)
 
