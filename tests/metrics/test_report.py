@@ -33,9 +33,10 @@ NUMBERS = {
     "sliced_reference",
     "nearest_ratio",
 }
+DISTANCES = {"distance", "kernel_distance", "sliced_distance"}
 NEIGHBOURS = {"precision", "recall", "density", "coverage"}
 NUMBERS |= NEIGHBOURS | {f"{name}_reference" for name in NEIGHBOURS}
-NUMBERS |= {f"{name}_{end}" for name in NEIGHBOURS | {"distance", "kernel_distance"} for end in ("low", "high")}
+NUMBERS |= {f"{name}_{end}" for name in NEIGHBOURS | DISTANCES for end in ("low", "high")}
 AGREEMENT = {"agreement", "agreement_low", "agreement_high"}
 SCORES = {"class_score", "class_score_reference"}
 
@@ -73,7 +74,13 @@ def test_report_of_real_digits_and_of_noise(digits, features):
     samples, labels = held_out.images[:200], held_out.labels[:200]
     rest = held_out._replace(images=held_out.images[200:], labels=held_out.labels[200:])
     real = report(samples, labels, train, rest, features=features, patches=(7, None), resamples=20)
-    expected = NUMBERS | SCORES | AGREEMENT | {"seam", "seam_reference"} | {f"agreement_{c}" for c in range(10)}
+    expected = (
+        NUMBERS
+        | SCORES
+        | AGREEMENT
+        | {"seam", "seam_low", "seam_high", "seam_reference"}
+        | {f"agreement_{c}" for c in range(10)}
+    )
     assert real.keys() == expected
     assert all(type(value) is float for value in real.values())
     assert real["agreement"] > 0.97 and real["precision"] > 0.6 and real["recall"] > 0.6
@@ -83,7 +90,7 @@ def test_report_of_real_digits_and_of_noise(digits, features):
     for name in NEIGHBOURS | {"sliced", "class_score"}:
         value = real["sliced_distance" if name == "sliced" else name]
         assert value == pytest.approx(real[f"{name}_reference"], rel=0.4), name
-    for name in NEIGHBOURS | {"distance", "kernel_distance", "agreement"}:
+    for name in NEIGHBOURS | DISTANCES | {"agreement", "seam"}:
         assert real[f"{name}_low"] <= real[name] <= real[f"{name}_high"], name
     assert real["agreement"] == pytest.approx(np.mean([real[f"agreement_{c}"] for c in range(10)]))
 
