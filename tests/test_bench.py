@@ -19,6 +19,7 @@ from experiments.bench import (
     commands,
     features,
     jax_run,
+    metrics,
     patch,
     patch_implementations,
     patch_report,
@@ -377,3 +378,14 @@ def test_another_published_network_is_not_timed(tmp_path):
     torch_unet.train(module, np.ones((2, 8, 8, 3), np.float32), 3, rate=0.1, ema=0.9, **settings)()
     moved = [abs(p.detach() - b).max() for p, b in zip(module.parameters(), before, strict=True)]
     assert min(moved) > 0.05
+
+
+def test_metrics_are_compared_with_other_programs(monkeypatch):
+    result = metrics.run(neighbours=40, images=60, features=5, rounds=1)
+    assert json.loads(json.dumps(result))["errors"]["Frechet distance"] < 1e-9
+    assert {"ours", "SciPy"} == result["frechet"].keys() and "ours" in result["neighbours"]
+    text = metrics.report(result)
+    assert "Frechet distance, 60 x 5" in text and "precision to coverage, 40 x 40 x 64" in text and "x SciPy" in text
+    monkeypatch.setattr(metrics, "distance", lambda a, b: 1.0)
+    with pytest.raises(AssertionError, match="does not compute what ours does"):
+        metrics.run(neighbours=40, images=60, features=5, rounds=1)

@@ -1,8 +1,13 @@
 """Rows of features: checked once, and pairs of them in blocks, so that no table of all pairs is in memory."""
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 ROWS = 256  # rows of a table of pairs that are in memory at once
 CHUNK = 4096  # rows that are converted to float64 at once
@@ -10,12 +15,21 @@ CHUNK = 4096  # rows that are converted to float64 at once
 
 def square_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """|a_i - b_j|^2 [N, M] of float64 [N, F] and [M, F]; exact for integers such as pixels."""
-    return (np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T).clip(0)
+    gaps = (-2 * a) @ b.T
+    gaps += np.square(a).sum(1)[:, None]  # in place, because passes over memory are what costs time here
+    gaps += np.square(b).sum(1)
+    return np.maximum(gaps, 0, out=gaps)
 
 
 def by_rows(f: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
-    """f of blocks of the rows x [N, ...], one after the other: [N, ...]."""
-    return np.concatenate([f(x[i : i + ROWS]) for i in range(0, len(x), ROWS)])
+    """f of blocks of the rows x [N, ...], put together: [N, ...]."""
+    return np.concatenate(over_blocks(lambda block: f(x[block]), len(x)))
+
+
+def over_blocks(f: Callable[[slice], T], n: int) -> list[T]:
+    """f of slices that cover n rows, ROWS in each, computed in as many threads as there are cores, in their order."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        return list(threads.map(f, [slice(i, i + ROWS) for i in range(0, n, ROWS)]))
 
 
 def pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

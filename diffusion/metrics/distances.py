@@ -98,7 +98,8 @@ def nearest_ratio(samples: np.ndarray, train: Any, held_out: Any) -> float:
 
     About 1 if the samples are new images, towards 0 if they are copies of training images. Images that are smoother
     than real ones are nearer to all others, so a value slightly below 1 does not prove copying. `train` and `held_out`
-    may be the `images` of a `Source`, decoded when indexed; one block of each is in memory as float64.
+    may be the `images` of a `Source`, decoded when indexed: those of `train` are read once, a block at a time, those of
+    `held_out` are kept, in their own type. One block of each is float64.
 
     Raises:
       ValueError: images of different shapes, no images, a non-finite value, or at least half of the held-out images are
@@ -109,8 +110,11 @@ def nearest_ratio(samples: np.ndarray, train: Any, held_out: Any) -> float:
         raise ValueError(
             f"samples, train and held_out have images of different shapes {shapes}; pass images of one shape"
         )
-    # Both sets at once, so that images which are decoded when indexed are decoded once.
-    near, near_held_out = _nearest({"samples": samples, "held_out": held_out}, train)
+    for name, images in {"samples": samples, "train": train, "held_out": held_out}.items():
+        if not len(images):
+            raise ValueError(f"{name} must have at least one image, not shape {tuple(images.shape)}")
+    # Both sets at once, so that training images which are decoded when indexed are decoded once.
+    near, near_held_out = _nearest({"samples": samples, "held_out": held_out[:]}, train)
     expected = float(np.median(np.sqrt(near_held_out)))
     if not expected:
         raise ValueError("at least half of held_out is also in train: pass images that were not used for training")

@@ -63,14 +63,14 @@ def neighbourhoods(real: np.ndarray, fake: np.ndarray, k: int = 5) -> Neighbourh
     if not 1 <= k < min(len(real), len(fake)):
         raise ValueError(f"k={k} must lie in 1 .. {min(len(real), len(fake)) - 1} for {len(real)} and {len(fake)} rows")
     reach, reach_of_fakes = _radii(real, k), _radii(fake, k)
-    holders, recalled, covered = np.zeros(len(fake), int), [], []
-    for i in range(0, len(real), blocks.ROWS):
-        gaps = blocks.square_distances(real[i : i + blocks.ROWS], fake)
-        inside = gaps <= reach[i : i + blocks.ROWS, None]
-        holders += inside.sum(0)
-        covered.append(inside.any(1))
-        recalled.append((gaps <= reach_of_fakes).any(1))
-    return Neighbourhoods(k, holders, np.concatenate(recalled), np.concatenate(covered))
+
+    def near(block: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        gaps = blocks.square_distances(real[block], fake)
+        inside = gaps <= reach[block, None]
+        return inside.sum(0), (gaps <= reach_of_fakes).any(1), inside.any(1)
+
+    holders, recalled, covered = zip(*blocks.over_blocks(near, len(real)), strict=True)
+    return Neighbourhoods(k, np.sum(holders, 0), np.concatenate(recalled), np.concatenate(covered))
 
 
 def _radii(x: np.ndarray, k: int) -> np.ndarray:

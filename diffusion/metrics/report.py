@@ -1,6 +1,7 @@
 """All numbers of one set of samples, each with the value that real images reach, and the lines that print them."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ RENAMED = {"floor": "reference", "kernel_floor": "kernel_reference"}  # names th
 AT_ONCE = 1000  # images that are decoded and given to the feature function at once
 # Of more features than these, the interval of the Frechet distance would take minutes, and is left out.
 MOST_RESAMPLED = 256
+SLICES = 50  # directions of the sliced distance of each resample
 
 
 class Line(NamedTuple):
@@ -105,10 +107,9 @@ def report(
     nearest = nearest_ratio(images, train.images, held_out.images)  # before the features, because it checks the shapes
     seam = {}
     if patches is not None:
-        seam = {
-            "seam": seams(images, *patches).ratio,
-            "seam_reference": seams(_picked(train, held_out, part), *patches).ratio,
-        }
+        found, real = seams(images, *patches), seams(_picked(train, held_out, part), *patches)
+        seam = {"seam": found.ratio, **_interval("seam", _of_seams(found.sums, resamples, seed))}
+        seam["seam_reference"] = real.ratio
 
     fake = extract(features, images)
     sources = [extract(features, source.images) for source in (train, held_out)]
@@ -166,6 +167,8 @@ def comparison(
             other = neighbourhoods(y[part], others, k) if enough else None
             values |= _of_neighbours(near, other, names, resamples, seed)
     values["sliced_distance"] = sliced_distance(x, others, seed=seed)
+    if resamples:
+        values |= _interval("sliced_distance", _of_slices(x, others, values["sliced_distance"], resamples, seed))
     if enough:
         values["sliced_reference"] = sliced_distance(y[part], others, seed=seed)
     return values | class_score(fake, None if real.logits is None else real.logits[part])
@@ -277,6 +280,21 @@ def _of_mean(rows: np.ndarray, resamples: int, seed: int) -> Interval | None:
     if not resamples:
         return None
     return bootstrap(lambda which: rows[which].mean(), len(rows), resamples=resamples, seed=seed)
+
+
+def _of_slices(x: np.ndarray, others: np.ndarray, distance: float, resamples: int, seed: int) -> Interval:
+    """Interval of the sliced distance, from fewer directions, moved to its value."""
+    of = partial(sliced_distance, b=others, directions=SLICES, seed=seed)
+    low, high = bootstrap(lambda which: of(x[which]), len(x), resamples=resamples, seed=seed)
+    shift = distance - of(x)
+    return Interval(low + shift, high + shift)
+
+
+def _of_seams(sums: np.ndarray, resamples: int, seed: int) -> Interval | None:
+    """Interval of the seam metric from the sums of each image; None where an image has no change beside borders."""
+    if not resamples or not sums[:, 1].all():
+        return None
+    return bootstrap(lambda which: np.divide(*sums[which].sum(0)), len(sums), resamples=resamples, seed=seed)
 
 
 def _of_distance(x: np.ndarray, real: Gaussian, resamples: int, seed: int, distance: float) -> Interval | None:

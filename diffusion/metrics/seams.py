@@ -20,13 +20,16 @@ from diffusion.metrics.blocks import ROWS, finite
 
 
 class Seams(NamedTuple):
-    """`ratio`, eq. (1), of rows and columns together, and `energy` [H, W] that shows where.
+    """What `seams` finds.
 
-    `energy` is the mean square difference of each pixel from the one above plus that from the one to its left.
+    ratio   eq. (1), of rows and columns together
+    energy  [H, W], where: the mean square difference of each pixel from the one above plus from the one to its left
+    sums    [N, 2], the sums of eq. (1) of each image alone, on borders and beside them
     """
 
     ratio: float
     energy: np.ndarray
+    sums: np.ndarray
 
 
 def seams(images: np.ndarray, patch_size: int, stride: int | None = None) -> Seams:
@@ -42,20 +45,24 @@ def seams(images: np.ndarray, patch_size: int, stride: int | None = None) -> Sea
     if images.ndim != 4:
         raise ValueError(f"images must be [N, H, W, C], not {images.shape}")
     _, *size, _ = images.shape
-    down, across = np.zeros((2, *size))
+    (rows, *beside_rows), (columns, *beside_columns) = (_places(n, patch_size, stride) for n in size)
+    down, across, sums = *np.zeros((2, *size)), []
     for start in range(0, len(images), ROWS):
         x = images[start : start + ROWS].astype(np.float64)
-        down[1:] += np.square(np.diff(x, axis=1)).sum((0, 3))
-        across[:, 1:] += np.square(np.diff(x, axis=2)).sum((0, 3))
-    down, across = (x / (images.shape[0] * images.shape[3]) for x in (down, across))
-    sums = np.zeros(2)
-    for profile in (down.mean(1), across.mean(0)):
-        at, left, right = _places(len(profile), patch_size, stride)
-        sums += profile[at].sum(), ((profile[left] + profile[right]) / 2).sum()
-    border, beside = sums
+        vertical, horizontal = (np.square(np.diff(x, axis=axis)) for axis in (1, 2))
+        down[1:] += vertical.sum((0, 3))
+        across[:, 1:] += horizontal.sum((0, 3))
+        vertical, horizontal = vertical.mean((2, 3)), horizontal.mean((1, 3))  # [B, H - 1] and [B, W - 1]
+        border = vertical[:, rows - 1].sum(1) + horizontal[:, columns - 1].sum(1)
+        beside = sum(vertical[:, i - 1].sum(1) for i in beside_rows)
+        beside += sum(horizontal[:, i - 1].sum(1) for i in beside_columns)
+        sums.append(np.stack([border, beside / 2], 1))
+    sums = np.concatenate(sums)
+    energy = (down + across) / (images.shape[0] * images.shape[3])
+    border, beside = sums.sum(0)
     if not beside:
-        return Seams(float("inf") if border else 1.0, down + across)
-    return Seams(float(border / beside), down + across)
+        return Seams(float("inf") if border else 1.0, energy, sums)
+    return Seams(float(border / beside), energy, sums)
 
 
 def has_seams(size: Sequence[int], patch_size: int, stride: int | None = None) -> bool:

@@ -124,6 +124,10 @@ def test_nearest_ratio_separates_copies_from_new_images(rng):
     assert distances.nearest_ratio(new, train, held_out) == pytest.approx(expected, rel=1e-12)
     with pytest.raises(ValueError, match="not used for training"):
         distances.nearest_ratio(new, train, train[:10])
+    for name, given in {"samples": (new[:0], train, held_out), "train": (new, train[:0], held_out),
+                        "held_out": (new, train, train[:0])}.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} must have at least one image"):
+            distances.nearest_ratio(*given)
 
 
 def test_tables_computed_in_parts_give_the_same(rng, monkeypatch):

@@ -32,9 +32,10 @@ NUMBERS = {
     "sliced_reference",
     "nearest_ratio",
 }
+DISTANCES = {"distance", "kernel_distance", "sliced_distance"}
 NEIGHBOURS = {"precision", "recall", "density", "coverage"}
 NUMBERS |= NEIGHBOURS | {f"{name}_reference" for name in NEIGHBOURS}
-NUMBERS |= {f"{name}_{end}" for name in NEIGHBOURS | {"distance", "kernel_distance"} for end in ("low", "high")}
+NUMBERS |= {f"{name}_{end}" for name in NEIGHBOURS | DISTANCES for end in ("low", "high")}
 AGREEMENT = {"agreement", "agreement_low", "agreement_high"}
 SCORES = {"class_score", "class_score_reference"}
 
@@ -72,7 +73,13 @@ def test_report_of_real_digits_and_of_noise(digits, features):
     samples, labels = held_out.images[:200], held_out.labels[:200]
     rest = held_out._replace(images=held_out.images[200:], labels=held_out.labels[200:])
     real = report(samples, labels, train, rest, features=features, patches=(7, None), resamples=20)
-    expected = NUMBERS | SCORES | AGREEMENT | {"seam", "seam_reference"} | {f"agreement_{c}" for c in range(10)}
+    expected = (
+        NUMBERS
+        | SCORES
+        | AGREEMENT
+        | {"seam", "seam_low", "seam_high", "seam_reference"}
+        | {f"agreement_{c}" for c in range(10)}
+    )
     assert real.keys() == expected
     assert all(type(value) is float for value in real.values())
     assert real["agreement"] > 0.97 and real["precision"] > 0.6 and real["recall"] > 0.6
@@ -82,7 +89,7 @@ def test_report_of_real_digits_and_of_noise(digits, features):
     for name in NEIGHBOURS | {"sliced", "class_score"}:
         value = real["sliced_distance" if name == "sliced" else name]
         assert value == pytest.approx(real[f"{name}_reference"], rel=0.4), name
-    for name in NEIGHBOURS | {"distance", "kernel_distance", "agreement"}:
+    for name in NEIGHBOURS | DISTANCES | {"agreement", "seam"}:
         assert real[f"{name}_low"] <= real[name] <= real[f"{name}_high"], name
     assert real["agreement"] == pytest.approx(np.mean([real[f"agreement_{c}"] for c in range(10)]))
 
@@ -195,14 +202,14 @@ def test_images_are_read_and_extracted_in_blocks(monkeypatch):
 
     class Decoded:
         def __init__(self, images):
-            self.images, self.shape, self.most = images, images.shape, 0
+            self.images, self.shape, self.most, self.read = images, images.shape, 0, 0
 
         def __len__(self):
             return len(self.images)
 
         def __getitem__(self, which):
             found = self.images[which]
-            self.most = max(self.most, len(found))
+            self.most, self.read = max(self.most, len(found)), self.read + len(found)
             return found
 
     images = np.random.default_rng(0).integers(0, 256, (90, 6, 4, 3), dtype=np.uint8)
@@ -215,6 +222,7 @@ def test_images_are_read_and_extracted_in_blocks(monkeypatch):
         images[70:], None, train._replace(images=decoded), held_out, features=pixels, patches=(2, None), resamples=0
     )
     assert decoded.most <= 20  # the real images of the seam metric
+    assert decoded.read <= 2 * 40 + 20  # once for pixels, once for features
     assert parts == pytest.approx({name: value for name, value in whole.items() if name in parts}, rel=1e-9)
     np.testing.assert_array_equal(extract(pixels, images).features, pixels(images).features)
 

@@ -110,3 +110,12 @@ def test_ratio_is_the_loop_over_the_ends_of_overlapping_patches(rng):
             border += change[i - 1]
             beside += (change[i - 2] + change[i]) / 2  # no two borders are neighbours
     assert seams(x, 10, 6).ratio == pytest.approx(border / beside, rel=1e-9)
+
+
+def test_sums_of_each_image_are_those_of_all(rng):
+    x = rng.normal(size=(5, 16, 16, 2))
+    found = seams(x, 4)
+    border, beside = found.sums.sum(0)
+    assert found.ratio == pytest.approx(border / beside)
+    for image, (on, off) in zip(x, found.sums, strict=True):
+        assert seams(image[None], 4).ratio == pytest.approx(on / off)
