@@ -15,10 +15,11 @@ from absl import app, flags
 
 from experiments import command, image_files, report
 from experiments.config import Config
+from experiments.paths import define_path
 from experiments.run_dir import RunDir
 
 flags.declare_key_flag("workdir")
-_SAMPLES = flags.DEFINE_string("samples", None, "File of images; default: samples.npz of --workdir.")
+_SAMPLES = define_path("samples", None, "File of images; default: samples.npz of --workdir.")
 _JSON = flags.DEFINE_bool("json", False, "Print the numbers as JSON.")
 
 

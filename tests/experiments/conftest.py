@@ -38,6 +38,7 @@ def quick(compiled_once, opened):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "source", source)
         patch.setattr(command, "start", lambda: None)
+        patch.setenv("PATCH_DIFFUSION_CACHE", str(compiled_once.parent / "cache"))
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled_once))  # of processes that tests start
         yield open_source
 
