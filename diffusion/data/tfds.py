@@ -36,7 +36,7 @@ def load(
     memory_limit: int,
 ) -> Source:
     """A split of the data set `name`, prepared first if need be; `diffusion.data.load` documents the arguments."""
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = Path(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
     with mnist5k.quiet():
         builder = _open(name, root)
         features = builder.info.features

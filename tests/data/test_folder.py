@@ -241,7 +241,8 @@ def test_the_exif_orientation_is_applied(tmp_path, orientation):
 def test_images_that_differ_in_size_are_an_error_that_names_two_of_them_and_the_flag(tmp_path):
     save(tmp_path / "a.png", grey(0, (6, 6)))
     save(tmp_path / "b.png", grey(0, (6, 8)))
-    with pytest.raises(ValueError, match=r"a.png is 6x6, .*b.png is 6x8.*--config\.data\.size"):
+    sizes = r"a.png is 6x6, .*b.png is 6x8; .*widths 6 to 8 \(median 8\).*--config\.data\.size"
+    with pytest.raises(ValueError, match=sizes):
         folder(tmp_path)
     with pytest.raises(ValueError, match=r"b.png \(it is 6x8, not 6x6, and crop is 'none'\)"):
         folder(tmp_path, size=6, crop="none")
