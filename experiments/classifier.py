@@ -30,6 +30,7 @@ from diffusion.metrics import distances
 from diffusion.metrics.features import digits
 from diffusion.models import classifier
 from experiments import command
+from experiments.paths import define_path
 
 BATCH_SIZE = 128
 # Largest changes to a training digit: radians, logarithm of the scale of each side, shear, pixels.
@@ -40,11 +41,11 @@ STEPS = 3000
 def define(argv: list[str]) -> None:
     """Defines the flags; not at import, so that this module can be imported together with other commands."""
     del argv
-    flags.DEFINE_string("out", "runs/mnist_classifier.safetensors", "File to write.")
+    define_path("out", "runs/mnist_classifier.safetensors", "File to write.")
     flags.DEFINE_bool("overwrite", False, "Replace the file if there is one.")
     flags.DEFINE_integer("seed", 0, "Seed of initial weights, order and warps.", lower_bound=0)
     flags.DEFINE_integer("steps", STEPS, "Training steps.", lower_bound=1)
-    flags.DEFINE_string("data_dir", None, "Folder of the prepared data sets; default: that of TFDS.")
+    define_path("data_dir", None, "Folder of the prepared data sets; default: that of TFDS.")
 
 
 def main(argv: list[str]) -> None:

@@ -12,9 +12,10 @@ from absl import app, flags, logging
 from diffusion.cpu.memory import keep_memory
 from diffusion.io import files
 from experiments import signals
+from experiments.paths import cache_folder, define_path
 
 # Defined once for all commands, so that a notebook or a test can import several of them.
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = define_path(
     "workdir",
     None,
     "Work directory of a training run; experiments.train's default: runs/ and the config's name. To sample with "
@@ -56,10 +57,10 @@ def run(main: Callable[[list[str]], Any], define: Callable[[list[str]], Any] | N
 def start() -> None:
     """Caches compiled programs between processes, and keeps freed memory between steps (`keep_memory`).
 
-    Programs are cached in $JAX_COMPILATION_CACHE_DIR, or in the user's cache folder.
+    Programs are cached in $JAX_COMPILATION_CACHE_DIR, or in the folder xla of `cache_folder`.
     """
     keep_memory()
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "patch-diffusion" / "xla"))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

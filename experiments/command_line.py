@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import inspect
 import itertools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args, get_origin
@@ -15,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.config import AnyNetwork, Config, fields
+from experiments.paths import expand_paths
 
 _CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = _CONFIGS / "mnist.py"
@@ -32,6 +34,10 @@ def define_config(argv: list[str]) -> None:
       FileNotFoundError: there is no such config file.
     """
     _NONE.clear()
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-") == "config" and equals:
+            argv[i] = f"{name}={os.path.expanduser(value)}"
     config = chosen_config(argv)
     known = fields(config)
     for argument in list(argv[1:]):
@@ -78,6 +84,8 @@ def given_config() -> Config:
     for field in _NONE:
         section, _, name = field.rpartition(".")
         setattr(getattr(config, section) if section else config, name, None)
+    for section in (config.data, config.train):
+        expand_paths(section)
     if _SPLIT.value is not None:
         if config.process.split not in (None, _SPLIT.value):
             raise ValueError(f"--split={_SPLIT.value}, but the config is that of expert {config.process.split}")

@@ -22,16 +22,23 @@ def _only(default: Any, **values: Any) -> Any:
     return field(default=default, metadata={"only": values})
 
 
+def _path() -> Any:
+    """A field that names a file or folder, or is None."""
+    return field(default=None, metadata={"path": True})
+
+
 @dataclass
 class Data:
-    """Images; `diffusion.data.load` explains name, size, crop and channels."""
+    """Images; `diffusion.data.load` explains name, size, crop, channels, class_names_in and bad_files."""
 
     name: str = "mnist5k"  # a TFDS data set, or folder:PATH
-    data_dir: str | None = None  # where TFDS keeps its data sets
+    data_dir: str | None = _path()  # where TFDS keeps its data sets
     held_out: str = "test"  # the split that training leaves out; of ImageNet and LSUN it is "validation"
     size: tuple[int, ...] | None = None  # (height, width); None keeps the images' own
     crop: str = "center"  # or resize, none
     channels: int | None = None  # 1 or 3; None keeps the images' own
+    class_names_in: str = "folders"  # of a folder; or names (airplane_00001.png), none
+    bad_files: str = "raise"  # of a folder: what to do with files that cannot be read; or skip, one of 20 at most
     labels: bool = True  # condition the network on labels, where the data has them
     flip: bool = False  # random horizontal flips
     shift: int = 0  # random shifts by up to this many pixels
@@ -94,7 +101,7 @@ class Train:
     clip: float | None = 1.0  # largest norm of the gradient
     ema: tuple[float, ...] = (0.995,)  # decay of the averaged weights, or several; the first is sampled from
     label_drop: float = 0.1  # share of labels replaced by the null label, for guidance
-    init_from: str | None = None  # work directory of a run whose averaged weights are the initial weights
+    init_from: str | None = _path()  # work directory of a run whose averaged weights are the initial weights
     log_every: int = 20
     sample_every: int = 500
     save_every: int = 500

@@ -18,19 +18,21 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from diffusion import data
 from diffusion.io import files
 from diffusion.pretrained import layouts
 from experiments import command, objective, parts, sampling
 from experiments.command_line import define_config, given_config
 from experiments.config import Config
+from experiments.paths import define_path
 from experiments.run_dir import RunDir, default_workdir
 
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("split")
-_SOURCE = flags.DEFINE_string("source", None, "The published weights: a .safetensors, .npz, .pt or .pth file.")
+_SOURCE = define_path("source", None, "The published weights: a .safetensors, .npz, .pt or .pth file.")
 _LAYOUT = flags.DEFINE_enum("layout", None, ["patch_unet", "adm_unet", "dit"], "Whose names and shapes they have.")
 _ENTRY = flags.DEFINE_string("entry", None, "Which of the entries of a training checkpoint to take, such as ema.")
-_CLASSES = flags.DEFINE_string("classes", "0", "How many classes the weights know, or a file with a name per line.")
+_CLASSES = define_path("classes", "0", "How many classes the weights know, or a file with a name per line.")
 _NULL_CLASS = flags.DEFINE_bool(
     "null_class", None, "Whether the weights know a label for no class; default: as published, not for adm_unet."
 )
@@ -78,7 +80,14 @@ def class_names(given: str) -> tuple[str, ...]:
     """Names of the classes: the lines of a file, or as many numbers as are asked for."""
     if given.isdecimal():
         return tuple(map(str, range(int(given))))
-    return tuple(Path(given).read_text(encoding="utf-8").splitlines())
+    if not Path(given).is_file():
+        raise FileNotFoundError(f"--classes={given} is neither a number nor a file with the name of a class per line")
+    lines = Path(given).read_text(encoding="utf-8-sig").rstrip().splitlines()  # a byte order mark is no name
+    names = tuple(data.nfc(line.strip()) for line in lines)
+    if not all(names):
+        raise ValueError(f"--classes={given}: line {names.index('') + 1} is blank; write the name of a class per line")
+    data.check_class_names(f"--classes={given}", names)
+    return names
 
 
 def convert(

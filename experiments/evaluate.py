@@ -9,8 +9,8 @@ Reads arr_0 uint8 [N, H, W, C] and, where there is one, arr_1 [N], the labels th
 of `experiments.sample` and of guided-diffusion. Real images are those that the run was trained on and its held-out
 ones, digits without --workdir, or those of --reference. A file of statistics (`diffusion.metrics.references`) holds
 mean and covariance of features, which must be of the network that is used here: the digits' classifier for digits
-(without --workdir for all of 28x28x1), and EfficientNet-Lite0 for other images, or with --inception that of FID. The numbers are
-explained in `diffusion.metrics`.
+(without --workdir for all of 28x28x1), and EfficientNet-Lite0 for other images, or with --inception that of FID. The
+numbers are explained in `diffusion.metrics`.
 """
 
 import json
@@ -30,11 +30,12 @@ from diffusion.metrics.moments import Gaussian, gaussian, moments
 from diffusion.metrics.report import AT_ONCE, against, cautions, comparison, extract, lines
 from experiments import command, image_files, inputs, report
 from experiments.config import Config
+from experiments.paths import define_path
 from experiments.run_dir import RunDir
 
 flags.declare_key_flag("workdir")
-_SAMPLES = flags.DEFINE_string("samples", None, "File of images; default: samples.npz of --workdir.")
-_INCEPTION = flags.DEFINE_string(
+_SAMPLES = define_path("samples", None, "File of images; default: samples.npz of --workdir.")
+_INCEPTION = define_path(
     "inception",
     None,
     "File with the published weights of Inception-v3, pt_inception-2015-12-05-6726825d.pth: gives FID.",
@@ -45,7 +46,7 @@ _REFERENCE = flags.DEFINE_string(
     None,
     "Real images: a file of statistics .npz, folder:PATH, or the name of a data set; default: those of the run.",
 )
-_SAVE_REFERENCE = flags.DEFINE_string(
+_SAVE_REFERENCE = define_path(
     "save_reference", None, "Write statistics of the real images to this file .npz, and measure nothing."
 )
 

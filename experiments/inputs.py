@@ -1,16 +1,27 @@
 """The images of a run: opened as its config says, batches for training, and held-out images."""
 
+from typing import Any
+
 import numpy as np
 
 from diffusion import data
 from experiments.config import Config
 from experiments.parts import DataSpec
+from experiments.paths import cache_folder
+from experiments.progress import Reading
 
 
 def source(config: Config, split: str = "train") -> data.Source:
     """The images of a split."""
     c = config.data
-    return data.load(c.name, split, size=c.size, crop=c.crop, channels=c.channels, data_dir=c.data_dir)
+    names = ("size", "crop", "channels", "data_dir", "class_names_in", "bad_files")
+    return load(c.name, split, **{name: getattr(c, name) for name in names})
+
+
+def load(name: str, split: str, **options: Any) -> data.Source:
+    """`diffusion.data.load`, which shows its progress and remembers the files that it checked."""
+    with Reading() as progress:
+        return data.load(name, split, **options, cache_dir=cache_folder() / "images", progress=progress)
 
 
 def data_spec(config: Config, images: data.Source) -> DataSpec:

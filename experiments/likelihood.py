@@ -26,6 +26,7 @@ from diffusion.io import files
 from diffusion.sample import sample_keys
 from experiments import command, inputs, sampling
 from experiments.parts import chain_of, key, to_float
+from experiments.paths import define_path
 from experiments.progress import Bar
 from experiments.run_dir import Trained, trained
 
@@ -41,7 +42,7 @@ def define_flags(argv: Sequence[str]) -> None:
     flags.DEFINE_integer("batch_size", 100, "Images at a time.", lower_bound=1)
     flags.DEFINE_integer("checkpoint", None, "Training step to measure; default: the newest.")
     flags.DEFINE_float("ema", None, "Which of a run's averages, by its decay; default: the first of its list.")
-    flags.DEFINE_string("outdir", None, "Where to write; default: a new folder WORKDIR/likelihood/NUMBER.")
+    define_path("outdir", None, "Where to write; default: a new folder WORKDIR/likelihood/NUMBER.")
     flags.DEFINE_bool("overwrite", False, "Allow writing over earlier results in --outdir.")
 
 

@@ -65,6 +65,7 @@ def describe(config: Config, source: data.Source, params: parts.Any) -> str:
     size = "x".join(map(str, shape))
     name = network_name(config.model)
     line = f"{name}: {count:,} parameters, {math.prod(grid)} tokens, on {n:,} images {size} of {source.name}"
+    line += f"\n{data.describe(source)}"
     if config.sample.guidance != 1 and not inputs.data_spec(config, source).num_classes:
         line += f"\nwithout labels, so --config.sample.guidance={config.sample.guidance} has no effect"
     return line

@@ -51,9 +51,40 @@ class Bar:
             left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
             print(f"{self._verb} {self._done}/{self._total}  {text}{left}", flush=True)
 
+    @property
+    def done(self) -> int:
+        """Units done."""
+        return self._done
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside this context does not count."""
         self._spent = self.seconds()
         yield
         self._since = time.perf_counter()
+
+
+class Reading:
+    """Called with what is done, the images done so far and all: shows a bar for what takes longer than a second."""
+
+    def __init__(self, after: float = 1.0) -> None:
+        self._after, self._what, self._since = after, "", 0.0
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> "Reading":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar:
+            self._bar.__exit__()
+            self._bar = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self._what or (self._bar and done < self._bar.done):  # other work than before
+            self.__exit__()
+            self._what, self._since = what, time.perf_counter()
+        if not self._bar and time.perf_counter() - self._since > self._after:
+            self._bar = Bar(total, what, "image", done)
+        if self._bar:
+            self._bar.update(done - self._bar.done)
+            self._bar.note("")

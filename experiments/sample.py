@@ -12,6 +12,7 @@ hold NaN or infinite values, the files are written all the same, and the exit st
 
 import contextlib
 import dataclasses
+import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -20,19 +21,21 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from diffusion import data
 from experiments import command, image_files, inputs, report, sampling
 from experiments.checks import without_effect
 from experiments.config import Config, Sample
 from experiments.parts import DataSpec, Parts
+from experiments.paths import define_path
 from experiments.run_dir import Trained, trained
 
 flags.declare_key_flag("workdir")
-_OUTDIR = flags.DEFINE_string("outdir", None, "Where to write; default: a new folder WORKDIR/samples/NUMBER.")
+_OUTDIR = define_path("outdir", None, "Where to write; default: a new folder WORKDIR/samples/NUMBER.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many samples; default 64.", lower_bound=1)
 _LABELS = flags.DEFINE_list("labels", None, "Classes, by number or name, used in turn; default: all of them.")
 _CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "Training step to sample from; default: the newest.")
 _EMA = flags.DEFINE_float("ema", None, "Which of a run's averages, by its decay; default: the first of its list.")
-_BASE_SAMPLES = flags.DEFINE_string(
+_BASE_SAMPLES = define_path(
     "base_samples", None, "The low-resolution images that a super-resolution run enlarges: samples.npz of another run."
 )
 _CONDITION_NOISE = flags.DEFINE_float(
@@ -170,11 +173,17 @@ def parse_labels(given: Sequence[str] | None, count: int, class_names: Sequence[
         return inputs.equal_shares(count, len(class_names))
     if not class_names:
         raise ValueError(f"--labels={','.join(given)}: this run was trained without labels")
-    numbers = {name: i for i, name in enumerate(class_names)} | {str(i): i for i in range(len(class_names))}
-    wrong = [label for label in given if label.strip() not in numbers]
+    # A name beats a number: of the classes 1, 2 and 10, --labels=2 is the second one.
+    numbers = {str(i): i for i in range(len(class_names))} | {data.nfc(name): i for i, name in enumerate(class_names)}
+    labels = [data.nfc(label.strip()) for label in given]
+    wrong = [label for label in labels if label not in numbers]
     if wrong or not given:
-        raise ValueError(f"--labels: {wrong} are not among the classes 0..{len(class_names) - 1} of this run")
-    return np.resize([numbers[label.strip()] for label in given], count)
+        near = difflib.get_close_matches(wrong[0], class_names, 1) if wrong else []
+        raise ValueError(
+            f"--labels: {wrong} are not among the classes 0..{len(class_names) - 1} of this run"
+            f"{f', of which {near[0]} is near' if near else ''}: {data.listed(class_names, 100)}"
+        )
+    return np.resize([numbers[label] for label in labels], count)
 
 
 def trajectory(

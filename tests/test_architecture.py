@@ -42,7 +42,7 @@ ARROWS = {
     "cpu": {"patch"},
     "patch": {"cpu"},
     "io": set(),
-    "data": set(),
+    "data": {"io"},
     "models": {"cpu", "patch", "predict", "process"},
     "metrics": {"data", "models", "pretrained"},
     "pretrained": {"models"},

@@ -3,21 +3,25 @@
     source = data.load("mnist5k")                       # or "cifar10", "folder:PATH", or data.from_arrays(images)
     data.batch(source, seed=0, step=17, batch_size=64)  # {"x": uint8 [64, 28, 28, 1], "y": int32 [64]}
 
-`load` reads every data set and returns a `Source`. It calls `folder` for "folder:PATH" and `tfds` for the data sets of
-TFDS, which include the digits that this package builds itself (`mnist5k`); `images` decodes the files of both. TFDS and
-Pillow are imported by the first call of `load`. Values stay uint8; the training step converts them to floats, on the
-device.
+`load` reads every data set and returns a `Source`; `describe` says in words what it holds. `load` calls `folder` for
+"folder:PATH" and `tfds` for the data sets of TFDS, which include the digits that this package builds itself
+(`mnist5k`); `images` decodes the files of both. TFDS and Pillow are imported by the first call of
+`load`. Values stay uint8; the training step converts them to floats, on the device.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 
-from diffusion.data.batches import Source, batch, from_arrays, prefetch
+from diffusion.data.batches import Opened, Source, batch, check_class_names, from_arrays, prefetch
+from diffusion.data.description import describe
+from diffusion.data.layout import CLASS_NAMES_IN, listed, nfc
 
-__all__ = ["CROPS", "Source", "batch", "from_arrays", "load", "prefetch"]
+__all__ = ["BAD_FILES", "CLASS_NAMES_IN", "CROPS", "Opened", "Source"]
+__all__ += ["batch", "check_class_names", "describe", "from_arrays", "listed", "load", "nfc", "prefetch"]
 
 CROPS = ("center", "resize", "none")
+BAD_FILES = ("raise", "skip")
 
 
 def load(
@@ -29,14 +33,19 @@ def load(
     channels: int | None = None,
     data_dir: str | os.PathLike | None = None,
     memory_limit: int = 4 << 30,
+    class_names_in: str = "folders",
+    bad_files: str = "raise",
+    cache_dir: str | os.PathLike | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Source:
     """Loads a data set as a `Source` of N images, uint8 [N, H, W, C].
 
     `name` is "mnist5k", any image data set of TFDS ("cifar10", "name/config:version"), or "folder:PATH".
-    `diffusion.data.tfds` documents what TFDS needs, `diffusion.data.folder` how a folder is split and labelled.
+    `diffusion.data.tfds` documents what TFDS needs, `diffusion.data.layout` how a folder is split and labelled.
 
     Args:
-      split: "train", "test", or another name or slice of TFDS ("train[:10%]"); for a folder also "all".
+      split: "train", "test", or another name or slice of TFDS ("train[:10%]"); for a folder also "all", and
+        "validation" if it has one.
       size: height and width of the images (one integer: both). None keeps their size, which must then be the same.
       crop: what to do with an image of another size. "center" scales it to cover `size` and cuts out the middle,
         "resize" scales both sides separately, "none" raises an error.
@@ -44,9 +53,16 @@ def load(
         Transparent pixels are blended with white, 16-bit grey is scaled to 8 bits, the EXIF orientation is applied.
       data_dir: where TFDS keeps its data sets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets).
       memory_limit: bytes. Pixels up to this limit are decoded into memory at once; more are decoded when indexed.
+      class_names_in: of a folder: "folders"; "names", as "airplane" in airplane_00001.png; "none", for no classes.
+      bad_files: of a folder: what to do with files that cannot be read. "raise" an error that names them, or "skip" up
+        to one image of twenty, which are listed in `Source.opened`.
+      cache_dir: where to remember which files of a folder were checked, so that they are not read again at the next
+        start. None remembers nothing.
+      progress: called now and then while the files of a folder are read: what is done, images done so far, all images.
 
     Raises:
-      ValueError: unknown name or split, images that differ in size or cannot be read, labels out of range.
+      ValueError: unknown name or split, images that differ in size or cannot be read, labels out of range, classes that
+        only a held-out split has.
       OSError: nothing at this path, or a TFDS data set that is not prepared; the message gives the commands.
     """
     size = _size(size)
@@ -54,12 +70,20 @@ def load(
         raise ValueError(f"crop={crop!r} is not one of {CROPS}")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels={channels!r} must be 1, 3 or None")
+    if class_names_in not in CLASS_NAMES_IN:
+        raise ValueError(f"class_names_in={class_names_in!r} is not one of {CLASS_NAMES_IN}")
+    if bad_files not in BAD_FILES:
+        raise ValueError(f"bad_files={bad_files!r} is not one of {BAD_FILES}")
     if not isinstance(name, str) or not name:
         raise ValueError(f"name={name!r} must be 'mnist5k', the name of a TFDS data set, or 'folder:PATH'")
     if name.startswith("folder:"):
         from diffusion.data import folder
 
-        return folder.load(name, split, size, crop, channels, memory_limit)
+        options = folder.Options(class_names_in, bad_files, cache_dir, progress)
+        return folder.load(name, split, size, crop, channels, memory_limit, options)
+    for field, value, default in (("class_names_in", class_names_in, "folders"), ("bad_files", bad_files, "raise")):
+        if value != default:
+            raise ValueError(f"{field}={value!r} is for folder:PATH; leave it at {default!r} for {name}")
     from diffusion.data import tfds
 
     return tfds.load(name, split, size, crop, channels, data_dir, memory_limit)

@@ -14,6 +14,7 @@ that these stay the same in later versions.
 import functools
 import queue
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from operator import index
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +24,16 @@ import numpy as np
 T = TypeVar("T")
 
 AUGMENTATION = 2**64 - 1  # a Philox key word that no epoch reaches
+
+
+class Opened(NamedTuple):
+    """What was found where a source was opened, to be shown; nothing is computed from it."""
+
+    split: str = ""
+    splits: tuple[tuple[str, int], ...] = ()  # every split and its number of images
+    passed_over: tuple[tuple[str, int], ...] = ()  # suffixes of the files that are no images, and their numbers
+    skipped: tuple[str, ...] = ()  # images that cannot be read, with the reason
+    notes: tuple[str, ...] = ()
 
 
 class Source(NamedTuple):
@@ -36,6 +47,7 @@ class Source(NamedTuple):
     images: Any
     labels: np.ndarray
     class_names: tuple[str, ...] = ()
+    opened: Opened = Opened()
 
     @property
     def num_classes(self) -> int:
@@ -58,17 +70,31 @@ def from_arrays(
 
 
 def checked_source(
-    name: str, images: Any, labels: Sequence[int] | np.ndarray | None, class_names: Sequence[str]
+    name: str,
+    images: Any,
+    labels: Sequence[int] | np.ndarray | None,
+    class_names: Sequence[str],
+    opened: Opened = Opened(),  # noqa: B008 - it cannot be changed
 ) -> Source:
     """A source of `images` whose labels were checked against the number of images and the classes."""
     n = len(images)
+    check_class_names(name, class_names)
     if labels is None:
         if len(class_names):
             raise ValueError(f"{name} has class_names={tuple(class_names)} but no labels; pass both or neither")
-        return Source(name, images, np.zeros(n, np.int32))
+        return Source(name, images, np.zeros(n, np.int32), (), opened)
     labels = checked_labels(labels, n, len(class_names) or None, f"of {name} ")
     class_names = tuple(class_names) or tuple(str(i) for i in range(int(labels.max()) + 1))
-    return Source(name, images, labels.astype(np.int32), class_names)
+    return Source(name, images, labels.astype(np.int32), class_names, opened)
+
+
+def check_class_names(owner: str, class_names: Sequence[str]) -> None:
+    """Raises ValueError if two of the names are the same, once both are in Unicode's form NFC."""
+    first: dict[str, int] = {}
+    for i, class_name in enumerate(class_names):
+        earlier = first.setdefault(unicodedata.normalize("NFC", class_name), i)
+        if earlier != i:
+            raise ValueError(f"{owner} has two classes of one name: {earlier} and {i} are both {class_name!r}")
 
 
 def checked_images(images: np.ndarray) -> np.ndarray:

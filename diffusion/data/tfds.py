@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from diffusion.data import images, mnist5k
-from diffusion.data.batches import Source, checked_source
+from diffusion.data.batches import Opened, Source, checked_source
 
 Reader = Callable[[Sequence[int]], list[bytes]]
 
@@ -36,7 +36,7 @@ def load(
     memory_limit: int,
 ) -> Source:
     """A split of the data set `name`, prepared first if need be; `diffusion.data.load` documents the arguments."""
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = Path(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
     with mnist5k.quiet():
         builder = _open(name, root)
         features = builder.info.features
@@ -61,15 +61,16 @@ def load(
     if size is None:
         size = tuple(fixed) if None not in fixed else images.common_size(encoded, images.headers(encoded))
     decoded = images.decode(encoded, size, crop, channels, memory_limit)
+    opened = Opened(split, tuple((key, value.num_examples) for key, value in builder.info.splits.items()))
     if label_key is None:
-        return checked_source(name, decoded, None, ())
+        return checked_source(name, decoded, None, (), opened)
     parse_label, labels = parser(label_key), np.empty(n, np.int32)
     for start in range(0, n, 1024):
         ids = range(start, min(start + 1024, n))
         labels[start : ids.stop] = [parse_label(record) for record in read_records(ids)]
     if (labels == -1).all():  # a test split whose labels were not published
-        return checked_source(name, decoded, None, ())
-    return checked_source(name, decoded, labels, features[label_key].names)
+        return checked_source(name, decoded, None, (), opened)
+    return checked_source(name, decoded, labels, features[label_key].names, opened)
 
 
 def _open(name: str, root: Path) -> tfds.core.DatasetBuilder:

@@ -7,6 +7,8 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments.paths import define_path
+
 
 def define_flags(argv: list[str]) -> None:
     """Defines --json, --rounds, --steps and --sample_steps, for `command.run`.
@@ -14,7 +16,7 @@ def define_flags(argv: list[str]) -> None:
     Not on import, since other commands have flags of these names, and a test imports them all.
     """
     del argv
-    flags.DEFINE_string("json", None, "Also write the result, every single timing included, to this file.")
+    define_path("json", None, "Also write the result, every single timing included, to this file.")
     flags.DEFINE_integer("rounds", 7, "Each program is timed this many times, in turns.", lower_bound=1)
     flags.DEFINE_integer("steps", 5, "Training steps per timing.", lower_bound=1)
     flags.DEFINE_integer("sample_steps", 10, "Sampler steps per timing; all of them cost alike.", lower_bound=1)

@@ -29,6 +29,7 @@ from experiments.bench.patch_implementations import (
     token_bytes,
 )
 from experiments.bench.patch_report import plot, report
+from experiments.paths import define_path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,7 +46,7 @@ def define_flags(argv: list[str]) -> None:
     commands.define_flags(argv)
     flags.DEFINE_list("cases", list(CASES), "Which geometries to measure.")
     flags.DEFINE_float("fraction", 1.0, "Measure with this fraction of the images.", lower_bound=0.0)
-    flags.DEFINE_string("plot", None, "Also write a box plot to this PNG, and bars to the one ending in _against_copy.")
+    define_path("plot", None, "Also write a box plot to this PNG, and bars to the one ending in _against_copy.")
 
 
 def run(cases: Sequence[str] = tuple(CASES), *, fraction: float = 1.0, rounds: int = 7) -> dict[str, Any]:

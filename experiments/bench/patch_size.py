@@ -30,6 +30,7 @@ from experiments import command
 from experiments.bench import commands, peers, timing
 from experiments.bench.patch_size_cases import DTYPES, Case, compared, measured
 from experiments.bench.patch_size_report import KINDS, plot, report
+from experiments.paths import define_path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,9 +70,9 @@ def define_flags(argv: list[str]) -> None:
     flags.DEFINE_list("attention_resolutions", ["16", "8"], "Sides, in patches, of the levels that attend.")
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the computation; bfloat16 is for accelerators.")
     flags.DEFINE_integer("batch_size", 2, "Images at a time.", lower_bound=1)
-    flags.DEFINE_string("peer", None, "A checkout of the published program, PatchDiffusion-Pytorch, to compare with.")
+    define_path("peer", None, "A checkout of the published program, PatchDiffusion-Pytorch, to compare with.")
     flags.DEFINE_bool("peer_compile", False, "Time it under torch.compile too, which takes minutes to compile.")
-    flags.DEFINE_string("plot", None, "Also plot the result to this PNG.")
+    define_path("plot", None, "Also plot the result to this PNG.")
 
 
 def numbers(name: str, kind: type) -> tuple[Any, ...]:

@@ -207,6 +207,7 @@ HOLE[1, 2, 3, 0] = np.nan
         (ZEROS, [0], (), ValueError, r"labels of arrays have shape \(1,\), but there are 2 images"),
         (ZEROS, [0.0, 1.0], (), TypeError, "integers, not float64"),
         (ZEROS, None, ("a",), ValueError, "no labels"),
+        (ZEROS, [0, 1], ("\xe9", "b", "e\u0301"), ValueError, "arrays has two classes of one name: 0 and 2"),
     ],
 )
 def test_from_arrays_refuses(images, labels, names, error, message):

@@ -1,5 +1,11 @@
 """Folders of images, read at once or on demand, and the errors about files that cannot be read."""
 
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -52,10 +58,80 @@ def test_a_mix_of_files_with_and_without_a_class_is_an_error(tmp_path):
         folder(tmp_path)
 
 
-def test_a_circular_link_is_followed_once(tmp_path):
+def test_links_are_followed_but_for_circles(tmp_path):
+    """A folder that two links lead to is read twice: it is two classes. Only one that contains itself is a circle."""
     save(tmp_path / "real" / "a.png", grey(0))
     (tmp_path / "real" / "again").symlink_to(tmp_path / "real")
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "root").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
     assert len(folder(tmp_path).images) == 1
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    source = folder(tmp_path)
+    assert (source.class_names, source.labels.tolist()) == (("linked", "real"), [0, 1])
+
+
+def test_classes_linked_from_a_store_keep_their_images(tmp_path):
+    """train/cat and test/cat as links to one folder, in whichever order they are met."""
+    save(tmp_path / "store" / "cat" / "a.png", grey(0))
+    save(tmp_path / "store" / "dog" / "a.png", grey(0))
+    for split in ("train", "test"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / split / name).symlink_to(tmp_path / "store" / name)
+    for split in ("train", "test"):
+        assert folder(tmp_path / "set", split).labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["folder:", "folder: "])
+def test_a_folder_without_a_name_is_refused(name, tmp_path, monkeypatch):
+    save(tmp_path / "a.png", grey(0))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="names no folder: pass folder:PATH .a shell variable"):
+        data.load(name)
+    assert len(data.load("folder:.").images) == 1
+
+
+def test_a_home_folder_that_is_not_there_is_a_folder_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match="there is no folder ~nobody-of-this-name/x"):
+        data.load("folder:~nobody-of-this-name/x")
+
+
+def test_dataset_json_with_a_byte_order_mark_is_read(tmp_path):
+    for i in range(2):
+        save(tmp_path / "00000" / f"img0000000{i}.png", grey(i))
+    text = '{"labels": [["00000/img00000000.png", 1], ["00000/img00000001.png", 0]]}\n\n'
+    (tmp_path / "dataset.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert folder(tmp_path).labels.tolist() == [1, 0]
+
+
+def test_a_held_out_split_without_labels_is_refused_when_it_is_asked_for(tmp_path):
+    for name in ("cat", "dog"):
+        save(tmp_path / "train" / name / "a.png", grey(0))
+    save(tmp_path / "val" / "a.png", grey(0))
+    assert folder(tmp_path, "train").labels.tolist() == [0, 1]
+    for split in ("val", "test", "all"):
+        with pytest.raises(ValueError, match=rf"split='{split}' .*images without labels, while training has 2 classes"):
+            folder(tmp_path, split)
+    assert folder(tmp_path, "val", class_names_in="none").num_classes == 0
+
+
+def test_the_folder_of_a_train_and_a_test_split_says_what_it_passed_over(tmp_path):
+    save(tmp_path / "train" / "cat" / "a.png", grey(0))
+    save(tmp_path / "test" / "cat" / "a.png", grey(0))
+    for name in ("a.txt", "b.TXT", "c.heic", "LICENSE", ".hidden.txt"):
+        (tmp_path / "train" / name).write_text("x")
+    opened = folder(tmp_path, "train").opened
+    assert opened.split == "train"
+    assert dict(opened.splits) == {"train": 1, "test": 1}
+    assert dict(opened.passed_over) == {".txt": 2, ".heic": 1, "without a suffix": 1}
+    assert opened.passed_over[0] == (".txt", 2)
+
+
+def test_a_folder_of_other_files_names_their_suffixes(tmp_path):
+    (tmp_path / "a.heic").write_text("x")
+    with pytest.raises(ValueError, match=r"contains no .png.*there are 1 \.heic"):
+        folder(tmp_path)
 
 
 @pytest.mark.parametrize("held_out", ["test", "val", "validation"])
@@ -165,7 +241,8 @@ def test_the_exif_orientation_is_applied(tmp_path, orientation):
 def test_images_that_differ_in_size_are_an_error_that_names_two_of_them_and_the_flag(tmp_path):
     save(tmp_path / "a.png", grey(0, (6, 6)))
     save(tmp_path / "b.png", grey(0, (6, 8)))
-    with pytest.raises(ValueError, match=r"a.png is 6x6, .*b.png is 6x8.*--config\.data\.size"):
+    sizes = r"a.png is 6x6, .*b.png is 6x8; .*widths 6 to 8 \(median 8\).*--config\.data\.size"
+    with pytest.raises(ValueError, match=sizes):
         folder(tmp_path)
     with pytest.raises(ValueError, match=r"b.png \(it is 6x8, not 6x6, and crop is 'none'\)"):
         folder(tmp_path, size=6, crop="none")
@@ -208,6 +285,135 @@ def test_an_image_of_the_right_size_is_not_resampled(tmp_path):
     save(tmp_path / "a.png", noise)
     for crop in data.CROPS:
         np.testing.assert_array_equal(folder(tmp_path, size=32, crop=crop).images[0], noise)
+
+
+# Files of all kinds
+
+
+KINDS = ("jfif", "jpe", "bmp", "dib", "tif", "tiff", "gif", "avif", "ppm", "pgm", "pnm", "tga", "jp2", "webp", "ico",
+         "pcx", "sgi", "qoi", "apng")  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_every_raster_format_that_pillow_reads_is_found_by_its_suffix(tmp_path, suffix):
+    try:
+        save(tmp_path / f"a.{suffix}", coloured((200, 100, 50), (16, 16)))
+    except (KeyError, OSError) as error:
+        pytest.skip(f"this Pillow does not write it: {error}")
+    for limit in (1 << 30, 1):
+        source = folder(tmp_path, size=16, channels=3, memory_limit=limit)
+        assert abs(source.images[:].astype(int) - [200, 100, 50]).max() <= 8
+
+
+def test_what_is_no_image_is_not_opened(tmp_path):
+    save(tmp_path / "a.png", grey(0))
+    for suffix in ("pdf", "eps", "h5", "hdf", "mpg", "mpeg", "wmf", "grib", "txt"):
+        (tmp_path / f"a.{suffix}").write_text("x")
+    assert len(folder(tmp_path).images) == 1
+
+
+def test_the_first_frame_of_an_animation_is_the_image(tmp_path):
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert folder(tmp_path).images[0, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_floating_point_pixels_are_refused_rather_than_black(tmp_path):
+    Image.fromarray(np.full((6, 6), 0.5, np.float32)).save(tmp_path / "a.tif")
+    for limit in (1 << 30, 1):
+        with pytest.raises(ValueError, match=r"a.tif \(its pixels are floating-point numbers"):
+            folder(tmp_path, memory_limit=limit)
+
+
+def damaged_exif():
+    """EXIF whose table of tags points outside, after an orientation that rotates."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = exif.tobytes()
+    return [whole[:16], b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\x7f", whole[:14] + b"\xff" * 4]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("exif", damaged_exif())
+@pytest.mark.parametrize("limit", [1 << 30, 1])
+def test_exif_that_cannot_be_read_is_no_exif(tmp_path, suffix, exif, limit):
+    save(tmp_path / f"a.{suffix}", grey(77, (6, 8)), exif=exif)
+    images = folder(tmp_path, memory_limit=limit).images[:]
+    assert images.shape[:3] == (1, 6, 8)
+    assert abs(images.astype(int) - 77).max() <= 2
+
+
+def chunk(kind, content, checksum=None):
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"tEXt", b"Comment\0broken checksum", 1),
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1 << 27))),  # more than Pillow unpacks
+        chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(1 << 27))),
+        chunk(b"pHYs", b"short"),
+    ],
+    ids=["checksum", "text", "profile", "size"],
+)
+def test_what_is_beside_the_pixels_of_a_png_never_stops_them(tmp_path, extra, at_end):
+    save(tmp_path / "a.png", coloured((1, 2, 3)))
+    content = (tmp_path / "a.png").read_bytes()
+    at = len(content) - 12 if at_end else 33  # before IEND, after IHDR
+    (tmp_path / "a.png").write_bytes(content[:at] + extra + content[at:])
+    for limit in (1 << 30, 1):
+        assert (folder(tmp_path, memory_limit=limit).images[:] == [1, 2, 3]).all()
+
+
+@pytest.mark.parametrize("extra", [b"\xff\xe2\0\x0eICC_PROFILE\0", b"\xff\xed\0\x16Photoshop 3.0\0008BIM\3\4"])
+def test_what_is_beside_the_pixels_of_a_jpeg_never_stops_them(tmp_path, extra):
+    """Segments that Pillow takes for a profile, or for resources of Photoshop, and that end too soon."""
+    save(tmp_path / "a.jpg", grey(90))
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[:2] + extra + content[2:])
+    with pytest.raises(OSError, match="cannot identify"):
+        Image.open(io.BytesIO((tmp_path / "a.jpg").read_bytes()))
+    for limit in (1 << 30, 1):
+        assert abs(folder(tmp_path, memory_limit=limit).images[:].astype(int) - 90).max() <= 2
+
+
+def half_png():
+    """A PNG with whole chunks and checksums whose pixels end half-way."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in noise))
+    header = struct.pack(">IIBBBBB", 64, 64, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels[:2000]) + chunk(b"IEND", b"")
+
+
+def half_jpeg():
+    """A JPEG that ends after its small preview, which has an end marker of its own."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(noise).save(encoded, "jpeg")
+    content, small = encoded.getvalue(), b"\xff\xd8 a preview \xff\xd9"
+    segment = b"\xff\xfe" + struct.pack(">H", len(small) + 2) + small
+    return content[:2] + segment + content[2:1200]
+
+
+@pytest.mark.parametrize(("suffix", "content"), [("png", half_png()), ("jpg", half_jpeg())])
+def test_what_the_check_accepts_the_decoder_accepts(tmp_path, suffix, content):
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    for limit in (1 << 30, 1):
+        with pytest.raises(ValueError, match="cannot read 1 of 1 images"):
+            folder(tmp_path, memory_limit=limit)
+
+
+def test_a_wrong_size_is_not_read_as_one_without_metadata(tmp_path):
+    """An image stored lying, which is 6x8 upright, is not 8x6 for want of its EXIF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "a.png", grey(0, (8, 6)), exif=exif)
+    with pytest.raises(ValueError, match="it is 6x8, not 8x6, and crop is 'none'"):
+        folder(tmp_path, size=(8, 6), crop="none")
 
 
 def corrupt(path):
@@ -255,6 +461,116 @@ def test_empty_and_missing_folders(tmp_path):
 def test_load_checks_its_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         data.load(**{"name": "folder:.", **arguments})
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 1])
+@pytest.mark.parametrize("size", [None, 6])
+def test_bad_files_are_skipped_where_asked_for_up_to_one_of_twenty(tmp_path, limit, size):
+    for i in range(40):
+        save(tmp_path / "cat" / f"{i:02}.png", grey(i))
+        save(tmp_path / "dog" / f"{i:02}.png", grey(100 + i))
+    (tmp_path / "cat" / "03.png").write_text("not an image")
+    corrupt(tmp_path / "dog" / "07.png")
+    (tmp_path / "dog" / "50.png").symlink_to("nowhere")
+    options = {"size": size, "channels": size and 1, "memory_limit": limit}
+    with pytest.raises(ValueError, match="cannot read . of 81 images .*03.png.*or pass --config.data.bad_files=skip"):
+        folder(tmp_path, **options)
+    source = folder(tmp_path, bad_files="skip", **options)
+    values = [i for i in range(40) if i != 3] + [100 + i for i in range(40) if i != 7]
+    assert source.images[:][:, 0, 0, 0].tolist() == values
+    assert source.labels.tolist() == [0] * 39 + [1] * 39
+    assert [("03.png" in text, "07.png" in text, "50.png" in text) for text in source.opened.skipped] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
+    for i in range(8, 10):
+        (tmp_path / "cat" / f"{i:02}.png").write_text("not an image")
+    with pytest.raises(ValueError, match="cannot read 5 of 81 images .*skips one image of 20, at most"):
+        folder(tmp_path, bad_files="skip", **options)
+
+
+def test_skipping_changes_no_other_image_of_a_split(tmp_path):
+    for i in range(60):
+        save(tmp_path / f"{i:02}.png", grey(i))
+    before = {split: folder(tmp_path, split).images[:, 0, 0, 0].tolist() for split in ("train", "test")}
+    (tmp_path / "05.png").write_text("not an image")
+    for split, values in before.items():
+        after = folder(tmp_path, split, bad_files="skip").images[:, 0, 0, 0].tolist()
+        assert after == [value for value in values if value != 5]
+
+
+def test_options_of_folders_are_refused_for_other_data_sets():
+    with pytest.raises(ValueError, match="class_names_in='names' is for folder:PATH; leave it at 'folders'"):
+        data.load("mnist5k", class_names_in="names")
+    with pytest.raises(ValueError, match="bad_files='skip' is for folder:PATH"):
+        data.load("mnist5k", bad_files="skip")
+
+
+# What was checked is remembered
+
+
+def counted(monkeypatch):
+    """Names of the files that are read from now on."""
+    read, opened = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: opened.append(self.name) or read(self))
+    return opened
+
+
+def test_a_second_start_reads_no_file_that_was_checked(tmp_path, monkeypatch):
+    for i in range(10):
+        save(tmp_path / "images" / f"{i}.png", coloured(i, (6, 8)))
+    options = {"cache_dir": tmp_path / "cache", "memory_limit": 1}
+    load = lambda split="all", **more: folder(tmp_path / "images", split, **options, **more)  # noqa: E731
+    first, opened = load(), counted(monkeypatch)
+    assert load("train").images.shape[1:] == first.images.shape[1:] == (6, 8, 3)
+    assert opened == []
+    before = os.stat(tmp_path / "images" / "4.png")
+    save(tmp_path / "images" / "4.png", np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8))
+    os.utime(tmp_path / "images" / "4.png", ns=(before.st_atime_ns, before.st_mtime_ns))  # of another size
+    os.utime(tmp_path / "images" / "7.png", (1, 1))
+    load()
+    assert set(opened) == {"4.png", "7.png"}
+    opened.clear()
+    (tmp_path / "images" / "4.png").write_text("not an image")
+    for _ in range(2):  # a bad file is found again at every start
+        with pytest.raises(ValueError, match=r"1 of 10 images .*4.png \(not an image"):
+            load()
+    assert set(opened) == {"4.png"}
+    assert len(load(bad_files="skip").images) == 9
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_header_that_was_read_is_not_a_file_that_was_checked(tmp_path):
+    save(tmp_path / "images" / "a.png", np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
+    save(tmp_path / "images" / "b.png", grey(0, (64, 64)))
+    corrupt(tmp_path / "images" / "a.png")
+    with pytest.raises(ValueError, match="1 of 2 images"):  # its header is whole
+        folder(tmp_path / "images", cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match="1 of 2 images"):
+        folder(tmp_path / "images", cache_dir=tmp_path / "cache", memory_limit=1)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a manifest", b"\x93NUMPY\x01\x00"])
+def test_a_damaged_manifest_and_a_read_only_cache_stop_nothing(tmp_path, content):
+    save(tmp_path / "images" / "a.png", grey(3))
+    cache = tmp_path / "cache"
+    folder(tmp_path / "images", cache_dir=cache)
+    (file,) = cache.iterdir()
+    file.write_bytes(content)
+    assert folder(tmp_path / "images", cache_dir=cache).images.shape == (1, 6, 6, 1)
+    assert file.stat().st_size > 100
+    assert len(folder(tmp_path / "images", cache_dir=file / "below").images) == 1
+
+
+def test_progress_is_told_of_every_image(tmp_path):
+    for i in range(5):
+        save(tmp_path / f"{i}.png", grey(i))
+    told = []
+    folder(tmp_path, memory_limit=1, progress=lambda *each: told.append(each))
+    assert told[-1] == ("checking images", 5, 5)
+    folder(tmp_path, progress=lambda *each: told.append(each))
+    assert told[-1] == ("reading images", 5, 5)
 
 
 # On demand

@@ -40,6 +40,7 @@ def quick(compiled_once, opened):
         patch.setattr(inputs, "source", source)
         patch.setattr(command, "start", lambda: None)
         patch.setattr(efficientnet, "is_installed", lambda: False)  # its features take a second for 50 images
+        patch.setenv("PATCH_DIFFUSION_CACHE", str(compiled_once.parent / "cache"))
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled_once))  # of processes that tests start
         yield open_source
 

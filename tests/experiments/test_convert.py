@@ -158,8 +158,14 @@ def test_flags_name_layout_and_classes(tmp_path):
     (tmp_path / "classes.txt").write_text("tench\ngold fish\n")
     assert convert.class_names("0") == () and convert.class_names("3") == ("0", "1", "2")
     assert convert.class_names(str(tmp_path / "classes.txt")) == ("tench", "gold fish")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"--classes=.*none.txt is neither a number nor a file"):
         convert.class_names(str(tmp_path / "none.txt"))
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbftench\r\ngold fish\r\n\r\n")  # as Windows writes it
+    assert convert.class_names(str(tmp_path / "classes.txt")) == ("tench", "gold fish")
+    for text, message in (("a\n\nb\n", "line 2 is blank"), ("a\nb\na\n", "two classes of one name: 0 and 2 are")):
+        (tmp_path / "classes.txt").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            convert.class_names(str(tmp_path / "classes.txt"))
     shapes = {("classes", "embedding"): (4, 8)}
     rows = {}
     for name in ("patch_unet", "adm_unet", "dit"):

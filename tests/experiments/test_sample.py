@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import unicodedata
 
 import jax
 import numpy as np
@@ -68,6 +69,20 @@ def test_labels_are_taken_in_turn_by_number_or_name():
     assert sample.parse_labels(["dog", "cat"], 3, names).tolist() == [1, 0, 1]
     assert sample.parse_labels(None, 4, names).tolist() == [0, 1, 2, 0]
     assert sample.parse_labels(None, 2, ()).tolist() == [0, 0]
+
+
+def test_a_class_name_beats_a_number_and_is_compared_in_one_unicode_form():
+    assert sample.parse_labels(["2", "0", "10"], 3, ("1", "2", "10")).tolist() == [1, 0, 2]
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "éclair")
+        assert sample.parse_labels([name], 1, ("cat", unicodedata.normalize("NFC", "éclair"))).tolist() == [1]
+
+
+def test_an_unknown_label_is_answered_with_the_names():
+    with pytest.raises(ValueError, match=r"\['dgo'\] are not among .* of which dog is near: cat, dog, owl$"):
+        sample.parse_labels(["cat", "dgo"], 2, ("cat", "dog", "owl"))
+    with pytest.raises(ValueError, match="c99 and 900 more$"):
+        sample.parse_labels(["x"], 1, tuple(f"c{i}" for i in range(1000)))
 
 
 def test_labels_and_the_sampler_of_the_run_reach_the_samples(folder_run, tmp_path):

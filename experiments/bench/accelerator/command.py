@@ -38,6 +38,7 @@ from absl import app, flags
 
 from experiments.bench.accelerator.record import TAIL, Record, path, read, write_json
 from experiments.bench.accelerator.report import SECTIONS, collected, report
+from experiments.paths import define_path
 
 ROOT = Path(__file__).parents[3]
 GRACE = 20.0  # seconds that a process may take beyond its share before it is ended
@@ -70,11 +71,11 @@ TASKS = (
 
 def define_flags() -> None:
     """Defines the flags of this command; not on import, since other commands have flags of these names."""
-    flags.DEFINE_string("out", "runs/accelerator", "Folder for the results.")
+    define_path("out", "runs/accelerator", "Folder for the results.")
     flags.DEFINE_list("only", [], f"Sections to run, some of {', '.join(SECTIONS)}; default: all.")
     flags.DEFINE_bool("tiny", False, "Sizes for a CPU, to see that everything runs.")
     flags.DEFINE_float("budget_s", 480.0, "Seconds for all sections together.", lower_bound=0)
-    flags.DEFINE_string("images", None, "Images to train on: an npz file with arr_0, uint8 [N, 64, 64, 3].")
+    define_path("images", None, "Images to train on: an npz file with arr_0, uint8 [N, 64, 64, 3].")
     flags.DEFINE_string("compile_for", None, "Compile every program for this card, ahead of time, and run nothing.")
     flags.DEFINE_string("child", None, "Internal: the section:part that this process measures.")
     flags.DEFINE_float("until", None, "Internal: when its share ends, in seconds since the epoch.")

@@ -1,0 +1,107 @@
+"""Shows a data set as training would read it: what was found, and a few images of each class.
+
+    python -m experiments.data --name=folder:PATH --out=pets.png
+    python -m experiments.data --name=folder:PATH --size=64 --split=test --class_names_in=names
+    python -m experiments.data --name=cifar10
+
+All files of a folder are checked; those that were are remembered, so that training starts at once.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from absl import app, flags
+from PIL import Image, ImageDraw, ImageFont
+
+from diffusion import data
+from diffusion.io import files
+from experiments import image_files, inputs
+from experiments.command import run
+from experiments.paths import define_path
+
+_OPTIONS = ("size", "crop", "channels", "data_dir", "class_names_in", "bad_files")
+
+
+def define_flags(argv: Sequence[str]) -> None:
+    """Flags of this command; defined when it runs, since other commands have some of the same names."""
+    del argv
+    flags.DEFINE_string("name", None, "A data set of TFDS, or folder:PATH, as --config.data.name.")
+    flags.DEFINE_string("split", "train", "Which split: train, test, for a folder also all and validation.")
+    flags.DEFINE_list("size", None, "Height and width, or one number for both, as --config.data.size.")
+    flags.DEFINE_enum("crop", "center", data.CROPS, "What to do with images of another size.")
+    flags.DEFINE_integer("channels", None, "1 or 3; default: the images' own.")
+    flags.DEFINE_enum("class_names_in", "folders", data.CLASS_NAMES_IN, "Where a folder has the names of its classes.")
+    flags.DEFINE_enum("bad_files", "raise", data.BAD_FILES, "What to do with files of a folder that cannot be read.")
+    define_path("data_dir", None, "Where TFDS keeps its data sets.")
+    define_path("out", None, "Also write a grid of images to this file, a row for each class.")
+    flags.DEFINE_integer("columns", 8, "Images in a row of it.", lower_bound=1)
+    flags.DEFINE_integer("rows", 20, "Rows of it, at most.", lower_bound=1)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    f = flags.FLAGS
+    if not f.name:
+        raise ValueError("--name is missing: pass a data set, --name=folder:PATH, --name=mnist5k or --name=cifar10")
+    if f.out:
+        if Path(f.out).suffix.lower() not in (".png", ".webp"):
+            raise ValueError(f"--out={f.out} must end in .png or .webp")
+        files.check_writable(Path(f.out).parent)
+    options: dict[str, Any] = {name: f[name].value for name in _OPTIONS}
+    try:
+        options["size"] = options["size"] and tuple(map(int, options["size"]))
+    except ValueError:
+        raise ValueError(
+            f"--size={','.join(f.size)} must be one number or two, as in --size=64 or --size=48,64"
+        ) from None
+    if options["size"] and len(options["size"]) == 1:
+        options["size"] *= 2
+    try:
+        source = inputs.load(f.name, f.split, memory_limit=0, **options)
+    except ValueError as e:  # fields of a config are flags here
+        raise ValueError(str(e).replace("--config.data.held_out", "--split").replace("--config.data.", "--")) from e
+    print(data.describe(source))
+    if f.out:
+        picked = examples(source, f.rows, f.columns)
+        image_files.save(Path(f.out), sheet(source, picked))
+        of = f" of {source.num_classes:,} classes" if source.num_classes > len(picked) else ""
+        print(f"{f.out}: {sum(map(len, picked))} images, {len(picked)} rows{of}")
+
+
+def examples(source: data.Source, rows: int, columns: int) -> list[np.ndarray]:
+    """Numbers of images to show: a row for each of the first classes, or of all images; evenly spread over each."""
+    spread = lambda found, n: found[np.unique(np.linspace(0, len(found) - 1, n).round().astype(int))]  # noqa: E731
+    if source.num_classes:
+        of_class = [np.flatnonzero(source.labels == label) for label in range(min(source.num_classes, rows))]
+        return [spread(found, columns) if len(found) else found for found in of_class]
+    chosen = spread(np.arange(len(source.labels)), 4 * columns)
+    return [chosen[start : start + columns] for start in range(0, len(chosen), columns)]
+
+
+def sheet(source: data.Source, picked: Sequence[np.ndarray]) -> Image.Image:
+    """The picked images, a row for each list of numbers, with the name of the class on its left."""
+    columns = max(map(len, picked))
+    shown = np.full((len(picked), columns, *source.images.shape[1:]), 255, np.uint8)
+    for row, numbers in zip(shown, picked, strict=True):
+        row[: len(numbers)] = source.images[numbers]
+    grid = image_files.grid(shown.reshape(-1, *shown.shape[2:]), columns)
+    names = [name if len(name) <= 24 else f"{name[:21]}..." for name in source.class_names[: len(picked)]]
+    if not names:
+        return grid
+    # The font of matplotlib has more letters than that of Pillow.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 12)
+    margin = int(max(font.getlength(name) for name in names)) + 10
+    whole = Image.new(grid.mode, (grid.width + margin, grid.height), "white")
+    whole.paste(grid, (margin, 0))
+    draw, height = ImageDraw.Draw(whole), (grid.height - 2) / len(picked)
+    for i, name in enumerate(names):
+        draw.text((margin - 4, (i + 0.5) * height), name, "black", font, "rm")
+    return whole
+
+
+if __name__ == "__main__":
+    run(main, define_flags)
