@@ -55,17 +55,20 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     command.start()
-    config, path, labelled, patches = Config(), Path(_SAMPLES.value or ""), True, None
+    config, path, labelled, patches, shape = Config(), Path(_SAMPLES.value or ""), True, None, (28, 28, 1)
     if not _SAMPLES.value and (command.has_workdir() or not _SAVE_REFERENCE.value):
         folder = RunDir(command.workdir())
         config, spec = folder.stored()
-        path, labelled, patches = folder.samples, bool(spec.num_classes), report.patches(config, spec)
+        path, labelled, shape = folder.samples, bool(spec.num_classes), spec.shape
+        patches = report.patches(config, spec)
     if _SAVE_REFERENCE.value:
         print(save_reference(config, _REFERENCE.value, Path(_SAVE_REFERENCE.value)))
         return
     images, labels = image_files.read_npz(path)
     try:
         images = checked_images(images)
+        if not _REFERENCE.value and images.shape[1:] != shape:
+            raise ValueError(f"it holds images of shape {images.shape[1:]}, and real ones of {shape} are compared with")
         features = features_for(config, images.shape[1:])
         if _REFERENCE.value:
             values = against_reference(config, images, _REFERENCE.value, features)
@@ -88,7 +91,7 @@ def features_for(config: Config, shape: Sequence[int]) -> Named:
     return report.fid_features(_INCEPTION.value) if _INCEPTION.value else report.features_for(config, tuple(shape))
 
 
-def against_reference(config: Config, images: np.ndarray, reference: str, features: Features) -> dict[str, float]:
+def against_reference(config: Config, images: np.ndarray, reference: str, features: Named) -> dict[str, Any]:
     """The numbers of samples uint8 [N, H, W, C] with respect to --reference.
 
     Of a folder or data set at most half as many samples as real images are measured, chosen at random.
@@ -99,13 +102,14 @@ def against_reference(config: Config, images: np.ndarray, reference: str, featur
     """
     images = checked_images(images)
     if reference.endswith(".npz"):
-        return {"measured": len(images), **against(extract(features, images), statistics(reference, features))}
+        values = against(extract(features, images), statistics(reference, features))
+        return {"measured": len(images), "features": features.name, **values}
     source = opened(config, reference, images.shape[1:])
     most = len(source.labels) // 2
     if len(images) > most:
         images = images[np.random.default_rng(0).permutation(len(images))[:most]]
     values = comparison(extract(features, images), extract(features, source.images), source.labels)
-    return {"measured": len(images), **values}
+    return {"measured": len(images), "features": features.name, **values}
 
 
 def statistics(path: str, features: Features) -> Gaussian:

@@ -193,6 +193,7 @@ def tiny_blog():
     return config
 
 
+@pytest.mark.slow
 def test_blog():
     result = blog.run(tiny_blog(), compare=False, rounds=1, sample_steps=2)
     assert {"ours, 1 at a time", "ours, 64 at a time"} <= set(result["sample"])

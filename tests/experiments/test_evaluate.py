@@ -96,7 +96,7 @@ def test_fid_is_said_of_the_published_file_only(folder_run, installed, monkeypat
     monkeypatch.setattr(inception, "load_weights", lambda path: path)
     monkeypatch.setattr(inception, "inception_features", lambda images, *_: installed(images))
     printed = call(workdir, "--inception=weights.pth", command=evaluate)
-    assert "features (Inception-v3)" in printed and "FID  " in printed and "Frechet distance" not in printed
+    assert "features (Inception-v3)" in printed and "\nFID  " in printed and "\nFrechet distance" not in printed
     values = json.loads(call(workdir, "--inception=weights.pth", "--json", command=evaluate))
     assert "FID to real images" in report.paragraph(workdir, folder_run.report | values)
 
@@ -192,7 +192,10 @@ def test_of_more_samples_than_can_be_compared_some_are_measured(run, monkeypatch
     ("arrays", "message"),
     [
         ({"arr_0": np.zeros((5, 28, 28, 1))}, "images must be uint8"),
-        ({"arr_0": np.zeros((5, 28, 28, 3), np.uint8)}, r"images of different shapes \[\(28, 28, 3\), \(28, 28, 1\)"),
+        (
+            {"arr_0": np.zeros((5, 28, 28, 3), np.uint8)},
+            r"images of shape \(28, 28, 3\), and real ones of \(28, 28, 1\)",
+        ),
         ({"arr_0": np.zeros((5, 28, 28), np.uint8)}, r"must have shape \[N, H, W, C\].*, not \(5, 28, 28\)"),
         ({"arr_0": np.zeros((2, 28, 28, 1), np.uint8)}, "at least 4 images, .* not 2"),
         ({"arr_0": np.zeros((5, 28, 28, 1), np.uint8), "arr_1": np.arange(4)}, r"there are 4 labels for 5 images"),
@@ -242,12 +245,12 @@ def test_statistics_of_real_images_are_saved_and_compared_with(run, tmp_path):
     printed = call(run.workdir, f"--save_reference={path}", command=evaluate)
     assert printed == f"{path}: mean and covariance of 64 features (the digits' classifier) of 450 images of mnist5k\n"
     images = samples(run.workdir)[0]
-    fake, real = (report.digit_features(x).features for x in (images, inputs.source(run.config).images))
+    fake, real = (report.DIGIT_FEATURES(x).features for x in (images, inputs.source(run.config).images))
     values = json.loads(call(None, f"--samples={run.workdir / 'samples.npz'}", f"--reference={path}", "--json",
                              command=evaluate))  # fmt: skip
     with pytest.warns(UserWarning, match="too few"):
         assert values["distance"] == pytest.approx(distances.frechet_distance(fake, real), rel=1e-9)
-    assert values.keys() == {"samples", "measured", "features", "distance", "distance_low", "distance_high",
+    assert values.keys() == {"samples", "measured", "features", "feature_count", "distance", "distance_low", "distance_high",
                              "class_score"}  # fmt: skip
     assert values["measured"] == 15
 

@@ -33,7 +33,7 @@ def test_examples_in_docstrings():
     assert result.failed == 0
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_pieces_are_the_view_in_order(data):
     """What the compiled loop does, in slow motion: pieces at their offsets, runs at their strides, byte by byte."""
@@ -455,6 +455,7 @@ def test_no_folder_to_keep_it_in(tmp_path):
     assert run("-c", HITS, **nowhere).split() == ["0"]
 
 
+@pytest.mark.slow
 def test_each_kernel_has_files_of_its_own():
     """Two processes that write one index of files at once could otherwise swap the code of two geometries."""
     shapes = (7, 28), (4, 28), (7, 24)
