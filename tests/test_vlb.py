@@ -116,6 +116,7 @@ def test_a_respaced_chain_codes_worse(images, exact):
     assert few.terms.shape == (10, 8) and (few.total > exact.total + 0.1).all()
 
 
+@pytest.mark.slow
 def test_experts_guidance_clipping_and_learned_variance_are_denoisers_here_too(images):
     """Two experts that are the same network, guided at scale 1, code as that network does."""
     plain = gaussian_denoiser("x0")

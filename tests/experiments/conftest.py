@@ -1,6 +1,7 @@
 """Trained runs that tests share, and what makes them quick."""
 
 import fcntl
+import functools
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def quick(compiled_once, opened):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "source", source)
         patch.setattr(command, "start", lambda: None)
+        patch.setattr(report, "measure", functools.partial(report.measure, resamples=10))
         patch.setattr(efficientnet, "is_installed", lambda: False)  # its features take a second for 50 images
         patch.setenv("PATCH_DIFFUSION_CACHE", str(compiled_once.parent / "cache"))
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled_once))  # of processes that tests start

@@ -67,6 +67,7 @@ def test_fields_that_version_1_did_not_store_take_the_defaults_of_version_1():
     assert configs.from_dict(values).model.patch_size == 4
 
 
+@pytest.mark.slow
 def test_a_run_of_version_1_is_continued_and_sampled_from(quick, tmp_path, monkeypatch, unmeasured):
     monkeypatch.setattr(inputs, "source", quick)  # all of the digits, as that run had
     with zipfile.ZipFile(VERSION_1 / "run.zip") as file:

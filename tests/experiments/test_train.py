@@ -112,6 +112,7 @@ def test_interrupted_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, 
     assert files(tmp_path / "previews")["0000002.png"] == files(run.workdir / "previews")["0000002.png"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_all_of_its_state(tmp_path, monkeypatch):
     """Muon's and NAdam's moments, two averages, and the losses that times of training follow."""
     config = tiny_chain()
