@@ -13,8 +13,9 @@ mean and covariance of features, which must be of the network that is used here:
 numbers are explained in `diffusion.metrics`.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +66,29 @@ def main(argv: Sequence[str]) -> None:
         print(save_reference(config, _REFERENCE.value, Path(_SAVE_REFERENCE.value)))
         return
     images, labels = image_files.read_npz(path)
-    try:
+    with about(path):
         images = checked_images(images)
         if not _REFERENCE.value and images.shape[1:] != shape:
             raise ValueError(f"it holds images of shape {images.shape[1:]}, and real ones of {shape} are compared with")
-        features = features_for(config, images.shape[1:])
-        if _REFERENCE.value:
-            values = against_reference(config, images, _REFERENCE.value, features)
-        else:
+    features = features_for(config, images.shape[1:])
+    if _REFERENCE.value:
+        values = against_reference(config, images, _REFERENCE.value, features)
+    else:
+        with about(path):
             values = report.quality(config, images, labels if labelled else None, features, patches)
-    except (TypeError, ValueError) as e:
-        raise type(e)(f"{path}: {e}") from e
     if _JSON.value:
         print(json.dumps({"samples": str(path), **values}, indent=2))
     else:
         print(table(path, images, values, features.name, _REFERENCE.value or config.data.name))
+
+
+@contextlib.contextmanager
+def about(file: Path | str) -> Iterator[None]:
+    """Errors about the images or statistics in a file begin with its name."""
+    try:
+        yield
+    except (TypeError, ValueError) as e:
+        raise type(e)(f"{file}: {e}") from e
 
 
 def features_for(config: Config, shape: Sequence[int]) -> Named:
@@ -100,9 +109,10 @@ def against_reference(config: Config, images: np.ndarray, reference: str, featur
       TypeError, ValueError: the samples are of another format, too few, or have other features than the statistics.
       OSError: there is no such file or data set.
     """
-    images = checked_images(images)
     if reference.endswith(".npz"):
-        values = against(extract(features, images), statistics(reference, features))
+        real = statistics(reference, features)
+        with about(reference):
+            values = against(extract(features, images), real)
         return {"measured": len(images), "features": features.name, **values}
     source = opened(config, reference, images.shape[1:])
     most = len(source.labels) // 2
@@ -118,10 +128,11 @@ def statistics(path: str, features: Features) -> Gaussian:
     Raises:
       OSError, ValueError: see `diffusion.metrics.references.read`.
     """
-    found = references.read(path)
+    file = Path(path).expanduser()
+    found = references.read(file)
     if found.features is not None:
         return found.features
-    images = checked_images(image_files.read_npz(Path(path))[0])
+    images = checked_images(image_files.read_npz(file)[0])
     return gaussian(moments(features(images[i : i + AT_ONCE]).features for i in range(0, len(images), AT_ONCE)))
 
 
@@ -134,7 +145,10 @@ def opened(config: Config, reference: str, shape: Sequence[int] | None) -> data.
     c = config.data
     size, channels = (c.size, c.channels) if shape is None else (tuple(shape[:-1]), shape[-1])
     split = "all" if reference.startswith("folder:") else "train"
-    return data.load(reference, split, size=size, crop=c.crop, channels=channels, data_dir=c.data_dir)
+    try:
+        return inputs.load(reference, split, size=size, crop=c.crop, channels=channels, data_dir=c.data_dir)
+    except ValueError as e:  # which this command cannot be told
+        raise ValueError(str(e).replace(", or pass --config.data.bad_files=skip", "")) from e
 
 
 def save_reference(config: Config, reference: str | None, path: Path) -> str:

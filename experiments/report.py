@@ -18,11 +18,18 @@ from experiments.run_dir import RunDir
 # Data sets whose images the digit classifier was trained for.
 DIGITS = ("mnist5k", "mnist")
 DIGIT_FEATURES = Named(digits.NAME, digits.digit_features)
+# Numbers from fewer images say little: there are 64 features.
+ENOUGH = 100
+# Of a data set that is not digits at most so many real images are compared: a large network takes 20 ms for each.
+REAL = 5_000
 
 
 def _image_features(images: np.ndarray) -> Extracted:
     with Bar(len(images), "features", "image") as progress:
         return efficientnet.efficientnet_features(images, progress=progress.update)
+
+
+IMAGE_FEATURES = Named(efficientnet.NAME, _image_features)
 
 
 def fid_features(path: str) -> Named:
@@ -38,13 +45,6 @@ def fid_features(path: str) -> Named:
             return inception.inception_features(images, params, progress.update)
 
     return Named(inception.NAME, features)
-
-
-IMAGE_FEATURES = Named(efficientnet.NAME, _image_features)
-# Numbers from fewer images say little: there are 64 features.
-ENOUGH = 100
-# Of a data set that is not digits at most so many real images are compared: a large network takes 20 ms for each.
-REAL = 5_000
 
 
 def finish(

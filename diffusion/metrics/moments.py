@@ -53,16 +53,6 @@ def moments(features: np.ndarray | Iterable[np.ndarray]) -> Moments:
     return total
 
 
-def add(total: Moments | None, features: np.ndarray) -> Moments:
-    """`total`, or None, and the rows of one more batch [N, F].
-
-    Raises:
-      ValueError: as `moments`.
-    """
-    new = moments(np.asarray(features))
-    return new if total is None else merge(total, new)
-
-
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the rows of both, eq. (1).
 

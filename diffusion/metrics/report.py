@@ -177,7 +177,8 @@ def comparison(
 def against(fake: Extracted, reference: Gaussian, *, resamples: int = 100, seed: int = 0) -> dict[str, float]:
     """The numbers of samples with respect to a mean and covariance of real features alone, such as a published file.
 
-    feature_count, distance with its interval, class_score: as in `comparison`. No number of real images in their place.
+    feature_count, distance with its interval, class_score: as in `comparison`. Such files say nothing about other
+    numbers, nor what real images would reach.
 
     Raises:
       ValueError: another number of features, fewer than 2 samples, or values that are NaN or infinite.

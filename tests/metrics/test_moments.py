@@ -16,15 +16,11 @@ def rng():
 def test_moments_of_batches_are_those_of_all_rows(rng, sizes):
     """Also where the mean is large against the deviation, and whatever the type of the features."""
     x = (rng.normal(size=(40, 6)) + 1e6).astype(np.float32)
-    total = None
-    for batch in np.split(x, np.cumsum(sizes)[:-1]):
-        total = moments.add(total, batch)
+    total = moments.moments(batch for batch in np.split(x, np.cumsum(sizes)[:-1]))
     found = moments.gaussian(total)
     assert total.count == 40
     np.testing.assert_allclose(found.mean, x.astype(float).mean(0), rtol=1e-14)
     np.testing.assert_allclose(found.covariance, np.cov(x.astype(float), rowvar=False), rtol=1e-9, atol=1e-12)
-    streamed = moments.moments(part for part in np.split(x, np.cumsum(sizes)[:-1]))
-    np.testing.assert_array_equal(streamed.m2, total.m2)
 
 
 def test_rows_are_converted_in_chunks(rng, monkeypatch):
@@ -75,7 +71,7 @@ def test_what_cannot_be_added_or_compared_is_refused(rng):
     with pytest.raises(ValueError, match="there are no features"):
         moments.moments([])
     with pytest.raises(ValueError, match=r"\[N, F\], not \(5,\)"):
-        moments.add(None, x[:, 0])
+        moments.moments(x[:, 0])
     with pytest.raises(ValueError, match="1 values that are NaN or infinite"):
         moments.moments([x, np.where(np.arange(15).reshape(5, 3) == 7, np.nan, x)])
     with pytest.raises(ValueError, match="at least 2 rows, not 1"):
