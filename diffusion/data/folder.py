@@ -73,13 +73,13 @@ def load(
     elif skip:
         _, bad = _inspected(root, everything, paths, rows.tolist(), True, options)
         _refuse(everything, bad, len(rows), skip)
+    counts = Counter(laid.part) - Counter(laid.part[each.index] for each in bad)
     bad = [each for each in bad if laid.part[each.index] in parts]
     rows = np.setdiff1d(rows, [each.index for each in bad])
     encoded = _encoded(name, [paths[i] for i in rows])
     decoded = images.decode(encoded, size, crop, channels, memory_limit, options.progress)
     if not isinstance(decoded, np.ndarray) and not skip:  # now, not in the middle of a training
         _refuse(everything, _inspected(root, everything, paths, rows.tolist(), True, options)[1], len(rows), skip)
-    counts = Counter(laid.part)
     opened = Opened(
         split=split,
         splits=tuple((part, counts[part]) for part in ("train", "validation", "test") if counts[part]),

@@ -479,6 +479,7 @@ def test_bad_files_are_skipped_where_asked_for_up_to_one_of_twenty(tmp_path, lim
     values = [i for i in range(40) if i != 3] + [100 + i for i in range(40) if i != 7]
     assert source.images[:][:, 0, 0, 0].tolist() == values
     assert source.labels.tolist() == [0] * 39 + [1] * 39
+    assert sum(count for _, count in source.opened.splits) == len(source.labels) == 78
     assert [("03.png" in text, "07.png" in text, "50.png" in text) for text in source.opened.skipped] == [
         (True, False, False),
         (False, True, False),
