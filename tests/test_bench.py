@@ -142,6 +142,7 @@ def test_features_against_pytorch():
     assert "inception, batches of 1" in features.report(result)
 
 
+@pytest.mark.slow
 def test_another_network_is_not_timed(monkeypatch):
     """Parity can fail: it is run with a network in PyTorch that forgets one thing."""
     pytest.importorskip("torch")

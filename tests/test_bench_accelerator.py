@@ -234,6 +234,7 @@ def test_a_process_that_hangs_is_ended_and_what_it_planned_is_left_out(tmp_path,
     assert "begun" in values["error"] and values["left_out"] == ["patchify: not reached"]
 
 
+@pytest.mark.slow
 def test_as_a_command_without_an_accelerator_or_optional_packages(tmp_path):
     """As users type it, every package blocked that a device image may lack; each section a process of its own."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -195,6 +195,7 @@ def test_hidden_matrices_are_those_of_attention_and_mlp(mlp):
     assert names == {f"block_{i}.{layer}.kernel" for i in (0, 1) for layer in ("qkv", "out", "up", "down")}
 
 
+@pytest.mark.slow
 def test_a_muon_state_goes_through_a_checkpoint_bit_for_bit(key, tmp_path):
     model = vit(patch_size=4, width=16, depth=1, heads=2)
     x = jax.random.normal(key, (8, 8, 8, 1))

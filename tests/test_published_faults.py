@@ -186,8 +186,8 @@ def test_labels_are_dropped_in_training_and_nowhere_else():
         {},
         {"model__use_scale_shift_norm": False},
         {"model__channel_mult": (0.5, 1.5), "process__variance": "learned_sigmoid"},
-        {"model__channel_mult": (2, 1, 0.5)},
-        {"model__channel_mult": (1, 3, 1, 2)},
+        pytest.param({"model__channel_mult": (2, 1, 0.5)}, marks=pytest.mark.slow),
+        pytest.param({"model__channel_mult": (1, 3, 1, 2)}, marks=pytest.mark.slow),
     ],
     ids=lambda fields: " ".join(f"{name.split('__')[1]}={value}" for name, value in fields.items()) or "default",
 )

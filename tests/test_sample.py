@@ -71,8 +71,15 @@ def exact_flow(path, x1):
 
 @pytest.mark.parametrize(
     ("name", "sampler", "prediction"),
-    [(name, sampler, "v") for name in PATHS for sampler in SAMPLERS]
-    + [("vp cosine", "ddim", prediction) for prediction in ("x0", "eps", "flow")],
+    [("linear", sampler, "v") for sampler in SAMPLERS]
+    + [(name, "ancestral", "v") for name in PATHS if name != "linear"]
+    + [("vp cosine", "ddim", prediction) for prediction in ("x0", "eps", "flow")]
+    + [
+        pytest.param(name, sampler, "v", marks=pytest.mark.slow)
+        for name in PATHS
+        for sampler in SAMPLERS
+        if name != "linear" and sampler != "ancestral"
+    ],
 )
 def test_exact_gaussian_denoiser_recovers_mean_and_variance(key, name, sampler, prediction):
     path = PATHS[name]
@@ -485,7 +492,13 @@ def test_initial_noise_has_the_scale_of_each_examples_time(key):
             initial_noise(keys, (4, 4, 1), **half)
 
 
-@pytest.mark.parametrize("sampler", [lambda eta: ddim(eta), lambda eta: ancestral(), lambda eta: dpmpp_2m()])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda eta: ddim(eta),
+        *(pytest.param(make, marks=pytest.mark.slow) for make in (lambda eta: ancestral(), lambda eta: dpmpp_2m())),
+    ],
+)
 def test_gradients_with_respect_to_eta_and_times_are_those_of_finite_differences(key, sampler):
     path, keys = Cosine(), sample_keys(key, jnp.arange(2))
     with jax.enable_x64(True):

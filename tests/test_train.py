@@ -301,6 +301,7 @@ def test_impossible_steps_are_refused(options, message):
         train.make_step(quadratic, optax.sgd(0.1), **options)
 
 
+@pytest.mark.slow
 def test_sharded_training_equals_training_on_one_device():
     """Two simulated devices, the batch split between them, against one, in a fresh process."""
     program = """

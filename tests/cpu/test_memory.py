@@ -28,7 +28,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 # The heap grows by a few such blocks until small ones no longer split the free one.
-print(sorted(faults() for _ in range(31))[15])
+print(sorted(faults() for _ in range(17))[8])
 """
 
 

@@ -11,6 +11,7 @@ from experiments import likelihood
 from experiments.run_dir import trained
 
 
+@pytest.mark.slow
 def test_bits_depend_on_the_image_alone_and_add_up(chain_run, tmp_path):
     options = {"count": 5, "split": "test"}
     values = likelihood.measure(trained([chain_run]), tmp_path / "a", batch_size=5, **options)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffusion.models.vit import ViT
 from experiments import objective, parts, sampling
@@ -60,6 +61,7 @@ def test_labels_are_dropped_in_training_only():
     np.testing.assert_array_equal(measuring.draw(jax.random.key(0), many, None)["y"], many["y"])
 
 
+@pytest.mark.slow
 def test_a_batch_cut_up_makes_the_same_step():
     (_, _, one, metrics), (_, _, other, cut_metrics) = stepped(), stepped(microbatch=2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one.params, other.params)

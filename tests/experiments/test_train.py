@@ -97,6 +97,7 @@ def test_the_stored_config_says_what_the_run_is(run):
 # Stopping and continuing
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_is_uninterrupted(run, tmp_path, monkeypatch, unmeasured):
     with monkeypatch.context() as patch:
         killed_at(patch, 4)
@@ -151,6 +152,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, copy,
     assert rows(copy) == rows(run.workdir)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_command_saves(tmp_path):
     """A process of its own, because its exit status and its messages matter."""
     config = tiny()

@@ -305,6 +305,7 @@ def test_sinusoids_turn_at_their_frequencies_and_leave_an_odd_place_empty(kind):
     np.testing.assert_array_equal(waves[:, 8], 0)
 
 
+@pytest.mark.slow
 def test_published_sizes():
     """ADM has 554 M parameters at 256 x 256 and 296 M at 64 x 64 (2105.05233, table 11)."""
 

@@ -77,14 +77,14 @@ def check_patchify(data):
     assert bits(np.asarray(tokens)) == bits(expected.astype(dtype))
 
 
-@settings(deadline=None, max_examples=8, derandomize=True)
+@settings(deadline=None, max_examples=5, derandomize=True)
 @given(st.data())
 def test_patchify_is_the_naive_loop(data):
     check_patchify(data)
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_patchify_is_the_naive_loop_for_more_arrays(data):
     check_patchify(data)
