@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from absl import flags
 from absl.testing import flagsaver
+from array_record.python import array_record_data_source  # noqa: F401  It defines flags: before flagsaver forgets them.
 
 from diffusion import train as training
 from diffusion.io import checkpoint
