@@ -1,4 +1,4 @@
-"""The end of a run: samples of the trained weights, measured where there are features for them; numbers and words."""
+"""What is said of samples: how they are made and saved with progress shown, their numbers, and these in words."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from diffusion.metrics.report import report as measure
 from diffusion.metrics.seams import has_seams
 from experiments import image_files, inputs, parts, sampling
 from experiments.config import Config
-from experiments.log import Log
 from experiments.progress import Bar
 from experiments.run_dir import RunDir
 
@@ -45,38 +44,6 @@ def fid_features(path: str) -> Named:
             return inception.inception_features(images, params, progress.update)
 
     return Named(inception.NAME, features)
-
-
-def finish(
-    config: Config, run: parts.Parts, folder: RunDir, params: Any, steps: int, seconds: float, log: Log
-) -> dict[str, Any]:
-    """Makes config.sample.count samples, writes samples.npz, samples.png and report.json, and returns the report.
-
-    One expert cannot sample alone: only its report is written. `steps` and `seconds` are those of the training.
-    """
-    report = {"train_steps": steps, "train_seconds": seconds}
-    if run.split is not None:
-        return folder.write_report(report | {"split": run.split, "experts": len(run.bounds) + 1})
-    labels = inputs.equal_shares(config.sample.count, run.spec.num_classes)
-    low = np.asarray(sampling.low_resolution(run, inputs.held_out(config, labels))) if run.superres else None
-    sample = sampling.sample_fn(run, finite=True)
-    images, sample_seconds, finite = collect(sample, params, labels, config.sample.batch_size, low)
-    save(folder.samples, folder.samples_image, images, labels, run.spec.num_classes)
-    log.image(steps, "samples", images[0])
-    report |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
-    if not finite.all():
-        report["sample_non_finite"] = int((~finite).sum())
-    if run.superres:
-        report["condition"] = list(run.superres.size)
-    report |= {"sample_steps": len(run.grid) - 1}
-    if run.spec.num_classes:
-        report["guidance"] = config.sample.guidance
-    try:
-        labels = labels if run.spec.num_classes else None
-        report |= quality(config, images, labels, features_for(config, run.spec.shape), patches(config, run.spec))
-    except (ImportError, ValueError) as e:  # the samples are there, and the training must not end with an error
-        report["unmeasured"] = str(e)
-    return folder.write_report(report)
 
 
 def collect(

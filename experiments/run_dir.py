@@ -57,6 +57,31 @@ class RunDir(NamedTuple):
         return self.path / "samples.png"
 
     @property
+    def film_strip(self) -> Path:
+        """Some of them on their way from noise."""
+        return self.path / "trajectory.png"
+
+    @property
+    def nearest_image(self) -> Path:
+        """Those that are nearest to a training image, each beside it."""
+        return self.path / "nearest.png"
+
+    @property
+    def seam_image(self) -> Path:
+        """Where neighbouring pixels differ, in samples and in real images."""
+        return self.path / "seams.png"
+
+    @property
+    def page(self) -> Path:
+        """The report to look at, one HTML file."""
+        return self.path / "report.html"
+
+    @property
+    def command(self) -> Path:
+        """The command that trains it."""
+        return self.path / "command.txt"
+
+    @property
     def is_run(self) -> bool:
         """Whether the folder holds the config of a run."""
         return (self.path / stored_config.CONFIG).exists()
@@ -66,8 +91,10 @@ class RunDir(NamedTuple):
         """The step of the newest checkpoint; None without one."""
         return checkpoint.latest(self.checkpoints)
 
-    def open(self, config: Config, spec: DataSpec) -> None:
+    def open(self, config: Config, spec: DataSpec, command: str | None = None) -> None:
         """Stores the config in a new folder, or makes sure that the folder is that of a run with the same config.
+
+        `command` is what the user typed, and is stored too.
 
         Raises:
           ValueError: it holds a run with another config; the fields that differ are listed.
@@ -75,9 +102,15 @@ class RunDir(NamedTuple):
         """
         resolved = _to_stored(config, spec)
         files.check_writable(self.path)
-        if not self.is_run:
+        if self.is_run:
+            self._check_same(resolved)
+        else:
             stored_config.write_config(self.path, resolved)
-            return
+        if command and self.report() is None:
+            files.atomic_write(self.command, lambda file: file.write(f"{command}\n".encode()))
+
+    def _check_same(self, resolved: dict[str, Any]) -> None:
+        """Raises ValueError if the stored config is another one."""
         stored = stored_config.read_config(self.path)
         with contextlib.suppress(ValueError, FileNotFoundError):  # one of a later version differs, and is refused below
             stored = _to_stored(*self.stored())

@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from diffusion import data
-from experiments import command, image_files, inputs, report, sampling
+from experiments import command, figures, image_files, inputs, report, sampling
 from experiments.checks import without_effect
 from experiments.config import Config, Sample
 from experiments.parts import DataSpec, Parts
@@ -44,8 +44,8 @@ _CONDITION_NOISE = flags.DEFINE_float(
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Also show how the first samples emerge from noise.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Allow writing over earlier samples in --outdir.")
 
-# The strip and the animation show this many frames and samples at most.
-_STRIP_FRAMES, _STRIP_ROWS, _ANIMATION_FRAMES = 11, 10, 60
+# The animation has so many frames at most.
+_ANIMATION_FRAMES = 60
 
 
 def _define_sample_flags() -> dict[str, flags.FlagHolder]:
@@ -190,14 +190,9 @@ def trajectory(
     run: Trained, parts: Parts, members: Sequence[Parts], labels: np.ndarray, low: np.ndarray | None, outdir: Path
 ) -> None:
     """Writes trajectory.png, a row per sample, and trajectory.gif."""
-    n = min(len(labels), _STRIP_ROWS)
-    keep = min(len(parts.grid), _ANIMATION_FRAMES)
-    sample = sampling.sample_fn(parts, keep, members)
-    _, frames = sample(run.params, np.arange(n), labels[:n], *(() if low is None else (low[:n],)))
-    frames = np.asarray(frames)
-    chosen = np.unique(np.linspace(0, keep - 1, min(keep, _STRIP_FRAMES)).round().astype(int))
-    image_files.save(outdir / "trajectory.png", image_files.strip(frames[chosen]))
-    animation = [image_files.grid(frame, min(n, 5)) for frame in frames]
+    frames = figures.film(parts, run.params, labels, low, members, keep=_ANIMATION_FRAMES)
+    image_files.save(outdir / "trajectory.png", figures.film_strip(frames))
+    animation = [image_files.grid(frame, min(frames.shape[1], 5)) for frame in frames]
     image_files.save_animation(outdir / "trajectory.gif", animation)
 
 

@@ -10,6 +10,8 @@ The same command continues a run that was stopped, bit for bit. `--dry_run` prin
 
 import contextlib
 import math
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from diffusion.io import checkpoint
 from experiments import command, hooks, inputs, objective, parts, preflight, report, signals
 from experiments.command_line import define_config, given_config
 from experiments.config import Config, Train
+from experiments.finish import finish
 from experiments.log import Log
 from experiments.progress import Bar
 from experiments.run_dir import RunDir, default_workdir
@@ -40,11 +43,14 @@ def main(argv: list[str]) -> None:
     if _DRY_RUN.value:
         preflight.dry_run(config)
     else:
-        train(config, command.workdir(default_workdir(config)), tensorboard=_TENSORBOARD.value)
+        typed = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
+        train(config, command.workdir(default_workdir(config)), tensorboard=_TENSORBOARD.value, typed=typed)
 
 
-def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[str, Any]:
+def train(config: Config, workdir: Path, *, tensorboard: bool = False, typed: str | None = None) -> dict[str, Any]:
     """Trains (or continues) the run in `workdir` to its end, samples and measures; returns the report.
+
+    `typed` is the command that does so, which is kept with the run.
 
     Raises:
       ValueError: config and data do not fit each other, or `workdir` holds a run with another config.
@@ -54,7 +60,7 @@ def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[s
     source, folder = inputs.source(config), RunDir(workdir)
     run = parts.resolve(config, inputs.data_spec(config, source))
     preflight.check_shapes(config, run, fresh=folder.latest_step is None)
-    folder.open(config, run.spec)
+    folder.open(config, run.spec, typed)
     finished = folder.report()
     if finished is not None:
         print(f"{workdir} is finished; nothing was trained again.\n\n{report.paragraph(workdir, finished)}")
@@ -62,7 +68,7 @@ def train(config: Config, workdir: Path, *, tensorboard: bool = False) -> dict[s
     with Log(folder.metrics, folder.tensorboard if tensorboard else None) as log:
         with signals.stop_signals() as stop:
             ema, steps, seconds = fit(config, run, folder, source, log, stop)
-        reached = report.finish(config, run, folder, ema, steps, seconds, log)
+        reached = finish(config, run, folder, ema, steps, seconds, log)
     print("\n" + report.paragraph(workdir, reached))
     return reached
 

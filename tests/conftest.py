@@ -1,4 +1,5 @@
-"""Strict JAX for every test: no silent rank promotion, no key used twice, and (pyproject.toml) no warning.
+"""Strict JAX for every test: no silent rank promotion, no warning (pyproject.toml) and, with $TEST_KEY_REUSE, no key
+used twice: `.ci/run` sets it, and it takes a twelfth of the time.
 
 Programs are compiled with few optimisations, here and in the processes that tests start, since most take longer to
 compile than to run: a third of the time. The jobs and notebooks of `.ci/run` are compiled as users compile them.
@@ -25,7 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from diffusion import data  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_debug_key_reuse", bool(os.environ.get("TEST_KEY_REUSE")))
 
 
 @pytest.fixture

@@ -114,11 +114,25 @@ def nearest_ratio(samples: np.ndarray, train: Any, held_out: Any) -> float:
         if not len(images):
             raise ValueError(f"{name} must have at least one image, not shape {tuple(images.shape)}")
     # Both sets at once, so that training images which are decoded when indexed are decoded once.
-    near, near_held_out = _nearest({"samples": samples, "held_out": held_out[:]}, train)
+    (near, _), (near_held_out, _) = _nearest({"samples": samples, "held_out": held_out[:]}, train)
     expected = float(np.median(np.sqrt(near_held_out)))
     if not expected:
         raise ValueError("at least half of held_out is also in train: pass images that were not used for training")
     return float(np.median(np.sqrt(near))) / expected
+
+
+def nearest(samples: np.ndarray, train: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Index [N] of the image of `train` that is nearest to each of `samples` [N, ...], and the distance [N] to it.
+
+    The distance is that of `nearest_ratio`: between pixels, Euclidean. `train` may be the `images` of a `Source`.
+
+    Raises:
+      ValueError: images of different shapes, no training images, or a non-finite value.
+    """
+    if tuple(samples.shape[1:]) != tuple(train.shape[1:]) or not len(train):
+        raise ValueError(f"samples {tuple(samples.shape)} and train {tuple(train.shape)} must hold images of one shape")
+    ((square, which),) = _nearest({"samples": samples}, train)
+    return which, np.sqrt(square)
 
 
 def distance_and_reference(
@@ -174,16 +188,18 @@ def split_real(labels: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np
     return part, np.setdiff1d(np.arange(len(labels)), part)
 
 
-def _nearest(sets: dict[str, Any], train: Any) -> list[np.ndarray]:
-    """Squared distance [N] from each image of each set to the nearest of `train`; block by block."""
-    nearest = [np.full(len(images), np.inf) for images in sets.values()]
+def _nearest(sets: dict[str, Any], train: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Squared distance [N] from each image of each set to the nearest of `train`, and its index [N]; block by block."""
+    found = [(np.full(len(images), np.inf), np.zeros(len(images), int)) for images in sets.values()]
     for start in range(0, len(train), blocks.ROWS):
         centres = _pixels("train", train, start)
-        for (name, images), least in zip(sets.items(), nearest, strict=True):
+        for (name, images), (least, which) in zip(sets.items(), found, strict=True):
             for i in range(0, len(images), blocks.ROWS):
-                gaps = square_distances(_pixels(name, images, i), centres).min(1)
-                least[i : i + blocks.ROWS] = np.minimum(least[i : i + blocks.ROWS], gaps)
-    return nearest
+                gaps = square_distances(_pixels(name, images, i), centres)
+                now, part = gaps.min(1), slice(i, i + len(gaps))
+                which[part] = np.where(now < least[part], start + gaps.argmin(1), which[part])
+                least[part] = np.minimum(now, least[part])
+    return found
 
 
 def _pixels(name: str, images: Any, start: int) -> np.ndarray:

@@ -39,6 +39,7 @@ def test_a_run_writes_what_it_says(run):
     c, (images, labels) = run.config, samples(run.workdir)
     names = {p.name for p in run.workdir.iterdir()}
     expected = {"config.json", "metrics.jsonl", "checkpoints", "previews", "samples.npz", "samples.png", "report.json"}
+    expected |= {"trajectory.png", "nearest.png", "seams.png", "report.html"}
     assert names == expected
     assert (images.dtype, images.shape) == (np.uint8, (c.sample.count, 28, 28, 1))
     assert labels.tolist() == [*range(10), *range(5)]

@@ -114,6 +114,18 @@ def test_a_missing_mode_lowers_recall_and_an_extra_one_precision(rng):
 # Nearest training image
 
 
+def test_the_nearest_image_is_found_in_whichever_block_it_is(rng, monkeypatch):
+    monkeypatch.setattr(distances.blocks, "ROWS", 7)
+    samples, train = (rng.integers(0, 256, (n, 3, 3, 1), np.uint8) for n in (17, 40))
+    gaps = np.sqrt(np.square(samples[:, None].astype(float) - train).sum((2, 3, 4)))
+    which, distance = distances.nearest(samples, train)
+    np.testing.assert_array_equal(which, gaps.argmin(1))
+    np.testing.assert_allclose(distance, gaps.min(1), rtol=1e-12)
+    for wrong in (train[:0], train[:, :2]):
+        with pytest.raises(ValueError, match="images of one shape"):
+            distances.nearest(samples, wrong)
+
+
 def test_nearest_ratio_separates_copies_from_new_images(rng):
     images = rng.integers(0, 256, (90, 6, 6, 1), dtype=np.uint8)
     train, held_out, new = images[:50], images[50:70], images[70:]

@@ -1,0 +1,69 @@
+"""The end of a run: samples of the trained weights, measured where there are features for them, and a report."""
+
+from typing import Any
+
+import numpy as np
+
+from experiments import figures, image_files, inputs, page, parts, report, sampling
+from experiments.config import Config
+from experiments.log import Log
+from experiments.run_dir import RunDir
+
+
+def finish(
+    config: Config, run: parts.Parts, folder: RunDir, params: Any, steps: int, seconds: float, log: Log
+) -> dict[str, Any]:
+    """Makes config.sample.count samples, writes them and their report, and returns the report.
+
+    Files: samples.npz, samples.png, the images of `draw`, report.json, which marks a run as finished, and report.html.
+    One expert cannot sample alone: it has only the last two. `steps` and `seconds` are those of the training.
+    """
+    reached = {"train_steps": steps, "train_seconds": seconds}
+    if run.split is not None:
+        reached |= {"split": run.split, "experts": len(run.bounds) + 1}
+        folder.write_report(reached)
+        page.write(folder)
+        return reached
+    labels = inputs.equal_shares(config.sample.count, run.spec.num_classes)
+    low = np.asarray(sampling.low_resolution(run, inputs.held_out(config, labels))) if run.superres else None
+    sample = sampling.sample_fn(run, finite=True)
+    images, sample_seconds, finite = report.collect(sample, params, labels, config.sample.batch_size, low)
+    report.save(folder.samples, folder.samples_image, images, labels, run.spec.num_classes)
+    log.image(steps, "samples", images[0])
+    reached |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
+    if not finite.all():
+        reached["sample_non_finite"] = int((~finite).sum())
+    if run.superres:
+        reached["condition"] = list(run.superres.size)
+    reached |= {"sample_steps": len(run.grid) - 1}
+    if run.spec.num_classes:
+        reached["guidance"] = config.sample.guidance
+    try:
+        features, cut = report.features_for(config, run.spec.shape), report.patches(config, run.spec)
+        reached |= report.quality(config, images, labels if run.spec.num_classes else None, features, cut)
+    except (ImportError, ValueError) as e:  # the samples are there, and the training must not end with an error
+        reached["unmeasured"] = str(e)
+    draw(config, run, folder, params, images, labels, low)
+    folder.write_report(reached)
+    page.write(folder)
+    return reached
+
+
+def draw(
+    config: Config,
+    run: parts.Parts,
+    folder: RunDir,
+    params: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    low: np.ndarray | None,
+) -> None:
+    """Writes what numbers alone do not show: samples on their way from noise, the nearest training images, seams.
+
+    `images` uint8 [N, H, W, C] are the samples of `labels` [N], and of `low` for a super-resolution network.
+    """
+    image_files.save(folder.film_strip, figures.film_strip(figures.film(run, params, labels, low)))
+    train, cut = inputs.source(config), report.patches(config, run.spec)
+    image_files.save(folder.nearest_image, figures.nearest_pairs(images, train))
+    if cut is not None:
+        image_files.save(folder.seam_image, figures.seam_maps(images, train, cut))
