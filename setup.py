@@ -45,6 +45,8 @@ setup(
         "test": [*EXPERIMENTS, *FEATURES, *NOTEBOOKS, "hypothesis", "pytest", "pytest-xdist", "ruff"],
         "notebooks": [*EXPERIMENTS, *NOTEBOOKS, "jupyterlab"],
         "tensorboard": ["tensorboardX", "tensorboard"],
+        "wandb": ["wandb"],
+        "trackio": ["trackio"],
         "torch": [TORCH, "diffusers"],  # parity tests and benchmarks; never imported by the library
         "bench": [*EXPERIMENTS, TORCH, "einops", "scikit-learn", "tensorflow-cpu"],
     },

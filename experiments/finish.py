@@ -28,8 +28,8 @@ def finish(
     low = np.asarray(sampling.low_resolution(run, inputs.held_out(config, labels))) if run.superres else None
     sample = sampling.sample_fn(run, finite=True)
     images, sample_seconds, finite = report.collect(sample, params, labels, config.sample.batch_size, low)
-    report.save(folder.samples, folder.samples_image, images, labels, run.spec.num_classes)
-    log.image(steps, "samples", images[0])
+    grid = report.save(folder.samples, folder.samples_image, images, labels, run.spec.num_classes)
+    log.image(steps, "samples", np.asarray(grid))
     reached |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
     if not finite.all():
         reached["sample_non_finite"] = int((~finite).sum())
@@ -44,6 +44,7 @@ def finish(
     except (ImportError, ValueError) as e:  # the samples are there, and the training must not end with an error
         reached["unmeasured"] = str(e)
     draw(config, run, folder, params, images, labels, low)
+    log.tell(steps, {f"report/{name}": value for name, value in reached.items() if isinstance(value, int | float)})
     folder.write_report(reached)
     page.write(folder)
     return reached

@@ -1,31 +1,28 @@
-"""The log of a run: numbers in JSON lines, and TensorBoard events."""
+"""The log of a run: numbers in JSON lines, and whatever else follows the run."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.trackers import Tracker
+
 
 class Log:
-    """Numbers in a file of JSON lines, a row per step, and as TensorBoard events in a folder, if one is given."""
+    """Numbers in a file of JSON lines, a row per step; numbers and images also to the trackers, if any."""
 
-    def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
+    def __init__(self, path: Path, trackers: Sequence[Tracker] = ()) -> None:
         self.path = path
-        self._events = None
-        if tensorboard is not None:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ValueError("--tensorboard needs tensorboardX: pip install -e '.[tensorboard]'") from None
-            self._events = SummaryWriter(str(tensorboard))
+        self._trackers = trackers
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._events:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def rows(self) -> list[dict[str, float]]:
         """The rows logged so far; an incomplete last line, left by a crash, is skipped."""
@@ -46,11 +43,16 @@ class Log:
         """Appends a row."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._events:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        self.tell(step, values)
+
+    def tell(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers for the trackers alone, such as those of the final report."""
+        for tracker in self._trackers:
+            tracker.scalars(step, values)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """An image [H, W] or [H, W, C] for TensorBoard; nothing without it."""
-        if self._events:
-            self._events.add_image(name, image, step, dataformats="HW" if image.ndim == 2 else "HWC")
+        """An image uint8 [H, W], [H, W, 1] or [H, W, 3] for the trackers; nothing without them."""
+        if self._trackers:
+            image = np.broadcast_to(image if image.ndim == 3 else image[..., None], (*image.shape[:2], 3))
+        for tracker in self._trackers:
+            tracker.image(step, name, image)

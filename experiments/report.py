@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from diffusion.data import Source
 from diffusion.metrics.features import Extracted, Named, digits, efficientnet, inception
@@ -74,11 +75,13 @@ def non_finite(count: int, total: int) -> str:
     )
 
 
-def save(arrays: Path, image: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
-    """Writes all samples to the file `arrays` (.npz) and the first rows of them to the file `image` (.png)."""
+def save(arrays: Path, image: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> Image.Image:
+    """Writes all samples to the file `arrays` (.npz) and the first rows of them to `image` (.png), which it returns."""
     image_files.save_npz(arrays, images, labels if classes else None)
     columns = min(len(images), classes if 1 < classes <= 20 else 10)
-    image_files.save(image, image_files.grid(images[: 10 * columns], columns))
+    grid = image_files.grid(images[: 10 * columns], columns)
+    image_files.save(image, grid)
+    return grid
 
 
 def features_for(config: Config, shape: tuple[int, ...]) -> Named:

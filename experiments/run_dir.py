@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,13 @@ class RunDir(NamedTuple):
     def tensorboard(self) -> Path:
         """TensorBoard events."""
         return self.path / "tensorboard"
+
+    def tracker_id(self) -> str:
+        """A name for this run that no other has, the same after an interruption."""
+        path = self.path / "tracker_id.txt"
+        if not path.exists():
+            files.atomic_write(path, lambda file: file.write(f"{secrets.token_hex(4)}\n".encode()))
+        return path.read_text().strip()
 
     @property
     def previews(self) -> Path:

@@ -12,6 +12,7 @@ import contextlib
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,9 @@ from absl import app, flags
 
 from diffusion import data
 from diffusion.io import checkpoint
-from experiments import command, hooks, inputs, objective, parts, preflight, report, signals
+from experiments import command, hooks, inputs, objective, parts, preflight, report, signals, trackers
 from experiments.command_line import define_config, given_config
-from experiments.config import Config, Train
+from experiments.config import Config, Train, to_dict
 from experiments.finish import finish
 from experiments.log import Log
 from experiments.progress import Bar
@@ -32,7 +33,9 @@ from experiments.run_dir import RunDir, default_workdir
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("split")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, size and cost of the network, and stop.")
-_TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events (needs the tensorboard extra).")
+_TRACK = flags.DEFINE_list(
+    "track", [], f"Programs that also show the run: {', '.join(trackers.TRACKERS)}; each is an extra to install."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -44,13 +47,13 @@ def main(argv: list[str]) -> None:
         preflight.dry_run(config)
     else:
         typed = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
-        train(config, command.workdir(default_workdir(config)), tensorboard=_TENSORBOARD.value, typed=typed)
+        train(config, command.workdir(default_workdir(config)), track=_TRACK.value, typed=typed)
 
 
-def train(config: Config, workdir: Path, *, tensorboard: bool = False, typed: str | None = None) -> dict[str, Any]:
+def train(config: Config, workdir: Path, *, track: Sequence[str] = (), typed: str | None = None) -> dict[str, Any]:
     """Trains (or continues) the run in `workdir` to its end, samples and measures; returns the report.
 
-    `typed` is the command that does so, which is kept with the run.
+    `track` names `trackers`. `typed` is the command that does so, which is kept with the run.
 
     Raises:
       ValueError: config and data do not fit each other, or `workdir` holds a run with another config.
@@ -65,7 +68,8 @@ def train(config: Config, workdir: Path, *, tensorboard: bool = False, typed: st
     if finished is not None:
         print(f"{workdir} is finished; nothing was trained again.\n\n{report.paragraph(workdir, finished)}")
         return finished
-    with Log(folder.metrics, folder.tensorboard if tensorboard else None) as log:
+    followers = trackers.start(track, folder, config.name, to_dict(config))
+    with Log(folder.metrics, followers) as log:
         with signals.stop_signals() as stop:
             ema, steps, seconds = fit(config, run, folder, source, log, stop)
         reached = finish(config, run, folder, ema, steps, seconds, log)

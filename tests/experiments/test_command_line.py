@@ -54,7 +54,7 @@ def parsed(*commands):
 )
 def test_a_field_that_does_not_exist_names_the_nearest(argument, nearest):
     with pytest.raises(ValueError, match=rf"there is no field --config\..*; the nearest is --config\.{nearest}$"):
-        command_line.define_config(["train", "--tensorboard", argument])
+        command_line.define_config(["train", "--dry_run", argument])
 
 
 @pytest.mark.parametrize(

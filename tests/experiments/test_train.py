@@ -335,21 +335,3 @@ def test_a_folder_of_colour_images(folder_run):
     )
     with Image.open(folder_run.workdir / "samples.png") as image:
         assert image.mode == "RGB"
-
-
-def test_tensorboard_without_its_extra_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("it trained"))
-    with pytest.raises(ValueError, match=r"--tensorboard needs tensorboardX: pip install -e '\.\[tensorboard\]'"):
-        train.train(tiny(), tmp_path, tensorboard=True)
-
-
-def test_tensorboard_holds_numbers_and_images(tmp_path):
-    pytest.importorskip("tensorboardX")
-    with log.Log(tmp_path / "metrics.jsonl", tmp_path / "tensorboard") as written:
-        written.scalars(3, {"loss": 0.5})
-        written.image(3, "samples", np.zeros((4, 5), np.uint8))
-        written.image(3, "colour", np.zeros((4, 5, 3), np.uint8))
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    content = events.read_bytes()
-    assert all(name in content for name in (b"loss", b"samples", b"colour", b"PNG"))
