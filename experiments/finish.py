@@ -38,10 +38,15 @@ def finish(
     reached |= {"sample_steps": len(run.grid) - 1}
     if run.spec.num_classes:
         reached["guidance"] = config.sample.guidance
+    features = None
     try:
-        features, cut = report.features_for(config, run.spec.shape), report.patches(config, run.spec)
-        reached |= report.quality(config, images, labels if run.spec.num_classes else None, features, cut)
-    except (ImportError, ValueError) as e:  # the samples are there, and the training must not end with an error
+        features = report.features_for(config, run.spec.shape)
+    except (ImportError, ValueError) as e:
+        reached["unmeasured"] = str(e)
+    try:
+        given = labels if run.spec.num_classes else None
+        reached |= report.quality(config, images, given, features, report.patches(config, run.spec))
+    except ValueError as e:  # the samples are there, and the training must not end with an error
         reached["unmeasured"] = str(e)
     draw(config, run, folder, params, images, labels, low)
     log.tell(steps, {f"report/{name}": value for name, value in reached.items() if isinstance(value, int | float)})

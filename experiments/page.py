@@ -134,16 +134,18 @@ def _samples(folder: RunDir, config: Config, found: Mapping[str, Any]) -> Iterat
 
 
 def _numbers(found: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
-    if "distance" not in found:
-        if "unmeasured" in found:
-            yield f'<h2>Metrics</h2>\n<p class="note">Nothing was measured: {html.escape(found["unmeasured"])}.</p>'
+    if "unmeasured" in found or "patch_distance" in found or "distance" in found:
+        yield "<h2>Metrics</h2>"
+    if "unmeasured" in found:
+        words = "Not compared in features" if "patch_distance" in found else "Nothing was measured"
+        yield f'<p class="note">{words}: {html.escape(found["unmeasured"])}.</p>'
+    if not {"distance", "patch_distance"} & set(found):
         return
     features = found.get("features", digits.NAME)
-    yield "<h2>Metrics</h2>"
+    on = f", in {found.get('feature_count', 64):.0f} features of {html.escape(features)}" if "distance" in found else ""
     yield (
-        f"<p>{found.get('measured', found['sample_count']):,} samples against real images, in "
-        f"{found.get('feature_count', 64):.0f} features of {html.escape(features)}. “Real images” is what as many real "
-        "images reach in the place of the samples. Below a value: its 95 % bootstrap interval.</p>"
+        f"<p>{found.get('measured', found['sample_count']):,} samples against real images{on}. “Real images” is what "
+        "as many real images reach in the place of the samples. Below a value: its 95 % bootstrap interval.</p>"
     )
     if found.get("sample_non_finite"):
         words = report.non_finite(found["sample_non_finite"], found["sample_count"])

