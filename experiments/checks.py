@@ -48,6 +48,7 @@ def check(config: Config) -> None:
             value = getattr(getattr(config, section), field)
             if value is not None and not holds(value):
                 raise ValueError(f"--config.{name}={value} {words}")
+    _check_range(config.data.range)
     for section in ("process", "train", "sample"):
         for field, needed in without_effect(getattr(config, section)).items():
             _refuse_if_set(config, section, field, f"{section}.{needed}")
@@ -69,6 +70,14 @@ def check(config: Config) -> None:
     ):
         if not is_used and hasattr(getattr(config, section), field):
             _refuse_if_set(config, section, field, needed)
+
+
+def _check_range(given: tuple[float, ...] | None) -> None:
+    if given is not None and (len(given) != 2 or not -float("inf") < given[0] < given[1] < float("inf")):
+        raise ValueError(
+            f'--config.data.range="{tuple(given)}" must be the smallest and the largest value of the arrays, as in '
+            '--config.data.range="(0.0, 1.0)"'
+        )
 
 
 def without_effect(section: Any) -> dict[str, str]:

@@ -29,21 +29,22 @@ def _path() -> Any:
 
 @dataclass
 class Data:
-    """Images; `diffusion.data.load` explains name, size, crop, channels, class_names_in and bad_files."""
+    """Images, or other arrays; `diffusion.data.load` explains name, size, crop, channels, class_names_in, bad_files."""
 
-    name: str = "mnist5k"  # a TFDS data set, or folder:PATH
+    name: str = "mnist5k"  # a TFDS data set, folder:PATH or array:PATH
     data_dir: str | None = _path()  # where TFDS keeps its data sets
     held_out: str = "test"  # the split that training leaves out; of ImageNet and LSUN it is "validation"
     size: tuple[int, ...] | None = None  # (height, width); None keeps the images' own
     crop: str = "center"  # or resize, none
-    channels: int | None = None  # 1 or 3; None keeps the images' own
+    channels: int | None = None  # 1, 3, or 4 with transparency; None keeps the images' own, or 3; arrays: any number
+    range: tuple[float, ...] | None = None  # of arrays: smallest and largest value, which become low and high
     class_names_in: str = "folders"  # of a folder; or names (airplane_00001.png), none
     bad_files: str = "raise"  # of a folder: what to do with files that cannot be read; or skip, one of 20 at most
     labels: bool = True  # condition the network on labels, where the data has them
     flip: bool = False  # random horizontal flips
     shift: int = 0  # random shifts by up to this many pixels
-    low: float = -1.0  # value of black
-    high: float = 1.0  # value of white
+    low: float = -1.0  # value of black in the network
+    high: float = 1.0  # value of white in the network
 
 
 @dataclass

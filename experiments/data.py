@@ -3,6 +3,7 @@
     python -m experiments.data --name=folder:PATH --out=pets.png
     python -m experiments.data --name=folder:PATH --size=64 --split=test --class_names_in=names
     python -m experiments.data --name=cifar10
+    python -m experiments.data --name=array:volumes.npy --range=0,1 --out=slices.png
 
 All files of a folder are checked; those that were are remembered, so that training starts at once.
 """
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffusion import data
 from diffusion.io import files
-from experiments import image_files, inputs
+from experiments import image_files, inputs, pictures
 from experiments.command import run
 from experiments.paths import define_path
 
@@ -28,11 +29,12 @@ _OPTIONS = ("size", "crop", "channels", "data_dir", "class_names_in", "bad_files
 def define_flags(argv: Sequence[str]) -> None:
     """Flags of this command; defined when it runs, since other commands have some of the same names."""
     del argv
-    flags.DEFINE_string("name", None, "A data set of TFDS, or folder:PATH, as --config.data.name.")
-    flags.DEFINE_string("split", "train", "Which split: train, test, for a folder also all and validation.")
+    flags.DEFINE_string("name", None, "A data set of TFDS, folder:PATH or array:PATH, as --config.data.name.")
+    flags.DEFINE_string("split", "train", "Which split: train, test, for folders and arrays also all and validation.")
     flags.DEFINE_list("size", None, "Height and width, or one number for both, as --config.data.size.")
     flags.DEFINE_enum("crop", "center", data.CROPS, "What to do with images of another size.")
-    flags.DEFINE_integer("channels", None, "1 or 3; default: the images' own.")
+    flags.DEFINE_integer("channels", None, "1, 3, or 4 with transparency; default: the images' own.")
+    flags.DEFINE_list("range", None, "Of arrays: the smallest and the largest value, as --config.data.range.")
     flags.DEFINE_enum("class_names_in", "folders", data.CLASS_NAMES_IN, "Where a folder has the names of its classes.")
     flags.DEFINE_enum("bad_files", "raise", data.BAD_FILES, "What to do with files of a folder that cannot be read.")
     define_path("data_dir", None, "Where TFDS keeps its data sets.")
@@ -52,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--out={f.out} must end in .png or .webp")
         files.check_writable(Path(f.out).parent)
     options: dict[str, Any] = {name: f[name].value for name in _OPTIONS}
+    if f["range"].value is not None:
+        options["value_range"] = value_range(f["range"].value)
     try:
         options["size"] = options["size"] and tuple(map(int, options["size"]))
     except ValueError:
@@ -69,7 +73,21 @@ def main(argv: Sequence[str]) -> None:
         picked = examples(source, f.rows, f.columns)
         image_files.save(Path(f.out), sheet(source, picked))
         of = f" of {source.num_classes:,} classes" if source.num_classes > len(picked) else ""
-        print(f"{f.out}: {sum(map(len, picked))} images, {len(picked)} rows{of}")
+        part = pictures.note(source.images.shape[1:])
+        print(f"{f.out}: {sum(map(len, picked))} images, {len(picked)} rows{of}{f'; they show {part}' if part else ''}")
+
+
+def value_range(given: Sequence[str]) -> tuple[float, ...]:
+    """The numbers of --range=0,1 or --range="(0.0, 1.0)".
+
+    Raises:
+      ValueError: they are no two numbers.
+    """
+    try:
+        first, last = (float(each.strip(" ()")) for each in given)
+    except ValueError:
+        raise ValueError(f"--range={','.join(given)} must be two numbers, as in --range=0,1") from None
+    return first, last
 
 
 def examples(source: data.Source, rows: int, columns: int) -> list[np.ndarray]:
@@ -85,9 +103,10 @@ def examples(source: data.Source, rows: int, columns: int) -> list[np.ndarray]:
 def sheet(source: data.Source, picked: Sequence[np.ndarray]) -> Image.Image:
     """The picked images, a row for each list of numbers, with the name of the class on its left."""
     columns = max(map(len, picked))
-    shown = np.full((len(picked), columns, *source.images.shape[1:]), 255, np.uint8)
-    for row, numbers in zip(shown, picked, strict=True):
-        row[: len(numbers)] = source.images[numbers]
+    found = [pictures.pictures(source.images[numbers], source.value_range) for numbers in picked]
+    shown = np.full((len(picked), columns, *found[0].shape[1:]), 255, np.uint8)
+    for row, images in zip(shown, found, strict=True):
+        row[: len(images)] = images
     grid = image_files.grid(shown.reshape(-1, *shown.shape[2:]), columns)
     names = [name if len(name) <= 24 else f"{name[:21]}..." for name in source.class_names[: len(picked)]]
     if not names:

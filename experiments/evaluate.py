@@ -5,12 +5,12 @@
     python -m experiments.evaluate --samples=samples.npz --reference=statistics.npz     or folder:PATH, or a data set
     python -m experiments.evaluate --reference=folder:PATH --save_reference=statistics.npz
 
-Reads arr_0 uint8 [N, H, W, C] and, where there is one, arr_1 [N], the labels that the samples should have: the layout
-of `experiments.sample` and of guided-diffusion. Real images are those that the run was trained on and its held-out
-ones, digits without --workdir, or those of --reference. A file of statistics (`diffusion.metrics.references`) holds
-mean and covariance of features, which must be of the network that is used here: the digits' classifier for digits
-(without --workdir for all of 28x28x1), and EfficientNet-Lite0 for other images, or with --inception that of FID. The
-numbers are explained in `diffusion.metrics`.
+Reads arr_0 [N, H, W, C] and, where there is one, arr_1 [N], the labels that the samples should have: the layout of
+`experiments.sample` and of guided-diffusion. They are uint8, or of the type of the run's data, and are then measured as
+uint8. Real images are those that the run was trained on and its held-out ones, digits without --workdir, or those of
+--reference. A file of statistics (`diffusion.metrics.references`) holds mean and covariance of features, which must be
+of the network that is used here: the digits' classifier for digits (without --workdir for all of 28x28x1), and
+EfficientNet-Lite0 for other images, or with --inception that of FID. The numbers are explained in `diffusion.metrics`.
 """
 
 import contextlib
@@ -30,8 +30,9 @@ from diffusion.metrics import references
 from diffusion.metrics.features import Features, Named
 from diffusion.metrics.moments import Gaussian, gaussian, moments
 from diffusion.metrics.report import AT_ONCE, against, cautions, comparison, extract, lines
-from experiments import command, image_files, inputs, report
+from experiments import command, image_files, inputs, pictures, report
 from experiments.config import Config
+from experiments.parts import DataSpec
 from experiments.paths import define_path
 from experiments.run_dir import RunDir
 
@@ -57,24 +58,26 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     command.start()
-    config, path, labelled, patches, shape = Config(), Path(_SAMPLES.value or ""), True, None, (28, 28, 1)
+    config, path, labelled, patches, spec = Config(), Path(_SAMPLES.value or ""), True, None, DataSpec((28, 28, 1))
     if not _SAMPLES.value and (command.has_workdir() or not _SAVE_REFERENCE.value):
         folder = RunDir(command.workdir())
         config, spec = folder.stored()
-        path, labelled, shape = folder.samples, bool(spec.num_classes), spec.shape
+        path, labelled = folder.samples, bool(spec.num_classes)
         patches = report.patches(config, spec)
     if _SAVE_REFERENCE.value:
         print(save_reference(config, _REFERENCE.value, Path(_SAVE_REFERENCE.value)))
         return
     images, labels = image_files.read_npz(path)
     with about(path):
-        images = checked_images(images)
-        if not _REFERENCE.value and images.shape[1:] != shape:
-            raise ValueError(f"it holds images of shape {images.shape[1:]}, and real ones of {shape} are compared with")
+        images = measurable(images, spec)
+        if not _REFERENCE.value and images.shape[1:] != spec.shape:
+            raise ValueError(
+                f"it holds images of shape {images.shape[1:]}, and real ones of {spec.shape} are compared with"
+            )
     try:
         features = features_for(config, images.shape[1:])
-    except ImportError as e:
-        if _REFERENCE.value:
+    except (ImportError, ValueError) as e:
+        if _REFERENCE.value or _INCEPTION.value:
             raise
         features = None
         print(f"not compared in features: {e}\n", file=sys.stderr)
@@ -96,6 +99,19 @@ def about(file: Path | str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as e:
         raise type(e)(f"{file}: {e}") from e
+
+
+def measurable(images: np.ndarray, spec: DataSpec) -> np.ndarray:
+    """Samples of a run with data like `spec` as uint8 [N, *S, C].
+
+    Raises:
+      TypeError, ValueError: they are of another type or shape.
+    """
+    if spec.plain:
+        return checked_images(images, any_rank=len(spec.shape) != 3)
+    if images.dtype != spec.dtype:
+        raise TypeError(f"it holds {images.dtype}, but the run was trained on {spec.dtype}")
+    return checked_images(pictures.eight_bit(images, spec.value_range), any_rank=True)
 
 
 def features_for(config: Config, shape: Sequence[int]) -> Named:
@@ -121,7 +137,7 @@ def against_reference(config: Config, images: np.ndarray, reference: str, featur
         with about(reference):
             values = against(extract(features, images), real)
         return {"measured": len(images), "features": features.name, **values}
-    source = opened(config, reference, images.shape[1:])
+    source = pictures.eight_bit_source(opened(config, reference, images.shape[1:]))
     most = len(source.labels) // 2
     if len(images) > most:
         images = images[np.random.default_rng(0).permutation(len(images))[:most]]
@@ -151,7 +167,14 @@ def opened(config: Config, reference: str, shape: Sequence[int] | None) -> data.
     """
     c = config.data
     size, channels = (c.size, c.channels) if shape is None else (tuple(shape[:-1]), shape[-1])
-    split = "all" if reference.startswith("folder:") else "train"
+    split = "all" if reference.startswith(("folder:", "array:")) else "train"
+    if reference.startswith("array:"):
+        source = inputs.load(reference, split, channels=c.channels, value_range=c.range)
+        if shape is not None and source.images.shape[1:] != tuple(shape):
+            raise ValueError(
+                f"{reference} has arrays of shape {source.images.shape[1:]}, and the samples {tuple(shape)}"
+            )
+        return source
     try:
         return inputs.load(reference, split, size=size, crop=c.crop, channels=channels, data_dir=c.data_dir)
     except ValueError as e:  # which this command cannot be told
@@ -167,7 +190,7 @@ def save_reference(config: Config, reference: str | None, path: Path) -> str:
     """
     if reference is not None and reference.endswith(".npz"):
         raise ValueError(f"--save_reference needs images, and --reference={reference} is a file: pass folder:PATH")
-    source = inputs.source(config) if reference is None else opened(config, reference, None)
+    source = pictures.eight_bit_source(inputs.source(config) if reference is None else opened(config, reference, None))
     n, features = len(source.labels), features_for(config, source.images.shape[1:])
     found = moments(features(source.images[i : i + AT_ONCE]).features for i in range(0, n, AT_ONCE))
     files.atomic_write(path, lambda file: references.write(file, gaussian(found)))

@@ -11,6 +11,7 @@ from diffusion.metrics.distances import nearest
 from diffusion.metrics.seams import seams
 from experiments import charts, image_files, sampling
 from experiments.parts import Parts
+from experiments.pictures import pictures
 
 STRIP_ROWS = 10  # samples
 STRIP_FRAMES = 11  # images from noise to sample
@@ -28,7 +29,7 @@ def film(
     *,
     keep: int = STRIP_FRAMES,
 ) -> np.ndarray:
-    """Frames uint8 [K, N, H, W, C], from noise to sample, of the first `STRIP_ROWS` of samples with these labels.
+    """Pictures uint8 [K, N, H, W, C], from noise to sample, of the first `STRIP_ROWS` of samples with these labels.
 
     K is `keep`, or one more than the sampler has steps if those are fewer. `low` and `members` as in
     `sampling.sample_fn`.
@@ -36,7 +37,8 @@ def film(
     n = min(len(labels), STRIP_ROWS)
     sample = sampling.sample_fn(run, min(len(run.grid), keep), members)
     _, frames = sample(params, np.arange(n), labels[:n], *(() if low is None else (low[:n],)))
-    return np.asarray(frames)
+    shown = pictures(np.asarray(frames).reshape(-1, *run.spec.shape), run.spec.value_range)
+    return shown.reshape(-1, n, *shown.shape[1:])
 
 
 def film_strip(frames: np.ndarray) -> Image.Image:
@@ -46,20 +48,21 @@ def film_strip(frames: np.ndarray) -> Image.Image:
 
 
 def nearest_pairs(samples: np.ndarray, train: data.Source) -> Image.Image:
-    """The `PAIRS` of samples uint8 [N, H, W, C] that are nearest to a training image, in a row above those images.
+    """The `PAIRS` of samples [N, *S, C] that are nearest to a training image, in a row above those images.
 
-    Nearest by pixels. Of images that are decoded when they are read at most `SEARCHED` are compared, chosen at random.
+    Nearest by values. Of images that are decoded when they are read at most `SEARCHED` are compared, chosen at random.
     """
     images = train.images
     if not isinstance(images, np.ndarray) and len(images) > SEARCHED:
         images = images[np.sort(np.random.default_rng(0).permutation(len(images))[:SEARCHED])]
     which, distance = nearest(samples, images)
     first = np.argsort(distance, kind="stable")[:PAIRS]
-    return image_files.grid(np.concatenate([samples[first], images[which[first]]]), len(first))
+    pairs = np.concatenate([samples[first], images[which[first]]])
+    return image_files.grid(pictures(pairs, train.value_range), len(first))
 
 
 def seam_maps(samples: np.ndarray, train: data.Source, patches: tuple[int, int | None]) -> Image.Image:
-    """Where neighbouring pixels of samples uint8 [N, H, W, C] differ, beside that of as many training images.
+    """Where neighbouring pixels of samples [N, H, W, C] differ, beside that of as many training images.
 
     `patches` are patch size and stride of the network. Both maps have one scale.
     """

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import figures, image_files, inputs, page, parts, report, sampling
+from experiments import figures, image_files, inputs, page, parts, pictures, report, sampling
 from experiments.config import Config
 from experiments.log import Log
 from experiments.run_dir import RunDir
@@ -28,7 +28,7 @@ def finish(
     low = np.asarray(sampling.low_resolution(run, inputs.held_out(config, labels))) if run.superres else None
     sample = sampling.sample_fn(run, finite=True)
     images, sample_seconds, finite = report.collect(sample, params, labels, config.sample.batch_size, low)
-    grid = report.save(folder.samples, folder.samples_image, images, labels, run.spec.num_classes)
+    grid = report.save(folder.samples, folder.samples_image, images, labels, run.spec)
     log.image(steps, "samples", np.asarray(grid))
     reached |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
     if not finite.all():
@@ -44,11 +44,11 @@ def finish(
     except (ImportError, ValueError) as e:
         reached["unmeasured"] = str(e)
     try:
-        given = labels if run.spec.num_classes else None
-        reached |= report.quality(config, images, given, features, report.patches(config, run.spec))
+        shown, given = pictures.eight_bit(images, run.spec.value_range), labels if run.spec.num_classes else None
+        reached |= report.quality(config, shown, given, features, report.patches(config, run.spec))
     except ValueError as e:  # the samples are there, and the training must not end with an error
         reached["unmeasured"] = str(e)
-    draw(config, run, folder, params, images, labels, low)
+    draw(config, run, folder, params, images[finite], labels, low)
     log.tell(steps, {f"report/{name}": value for name, value in reached.items() if isinstance(value, int | float)})
     folder.write_report(reached)
     page.write(folder)
@@ -66,9 +66,12 @@ def draw(
 ) -> None:
     """Writes what numbers alone do not show: samples on their way from noise, the nearest training images, seams.
 
-    `images` uint8 [N, H, W, C] are the samples of `labels` [N], and of `low` for a super-resolution network.
+    `images` [N, *S, C] are the samples that are finite. Those on their way are of the first of `labels` [M], and of
+    `low` for a super-resolution network.
     """
     image_files.save(folder.film_strip, figures.film_strip(figures.film(run, params, labels, low)))
+    if not len(images):
+        return
     train, cut = inputs.source(config), report.patches(config, run.spec)
     image_files.save(folder.nearest_image, figures.nearest_pairs(images, train))
     if cut is not None:

@@ -9,7 +9,7 @@ import numpy as np
 from diffusion import data
 from diffusion import train as training
 from diffusion.io import checkpoint
-from experiments import image_files, inputs, parts, sampling
+from experiments import image_files, inputs, parts, pictures, sampling
 from experiments.config import Config
 from experiments.log import Log
 from experiments.objective import objective
@@ -88,14 +88,14 @@ class Preview:
             held = inputs.held_out(config, self._labels)
             self._inputs = held if self._expert else np.asarray(sampling.low_resolution(run, held))
         self._sample = sampling.denoise_fn(run) if self._expert else sampling.sample_fn(run)
-        self._folder, self._log = folder.previews, log
+        self._folder, self._log, self._range = folder.previews, log, run.spec.value_range
 
     def __call__(self, step: int, params: Any) -> None:
         batches = sampling.in_batches(self._sample, params, self._labels, self._batch_size, self._inputs)
         images = np.concatenate(list(batches))
-        if self._expert:  # [N, 2, H, W, C] to a row of noised images, one of denoised ones, and so on
+        if self._expert:  # [N, 2, *S, C] to a row of noised images, one of denoised ones, and so on
             images = images.reshape(-1, self._columns, *images.shape[1:]).swapaxes(1, 2).reshape(-1, *images.shape[2:])
-        image = image_files.grid(images, self._columns)
+        image = image_files.grid(pictures.pictures(images, self._range), self._columns)
         self._folder.mkdir(exist_ok=True)
         image_files.save(self._folder / f"{step:07d}.png", image)
         self._log.image(step, "samples", np.asarray(image))

@@ -15,10 +15,9 @@ _READABLE = 56
 
 
 def grid(images: np.ndarray, columns: int, *, gap: int = 2, background: int = 255) -> Image.Image:
-    """Images [N, H, W, C] in rows of `columns`; a C that PIL does not know shows its first channel."""
+    """Images [N, H, W, C] in rows of `columns`: of more than three channels the first three, of two the first."""
+    images = images[..., : 3 if images.shape[-1] >= 3 else 1]
     n, h, w, c = images.shape
-    if c not in (1, 3):
-        images, c = images[..., :1], 1
     scale = max(1, _READABLE // max(h, w))
     images = images.repeat(scale, 1).repeat(scale, 2)
     h, w = h * scale, w * scale
@@ -50,7 +49,7 @@ def save_animation(path: Path, frames: Sequence[Image.Image], *, milliseconds: i
 
 
 def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
-    """Writes arr_0 uint8 [N, H, W, C] and, if any, labels arr_1 [N]: the layout of guided-diffusion's evaluator."""
+    """Writes arr_0 [N, ...] and, if any, labels arr_1 [N]: the layout of guided-diffusion's evaluator."""
     atomic_write(path, lambda file: np.savez(file, *(a for a in (images, labels) if a is not None)))
 
 

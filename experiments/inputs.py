@@ -1,4 +1,4 @@
-"""The images of a run: opened as its config says, batches for training, and held-out images."""
+"""The images of a run, or its other arrays: opened as its config says, batches for training, and held-out images."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def source(config: Config, split: str = "train") -> data.Source:
     """The images of a split."""
     c = config.data
     names = ("size", "crop", "channels", "data_dir", "class_names_in", "bad_files")
-    return load(c.name, split, **{name: getattr(c, name) for name in names})
+    return load(c.name, split, **{name: getattr(c, name) for name in names}, value_range=c.range)
 
 
 def load(name: str, split: str, **options: Any) -> data.Source:
@@ -26,17 +26,18 @@ def load(name: str, split: str, **options: Any) -> data.Source:
 
 def data_spec(config: Config, images: data.Source) -> DataSpec:
     """What the network must know of these images; without labels where the config leaves them out."""
-    return DataSpec(tuple(images.images.shape[1:]), tuple(images.class_names) if config.data.labels else ())
+    names = tuple(images.class_names) if config.data.labels else ()
+    return DataSpec(tuple(images.images.shape[1:]), names, str(images.dtype), images.value_range)
 
 
 def batch(config: Config, images: data.Source, step: int) -> dict[str, np.ndarray]:
-    """The training batch of a step: {"x": uint8 [B, H, W, C], "y": labels [B]}."""
+    """The training batch of a step: {"x": [B, *S, C] of the data's type, "y": labels [B]}."""
     c = config.data
     return data.batch(images, config.seed, step, config.train.batch_size, flip=c.flip, shift=c.shift)
 
 
 def held_out(config: Config, labels: np.ndarray) -> np.ndarray:
-    """Held-out images uint8 [N, H, W, C] of these labels [N], repeated where there are too few.
+    """Held-out images [N, *S, C] of these labels [N], repeated where there are too few.
 
     Raises:
       ValueError: there is none of a class.

@@ -83,6 +83,11 @@ def measure(
     parts, members = run.parts()
     if parts.value_range != (-1, 1):
         raise ValueError(f"the run has images in {list(parts.value_range)}, but likelihoods need [-1, 1]")
+    if not parts.spec.plain:
+        raise ValueError(
+            f"likelihoods count the bits of uint8 in 0 .. 255, and the run has {parts.spec.dtype} in "
+            f"{parts.spec.value_range}: there are none for it"
+        )
     chain = grids.respaced_grid(respacing, len(chain_of(parts)) - 1)
     source = inputs.source(run.config, split)
     n = min(len(source.labels), count or len(source.labels))

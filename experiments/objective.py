@@ -12,7 +12,7 @@ from experiments.parts import Parts, to_float
 
 
 class Objective(NamedTuple):
-    """The loss of a run, in the pieces that `train.make_step` takes; a batch is {"x": uint8 [B, H, W, C], "y": [B]}."""
+    """The loss of a run, in the pieces that `train.make_step` takes; a batch is {"x": [B, *S, C], "y": [B]}."""
 
     draw: train.DrawFn  # (key, batch, state) -> all that is random: noise, times, dropped labels
     loss: train.LossFn  # (params, key, drawn) -> (mean, {"loss": [B], "t": [B], ...})

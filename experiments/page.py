@@ -22,9 +22,10 @@ from PIL import Image
 from diffusion.io import files
 from diffusion.metrics.features import digits, inception
 from diffusion.metrics.report import LINES
-from experiments import charts, command, report
+from experiments import charts, command, pictures, report
 from experiments.config import Config, to_dict
 from experiments.log import Log
+from experiments.parts import DataSpec
 from experiments.run_dir import RunDir
 
 flags.declare_key_flag("workdir")
@@ -85,7 +86,7 @@ def page(folder: RunDir) -> str:
     found, rows = folder.report(), Log(folder.metrics).rows()
     sections = [
         _summary(folder, config, found, rows),
-        *_samples(folder, config, found or {}),
+        *_samples(folder, config, spec, found or {}),
         *_numbers(found or {}, spec.class_names),
         *_closer(folder),
         *_curves(rows),
@@ -115,15 +116,17 @@ def _summary(folder: RunDir, config: Config, found: Mapping[str, Any] | None, ro
     return f"<h1>{html.escape(config.name)}</h1>\n<p>{html.escape(words)}</p>"
 
 
-def _samples(folder: RunDir, config: Config, found: Mapping[str, Any]) -> Iterator[str]:
+def _samples(folder: RunDir, config: Config, spec: DataSpec, found: Mapping[str, Any]) -> Iterator[str]:
     if not folder.samples_image.exists():
         return
     yield "<h2>Samples</h2>"
+    part = pictures.note(spec.shape)
     count = f"{found['sample_count']:,} samples" if "sample_count" in found else "the samples"
     yield _figure(
         folder.samples_image,
         f"Grid of samples of the run {config.name}",
-        f"The first of {count}. Each column is one class where there are at most 20; all are in samples.npz.",
+        f"The first of {count}. Each column is one class where there are at most 20; all are in samples.npz."
+        + (f" Pictures show {part}." if part else ""),
     )
     if folder.film_strip.exists():
         yield _figure(

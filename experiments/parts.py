@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from diffusion import experts, grids, guide, loss, optimize, process, sample, superres, times, vlb
+from diffusion.data.values import PLAIN, is_plain
 from diffusion.models import Model, Task, recomposed
 from diffusion.patch import patchify
 from diffusion.posterior import Variance
@@ -31,15 +32,24 @@ _LEARNED = {"learned_range": "channels", "learned_sigmoid": "head"}
 
 
 class DataSpec(NamedTuple):
-    """What a network must know of its data: the shape (H, W, C) of an image, and its classes if it is conditional."""
+    """What a run must know of its data: the shape (H, W, C) of an image, (*S, C) of another array, the classes if the
+    network is conditional, and the type and the range of values.
+    """
 
     shape: tuple[int, ...]
     class_names: tuple[str, ...] = ()
+    dtype: str = "uint8"
+    value_range: tuple[float, float] = PLAIN
 
     @property
     def num_classes(self) -> int:
         """0 without labels; the null label is this number."""
         return len(self.class_names)
+
+    @property
+    def plain(self) -> bool:
+        """Whether values are those of ordinary images, uint8 in 0 .. 255."""
+        return is_plain(self.dtype, self.value_range)
 
 
 class Superres(NamedTuple):
@@ -55,7 +65,7 @@ class Parts(NamedTuple):
 
     # Both training and sampling.
     spec: DataSpec
-    value_range: tuple[float, float]  # of black and of white
+    value_range: tuple[float, float]  # of black and of white, in the network
     path: process.Path
     prediction: Prediction
     variance: str
@@ -97,6 +107,11 @@ def resolve(config: Config, spec: DataSpec) -> Parts:
     p, c = config.process, config.train
     fixed = _without_data(config)
     model, image_model = _models(config, spec, fixed["path"])
+    if fixed["vlb"] is not None and not spec.plain:
+        raise ValueError(
+            f"--config.process.vlb_weight={p.vlb_weight} counts the bits of uint8 in 0 .. 255, not of {spec.dtype} in "
+            f"{spec.value_range}: set it to 0"
+        )
     return Parts(
         spec=spec,
         model=model,
@@ -158,15 +173,30 @@ def extra_channels(parts: Parts) -> int:
 
 
 def to_float(parts: Parts, images: jax.Array) -> jax.Array:
-    """uint8 images to the network's range of values."""
+    """Images of the data's type to the network's range of values."""
     low, high = parts.value_range
+    if not parts.spec.plain:
+        first, last = parts.spec.value_range
+        return low + (high - low) * ((images.astype(jnp.float32) - first) / (last - first))
     return low + (high - low) * (images.astype(jnp.float32) / 255)
 
 
 def to_uint8(parts: Parts, x: jax.Array) -> jax.Array:
-    """Inverse of `to_float`, rounded and clipped."""
+    """Inverse of `to_float` for uint8 images, rounded and clipped."""
     low, high = parts.value_range
     return jnp.round(jnp.clip((x - low) / (high - low), 0, 1) * 255).astype(jnp.uint8)
+
+
+def to_data(parts: Parts, x: jax.Array) -> jax.Array:
+    """Inverse of `to_float`: in the data's range and type, or with 32 bits where that has 64; integers are rounded."""
+    if parts.spec.plain:
+        return to_uint8(parts, x)
+    (low, high), (first, last) = parts.value_range, parts.spec.value_range
+    values = first + (last - first) * jnp.clip((x - low) / (high - low), 0, 1)
+    dtype = jax.dtypes.canonicalize_dtype(parts.spec.dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        values = jnp.round(values)
+    return jnp.clip(values, first, last).astype(dtype)
 
 
 def chain_of(parts: Parts) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion import data
 from diffusion.patch.geometry import geometry
-from experiments import inputs, objective, parts, report, sampling
+from experiments import inputs, objective, parts, pictures, report, sampling
 from experiments.config import Config, network_name, to_dict
 from experiments.run_dir import RunDir
 
@@ -41,11 +41,14 @@ def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> Non
     Raises:
       ValueError: a field is wrong, or the network does not fit the images.
     """
-    shape, b = run.spec.shape, config.train.batch_size
+    c, shape = config.data, run.spec.shape
+    if c.flip or c.shift:
+        with parts.named("data.flip, data.shift"):
+            data.check_augmentation(shape, c.flip, c.shift)
     params = jax.eval_shape(partial(parts.init_params, run))
     state = jax.eval_shape(partial(objective.init_state, run), params)
-    jax.eval_shape(objective.make_step(run), jax.random.key(0), state, _examples(b, shape))
-    one, image = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1, *shape), np.uint8)
+    jax.eval_shape(objective.make_step(run), jax.random.key(0), state, _examples(config.train.batch_size, run.spec))
+    one, image = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1, *shape), run.spec.dtype)
     if run.split is not None:
         jax.eval_shape(sampling.denoise_fn(run), params, one, one, image)
     else:
@@ -58,14 +61,17 @@ def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> Non
 
 
 def describe(config: Config, source: data.Source, params: parts.Any) -> str:
-    """Which network is trained on which images, and what has no effect for want of labels."""
+    """Which network is trained on which images, what pictures show of them, and what has no effect without labels."""
     count = sum(p.size for p in jax.tree.leaves(params))
     n, *shape = source.images.shape
     grid = geometry(shape[:-1], config.model.patch_size, getattr(config.model, "stride", None)).grid
     size = "x".join(map(str, shape))
     name = network_name(config.model)
-    line = f"{name}: {count:,} parameters, {math.prod(grid)} tokens, on {n:,} images {size} of {source.name}"
+    kind = pictures.kind(shape)
+    line = f"{name}: {count:,} parameters, {math.prod(grid)} tokens, on {n:,} {kind} {size} of {source.name}"
     line += f"\n{data.describe(source)}"
+    if shown := pictures.note(shape):
+        line += f"\npictures show {shown}"
     if config.sample.guidance != 1 and not inputs.data_spec(config, source).num_classes:
         line += f"\nwithout labels, so --config.sample.guidance={config.sample.guidance} has no effect"
     try:
@@ -82,12 +88,12 @@ def dry_run(config: Config) -> None:
     run = parts.resolve(config, inputs.data_spec(config, source))
     params = jax.eval_shape(partial(parts.init_params, run))
     state = jax.eval_shape(partial(objective.init_state, run), params)
-    examples = _examples(config.train.batch_size, run.spec.shape)
+    examples = _examples(config.train.batch_size, run.spec)
     lowered = jax.jit(objective.make_step(run)).lower(jax.random.key(0), state, examples)
     print(json.dumps(to_dict(config), indent=2))
     print(describe(config, source, params))
     print(f"{lowered.cost_analysis()['flops']:.3e} FLOPs per training step, as XLA counts them before optimising")
 
 
-def _examples(b: int, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {"x": jax.ShapeDtypeStruct((b, *shape), np.uint8), "y": jax.ShapeDtypeStruct((b,), np.int32)}
+def _examples(b: int, spec: parts.DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    return {"x": jax.ShapeDtypeStruct((b, *spec.shape), spec.dtype), "y": jax.ShapeDtypeStruct((b,), np.int32)}

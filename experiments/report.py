@@ -10,7 +10,7 @@ from diffusion.data import Source
 from diffusion.metrics.features import Extracted, Named, digits, efficientnet, inception
 from diffusion.metrics.report import report as measure
 from diffusion.metrics.seams import has_seams
-from experiments import image_files, inputs, parts, sampling
+from experiments import image_files, inputs, parts, pictures, sampling
 from experiments.config import Config
 from experiments.progress import Bar
 from experiments.run_dir import RunDir
@@ -50,7 +50,7 @@ def fid_features(path: str) -> Named:
 def collect(
     sample: sampling.SampleFn, params: Any, labels: np.ndarray, batch_size: int, low: np.ndarray | None = None
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """Samples [N, H, W, C] of `labels`, made with a progress bar, the seconds that they took, and which are finite [N].
+    """Samples [N, *S, C] of `labels`, made with a progress bar, the seconds that they took, and which are finite [N].
 
     `sample` is `sampling.sample_fn(..., finite=True)`. `low` [N, h, w, C] are the low-resolution images of a
     super-resolution network.
@@ -75,13 +75,22 @@ def non_finite(count: int, total: int) -> str:
     )
 
 
-def save(arrays: Path, image: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> Image.Image:
-    """Writes all samples to the file `arrays` (.npz) and the first rows of them to `image` (.png), which it returns."""
-    image_files.save_npz(arrays, images, labels if classes else None)
+def save(arrays: Path, image: Path, images: np.ndarray, labels: np.ndarray, spec: parts.DataSpec) -> Image.Image:
+    """Writes all samples to the file `arrays` (.npz), in the type and range of the data, and pictures of the first rows
+    of them to `image` (.png), which it returns."""
+    classes = spec.num_classes
+    image_files.save_npz(arrays, of_type(images, spec), labels if classes else None)
     columns = min(len(images), classes if 1 < classes <= 20 else 10)
-    grid = image_files.grid(images[: 10 * columns], columns)
+    grid = image_files.grid(pictures.pictures(images[: 10 * columns], spec.value_range), columns)
     image_files.save(image, grid)
     return grid
+
+
+def of_type(images: np.ndarray, spec: parts.DataSpec) -> np.ndarray:
+    """Samples in the data's type, also where it has 64 bits and they were computed with 32."""
+    if images.dtype == spec.dtype:
+        return images
+    return np.clip(images.astype(spec.dtype), *np.array(spec.value_range, spec.dtype))
 
 
 def features_for(config: Config, shape: tuple[int, ...]) -> Named:
@@ -102,7 +111,9 @@ def features_for(config: Config, shape: tuple[int, ...]) -> Named:
 
 
 def patches(config: Config, spec: parts.DataSpec) -> tuple[int, int | None] | None:
-    """Patch size and stride of a run's network, for the seam metric; None where the patches have no seams."""
+    """Patch size and stride of a run's network, for the seam metric; None where the patches of images have no seams."""
+    if len(spec.shape) != 3:
+        return None
     found = config.model.patch_size, getattr(config.model, "stride", None)
     return found if has_seams(spec.shape[:-1], *found) else None
 
@@ -114,7 +125,10 @@ def quality(
     features: Named | None,
     patches: tuple[int, int | None] | None = None,
 ) -> dict[str, Any]:
-    """`diffusion.metrics.report.report` of samples against the data of `config`, and the name of the features, if any.
+    """`diffusion.metrics.report.report` of samples, uint8, against the data of `config`, and the name of the features.
+
+    Data of another type is measured as uint8, its range scaled to 0 .. 255, as `pictures.eight_bit` does with samples.
+    Without features (None) only what follows from pixels is measured.
 
     The logits of digits are compared with the labels; other networks know other classes. At most half as many samples
     as there are real images are measured, chosen at random, since as many real images are compared with the other half.
@@ -126,7 +140,7 @@ def quality(
     """
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"there are {len(labels)} labels for {len(images)} images")
-    real = [inputs.source(config, split) for split in ("train", config.data.held_out)]
+    real = [pictures.eight_bit_source(inputs.source(config, split)) for split in ("train", config.data.held_out)]
     if features != DIGIT_FEATURES:
         labels = None
     if features in (IMAGE_FEATURES, None):

@@ -141,7 +141,8 @@ class RunDir(NamedTuple):
         facts = values.pop("data_spec", None)
         if facts is None:
             raise ValueError(f"{self.path}/config.json was not written by experiments.train; pass another --workdir")
-        return from_dict(values), DataSpec(tuple(facts["shape"]), tuple(facts["class_names"]))
+        listed = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+        return from_dict(values), DataSpec(**listed)  # earlier versions stored shape and class_names alone
 
     def write_new(self, config: Config, spec: DataSpec, state: Any) -> None:
         """Stores the config and `state` as step 0, for weights that were trained elsewhere."""
@@ -258,7 +259,8 @@ def trained(workdirs: Sequence[Path], step: int | None = None, decay: float | No
 
 def _to_stored(config: Config, spec: DataSpec) -> dict[str, Any]:
     """What config.json of a run holds: enough to rebuild its network without its data."""
-    return to_dict(config) | {"data_spec": {"shape": list(spec.shape), "class_names": list(spec.class_names)}}
+    facts = {name: list(value) if isinstance(value, tuple) else value for name, value in spec._asdict().items()}
+    return to_dict(config) | {"data_spec": facts}
 
 
 def _common(config: Config) -> dict[str, Any]:

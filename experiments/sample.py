@@ -5,9 +5,10 @@
     python -m experiments.sample --workdir=runs/unet_split0,runs/unet_split1            with SNR experts
     python -m experiments.sample --workdir=runs/large --base_samples=runs/small/samples.npz    super-resolution
 
-Writes samples.npz (arr_0 uint8 [N, H, W, C], arr_1 labels) and samples.png; with --trajectory also a film strip and an
-animation from noise to sample. Sample i depends on the seed and its number i alone, not on the batch size. If samples
-hold NaN or infinite values, the files are written all the same, and the exit status is 1.
+Writes samples.npz (arr_0 [N, *S, C] of the data's type, uint8 of images, arr_1 labels) and samples.png; with
+--trajectory also a film strip and an animation from noise to sample. Sample i depends on the seed and its number i
+alone, not on the batch size. If samples hold NaN or infinite values, the files are written all the same, and the exit
+status is 1.
 """
 
 import contextlib
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     outdir = command.output_folder(workdirs[0] / "samples", "samples.npz", _OUTDIR.value, _OVERWRITE.value)
     print(f"making {len(labels)} samples from step {run.step} of {' and '.join(map(str, workdirs))}")
     images, seconds, finite = report.collect(sample, run.params, labels, run.config.sample.batch_size, low)
-    report.save(outdir / "samples.npz", outdir / "samples.png", images, labels, run.spec.num_classes)
+    report.save(outdir / "samples.npz", outdir / "samples.png", images, labels, run.spec)
     if _TRAJECTORY.value:
         trajectory(run, parts, members, labels, low, outdir)
     print(f"{report.minutes(seconds)}; written to {outdir}: {', '.join(sorted(p.name for p in outdir.iterdir()))}")
@@ -148,10 +149,10 @@ def base_samples(config: Config, spec: DataSpec) -> tuple[np.ndarray | None, np.
     if not len(low) or (labels is not None and len(labels) != len(low)):
         found = "no" if labels is None else len(labels)
         raise ValueError(f"--base_samples={path} holds {len(low)} images and {found} labels")
-    if low.dtype != np.uint8 or low.shape[1:] != (*size, spec.shape[-1]):
+    if low.dtype != spec.dtype or low.shape[1:] != (*size, spec.shape[-1]):
         raise ValueError(
-            f"--base_samples={path} holds {low.dtype} {low.shape}, but this run enlarges uint8 "
-            f"{('N', *size, spec.shape[-1])}"
+            f"--base_samples={path} holds {low.dtype} {low.shape}, but this run enlarges "
+            f"{spec.dtype} {('N', *size, spec.shape[-1])}"
         )
     low = low[:count]
     if count is not None and len(low) < count:

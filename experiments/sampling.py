@@ -1,4 +1,4 @@
-"""From parts and trained parameters to images: the denoiser with guidance and thresholds, and compiled samplers."""
+"""From parts and trained parameters to images or other arrays: the denoiser with guidance, and compiled samplers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,16 +12,16 @@ from diffusion import experts, superres
 from diffusion import sample as samplers
 from diffusion.predict import Denoise
 from diffusion.process import noise
-from experiments.parts import Parts, key, to_float, to_uint8
+from experiments.parts import Parts, key, to_data, to_float
 
-# (params, index [B], y [B], *images) -> uint8 images
+# (params, index [B], y [B], *images) -> images of the data's type
 SampleFn = Callable[..., Any]
 
 
 def denoiser(
     parts: Parts, params: Any, conditioning: jax.Array | None = None, members: Sequence[Parts] = ()
 ) -> Denoise:
-    """The trained denoiser, xt [B, H, W, C] to images, with guidance and thresholds.
+    """The trained denoiser, xt [B, *S, C] to images, with guidance and thresholds.
 
     Args:
       params: of the network; with experts a tuple of those of each one, in the order of their ranges.
@@ -43,9 +43,9 @@ def denoiser(
 def sample_fn(
     parts: Parts, keep: int | None = None, members: Sequence[Parts] = (), *, finite: bool = False
 ) -> SampleFn:
-    """Compiled (params, index [B], y [B], low uint8 [B, h, w, C] | None) -> uint8 samples [B, H, W, C].
+    """Compiled (params, index [B], y [B], low [B, h, w, C] | None) -> samples [B, *S, C] of the data's type.
 
-    With `keep`, also frames [keep, B, H, W, C]. With `finite`, also bool [B]: whether all values of each sample are
+    With `keep`, also frames [keep, B, *S, C]. With `finite`, also bool [B]: whether all values of each sample are
     finite, which uint8 cannot tell, NaN being 0 there. `low` is the low-resolution image of a super-resolution network,
     `members` the parts of all experts. Sample i depends on the seed, its number i, its label and its `low` alone.
     """
@@ -65,7 +65,7 @@ def sample_fn(
             sampler=parts.sampler,
             keep=keep,
         )
-        images = jax.tree.map(partial(to_uint8, parts), sampled)
+        images = jax.tree.map(partial(to_data, parts), sampled)
         if not finite:
             return images
         last = sampled if keep is None else sampled[0]
@@ -75,7 +75,7 @@ def sample_fn(
 
 
 def denoise_fn(parts: Parts) -> SampleFn:
-    """Compiled (params, index [B], y [B], images uint8 [B, H, W, C]) -> uint8 [B, 2, H, W, C]: noised, and denoised.
+    """Compiled (params, index [B], y [B], images [B, *S, C]) -> [B, 2, *S, C] of their type: noised, and denoised.
 
     One expert alone cannot sample: images are noised to the end of its range of times, and denoised through that range.
     """
@@ -96,7 +96,7 @@ def denoise_fn(parts: Parts) -> SampleFn:
             prediction=parts.prediction,
             sampler=parts.sampler,
         )
-        return to_uint8(parts, jnp.stack([x1, x0_hat], 1))
+        return to_data(parts, jnp.stack([x1, x0_hat], 1))
 
     return denoise
 
@@ -110,7 +110,7 @@ def expert_grid(parts: Parts) -> np.ndarray:
 
 
 def conditioning(parts: Parts, keys: jax.Array, low: jax.Array | None) -> jax.Array | None:
-    """The conditioning channels of a super-resolution network, from images uint8 [B, h, w, C]; None for any other."""
+    """The conditioning channels of a super-resolution network, from images [B, h, w, C]; None for any other."""
     if not parts.superres:
         return None
     if low is None:
@@ -124,10 +124,10 @@ def conditioning(parts: Parts, keys: jax.Array, low: jax.Array | None) -> jax.Ar
 
 
 def low_resolution(parts: Parts, images: jax.Array) -> jax.Array | None:
-    """Images uint8 [B, H, W, C] at the size of the conditioning input; None for a network without one."""
+    """Images [B, H, W, C] at the size of the conditioning input; None for a network without one."""
     if not parts.superres:
         return None
-    return to_uint8(parts, superres.shrink(to_float(parts, images), parts.superres.size))
+    return to_data(parts, superres.shrink(to_float(parts, images), parts.superres.size))
 
 
 def in_batches(

@@ -1,24 +1,26 @@
-"""Image data sets as arrays of uint8, and batches that are a pure function of (seed, step).
+"""Data sets as arrays, and batches that are a pure function of (seed, step).
 
-    source = data.load("mnist5k")                       # or "cifar10", "folder:PATH", or data.from_arrays(images)
+    source = data.load("mnist5k")       # or "cifar10", "folder:PATH", "array:PATH", or data.from_arrays(images)
     data.batch(source, seed=0, step=17, batch_size=64)  # {"x": uint8 [64, 28, 28, 1], "y": int32 [64]}
 
 `load` reads every data set and returns a `Source`; `describe` says in words what it holds. `load` calls `folder` for
-"folder:PATH" and `tfds` for the data sets of TFDS, which include the digits that this package builds itself
-(`mnist5k`); `images` decodes the files of both. TFDS and Pillow are imported by the first call of
-`load`. Values stay uint8; the training step converts them to floats, on the device.
+"folder:PATH", `arrays` for "array:PATH" and `tfds` for the data sets of TFDS, which include the digits that this
+package builds itself (`mnist5k`); `images` decodes the files of folders and TFDS, to uint8; `values` says what arrays
+may hold. TFDS and Pillow are imported by the first call of `load`. Values keep their type; the training step converts
+them to floats, on the device.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from operator import index
 
-from diffusion.data.batches import Opened, Source, batch, check_class_names, from_arrays, prefetch
+from diffusion.data.batches import Opened, Source, batch, check_augmentation, check_class_names, from_arrays, prefetch
 from diffusion.data.description import describe
 from diffusion.data.layout import CLASS_NAMES_IN, listed, nfc
 
 __all__ = ["BAD_FILES", "CLASS_NAMES_IN", "CROPS", "Opened", "Source"]
-__all__ += ["batch", "check_class_names", "describe", "from_arrays", "listed", "load", "nfc", "prefetch"]
+__all__ += ["batch", "check_augmentation", "check_class_names", "describe", "from_arrays", "listed", "load", "nfc"]
+__all__ += ["prefetch"]
 
 CROPS = ("center", "resize", "none")
 BAD_FILES = ("raise", "skip")
@@ -37,20 +39,24 @@ def load(
     bad_files: str = "raise",
     cache_dir: str | os.PathLike | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    value_range: Sequence[float] | None = None,
 ) -> Source:
-    """Loads a data set as a `Source` of N images, uint8 [N, H, W, C].
+    """Loads a data set as a `Source` of N images, uint8 [N, H, W, C], or of arrays [N, *S, C] as they are in a file.
 
-    `name` is "mnist5k", any image data set of TFDS ("cifar10", "name/config:version"), or "folder:PATH".
-    `diffusion.data.tfds` documents what TFDS needs, `diffusion.data.layout` how a folder is split and labelled.
+    `name` is "mnist5k", any image data set of TFDS ("cifar10", "name/config:version"), "folder:PATH", or "array:PATH".
+    `diffusion.data.tfds` documents what TFDS needs, `diffusion.data.layout` how a folder is split and labelled, and
+    `diffusion.data.arrays` the files of arrays.
 
     Args:
-      split: "train", "test", or another name or slice of TFDS ("train[:10%]"); for a folder also "all", and
-        "validation" if it has one.
+      split: "train", "test", or another name or slice of TFDS ("train[:10%]"); for folders and arrays also "all", and
+        "validation" if there is one.
       size: height and width of the images (one integer: both). None keeps their size, which must then be the same.
       crop: what to do with an image of another size. "center" scales it to cover `size` and cuts out the middle,
         "resize" scales both sides separately, "none" raises an error.
-      channels: 1 or 3. None keeps those of a TFDS data set, and gives a folder 1 if all its images are grey, else 3.
-        Transparent pixels are blended with white, 16-bit grey is scaled to 8 bits, the EXIF orientation is applied.
+      channels: 1, 3, or 4, which keeps transparency (RGBA). None keeps 1 or 3 of a TFDS data set, and gives a folder 1
+        if all its images are grey, else 3. With 1 and 3 transparent pixels are blended with white; 16-bit grey is
+        scaled to 8 bits, the EXIF orientation is applied. Of arrays any number, that of the file, which needs to be
+        said only where the last axis may be another one.
       data_dir: where TFDS keeps its data sets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets).
       memory_limit: bytes. Pixels up to this limit are decoded into memory at once; more are decoded when indexed.
       class_names_in: of a folder: "folders"; "names", as "airplane" in airplane_00001.png; "none", for no classes.
@@ -59,23 +65,28 @@ def load(
       cache_dir: where to remember which files of a folder were checked, so that they are not read again at the next
         start. None remembers nothing.
       progress: called now and then while the files of a folder are read: what is done, images done so far, all images.
+      value_range: of arrays: the smallest and the largest value that there can be. None is 0 to 255 of uint8; any other
+        type needs it.
 
     Raises:
       ValueError: unknown name or split, images that differ in size or cannot be read, labels out of range, classes that
-        only a held-out split has.
+        only a held-out split has, arrays whose range is missing or exceeded.
       OSError: nothing at this path, or a TFDS data set that is not prepared; the message gives the commands.
     """
     size = _size(size)
     if crop not in CROPS:
         raise ValueError(f"crop={crop!r} is not one of {CROPS}")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels={channels!r} must be 1, 3 or None")
+    is_array = isinstance(name, str) and name.startswith("array:")
+    if channels not in (None, 1, 3, 4) and not (is_array and isinstance(channels, int) and channels > 0):
+        raise ValueError(f"channels={channels!r} must be 1, 3, 4 or None; of array:PATH any number")
     if class_names_in not in CLASS_NAMES_IN:
         raise ValueError(f"class_names_in={class_names_in!r} is not one of {CLASS_NAMES_IN}")
     if bad_files not in BAD_FILES:
         raise ValueError(f"bad_files={bad_files!r} is not one of {BAD_FILES}")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"name={name!r} must be 'mnist5k', the name of a TFDS data set, or 'folder:PATH'")
+        raise ValueError(f"name={name!r} must be 'mnist5k', the name of a TFDS data set, 'folder:PATH' or 'array:PATH'")
+    if value_range is not None and not is_array:
+        raise ValueError(f"value_range={tuple(value_range)} is for array:PATH; leave it at None for {name}, 0 to 255")
     if name.startswith("folder:"):
         from diffusion.data import folder
 
@@ -84,6 +95,10 @@ def load(
     for field, value, default in (("class_names_in", class_names_in, "folders"), ("bad_files", bad_files, "raise")):
         if value != default:
             raise ValueError(f"{field}={value!r} is for folder:PATH; leave it at {default!r} for {name}")
+    if is_array:
+        from diffusion.data import arrays
+
+        return arrays.load(name, split, size, channels, value_range)
     from diffusion.data import tfds
 
     return tfds.load(name, split, size, crop, channels, data_dir, memory_limit)

@@ -1,6 +1,7 @@
 """Sources of images, and batches of them that are a pure function of (seed, step).
 
-A `Source` is N images of one shape with a label each. Sample number n of a run, n = 0, 1, 2, ..., is image
+A `Source` is N images of one shape with a label each, or N sequences or volumes, of which the same holds. Sample number
+n of a run, n = 0, 1, 2, ..., is image
 
     pi_e[n mod N],   e = floor(n / N),                                                             (1)
 
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from diffusion.data import values
+
 T = TypeVar("T")
 
 AUGMENTATION = 2**64 - 1  # a Philox key word that no epoch reaches
@@ -37,10 +40,11 @@ class Opened(NamedTuple):
 
 
 class Source(NamedTuple):
-    """N images of one shape: `images` uint8 [N, H, W, C], `labels` int32 [N], the name of each class.
+    """N images of one shape: `images` [N, *S, C], `labels` int32 [N], the name of each class.
 
-    `images` is an array, or an object that decodes on demand with the same interface: `images[indices]`, `shape`,
-    `len`. Without labels `class_names` is empty and every label is 0.
+    `images` is an array, or an object that reads on demand with the same interface: `images[indices]`, `shape`, `len`
+    and, unless it is uint8, `dtype`. Its values lie within `value_range`, 0 to 255 of uint8. Without labels
+    `class_names` is empty and every label is 0.
     """
 
     name: str
@@ -48,25 +52,50 @@ class Source(NamedTuple):
     labels: np.ndarray
     class_names: tuple[str, ...] = ()
     opened: Opened = Opened()
+    value_range: tuple[float, float] = values.PLAIN
 
     @property
     def num_classes(self) -> int:
         """Number of classes; 0 for a data set without labels."""
         return len(self.class_names)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the images."""
+        return np.dtype(getattr(self.images, "dtype", np.uint8))
+
 
 def from_arrays(
-    images: np.ndarray, labels: Sequence[int] | np.ndarray | None = None, class_names: Sequence[str] = ()
+    images: np.ndarray,
+    labels: Sequence[int] | np.ndarray | None = None,
+    class_names: Sequence[str] = (),
+    *,
+    value_range: tuple[float, float] | None = None,
+    channels: int | None = None,
 ) -> Source:
-    """A source of images uint8 [N, H, W, C] and labels [N] (integers) from memory.
+    """A source of images [N, H, W, C], sequences [N, L, C] or volumes [N, D, H, W, C], and labels [N], from memory.
 
-    Labels may be None; class names default to "0", "1", ...
+    Labels are integers, or None; class names default to "0", "1", ...
+
+    Args:
+      value_range: the smallest and the largest value that there can be; 0 and 255 of uint8, to be stated of all else.
+      channels: C, which needs to be said only where the last axis may be another one.
 
     Raises:
-      TypeError: images are not uint8, or labels are not integers; the message says how to convert.
-      ValueError: wrong shape, no images, NaN or infinite values, or labels outside 0 .. number of classes - 1.
+      TypeError: images are not uint8 and of no stated range, or labels are not integers; the message says what to do.
+      ValueError: wrong shape, no images, values that are NaN, infinite or outside the range, or labels outside
+        0 .. number of classes - 1.
     """
-    return checked_source("arrays", checked_images(images), labels, class_names)
+    images = np.asarray(images)
+    if value_range is None and images.dtype != np.uint8:
+        try:
+            checked_images(images)  # which says how to convert
+        except TypeError as e:
+            raise TypeError(f"{e}, or keep them and state their range, as in value_range=(0.0, 1.0)") from None
+    values.check_shape("images", images.shape, channels)
+    stated = values.checked_range("images", images, value_range, "value_range")
+    values.check_values("images", images, stated, "value_range")
+    return checked_source("arrays", images, labels, class_names)._replace(value_range=stated)
 
 
 def checked_source(
@@ -97,8 +126,8 @@ def check_class_names(owner: str, class_names: Sequence[str]) -> None:
             raise ValueError(f"{owner} has two classes of one name: {earlier} and {i} are both {class_name!r}")
 
 
-def checked_images(images: np.ndarray) -> np.ndarray:
-    """`images` as an array, if it is uint8 [N, H, W, C] with N >= 1.
+def checked_images(images: np.ndarray, *, any_rank: bool = False) -> np.ndarray:
+    """`images` as an array, if it is uint8 [N, H, W, C] with N >= 1, or with `any_rank` [N, *S, C].
 
     Raises:
       TypeError: another dtype; the message says how to convert.
@@ -115,7 +144,7 @@ def checked_images(images: np.ndarray) -> np.ndarray:
         remedy = "np.rint(images * 255).astype(np.uint8) if they lie in [0, 1]"
     if images.dtype != np.uint8:
         raise TypeError(f"images must be uint8, not {images.dtype}: pass {remedy}")
-    if images.ndim != 4 or not images.size:
+    if (images.ndim != 4 and not (any_rank and images.ndim in (3, 5))) or not images.size:
         remedy = ": pass images[..., None] for grey images [N, H, W]" if images.ndim == 3 else ""
         raise ValueError(f"images must have shape [N, H, W, C] with N >= 1, not {images.shape}{remedy}")
     return images
@@ -147,13 +176,14 @@ def checked_labels(
 def batch(
     source: Source, seed: int, step: int, batch_size: int, *, flip: bool = False, shift: int = 0
 ) -> dict[str, np.ndarray]:
-    """Batch number `step` of the run `seed`, eq. (1): {"x": uint8 [B, H, W, C], "y": int32 [B]}.
+    """Batch number `step` of the run `seed`, eq. (1): {"x": [B, *S, C] of the source's type, "y": int32 [B]}.
 
-    `flip` mirrors each sample left to right with probability 1/2. `shift` moves each by -shift .. shift pixels
+    `flip` mirrors each image left to right with probability 1/2. `shift` moves each by -shift .. shift pixels
     vertically and horizontally, and fills the free space by repeating the edge pixels.
 
     Raises:
-      ValueError: batch_size < 1, step < 0, seed outside 0 .. 2^64 - 1, or shift not within 0 .. the shorter side - 1.
+      ValueError: batch_size < 1, step < 0, seed outside 0 .. 2^64 - 1, shift not within 0 .. the shorter side - 1, or
+        flip or shift of what are no images [H, W, C].
     """
     n = len(source.labels)
     seed, step, batch_size, shift = index(seed), index(step), index(batch_size), index(shift)
@@ -161,9 +191,8 @@ def batch(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if step < 0 or not 0 <= seed < 2**64:
         raise ValueError(f"step={step} must be at least 0 and seed={seed} must lie in 0 .. 2^64 - 1")
-    _, height, width, _ = source.images.shape
-    if not 0 <= shift < min(height, width):
-        raise ValueError(f"shift={shift} must lie in 0 .. {min(height, width) - 1} for images of {height}x{width}")
+    if flip or shift:
+        check_augmentation(source.images.shape[1:], flip, shift)
     first = step * batch_size
     epoch, place = np.divmod(np.arange(first, first + batch_size), n)
     picked = np.empty(batch_size, np.int64)
@@ -174,6 +203,18 @@ def batch(
     if flip or shift:
         x = _augment(x, seed, first, flip, shift)
     return {"x": x, "y": y}
+
+
+def check_augmentation(shape: Sequence[int], flip: bool, shift: int) -> None:
+    """Raises ValueError unless arrays of `shape` can be mirrored and shifted: images [H, W, C] larger than `shift`."""
+    if len(shape) != 3:
+        raise ValueError(
+            f"flip={flip} and shift={shift} mirror and move images [H, W, C], not {values.KINDS[len(shape) - 1]} of "
+            f"shape {tuple(shape)}: leave them at False and 0"
+        )
+    height, width, _ = shape
+    if not 0 <= shift < min(height, width):
+        raise ValueError(f"shift={shift} must lie in 0 .. {min(height, width) - 1} for images of {height}x{width}")
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from diffusion.data import values
 from diffusion.data.batches import Source
 from diffusion.data.layout import listed
 
@@ -11,15 +12,19 @@ CLASSES, LINES = 20, 5  # the most that are listed
 
 
 def describe(source: Source) -> str:
-    """Number, size and channels of the images, classes with their counts, splits, and files that were left out.
+    """Number, size, channels and range of the images, classes with their counts, splits, and files that were left out.
 
     Nothing is decoded. At most 20 classes and 5 files are listed.
     """
     n, *size, channels = source.images.shape
     opened = source.opened
-    kind = {1: "1 channel (grey)", 3: "3 channels (RGB)"}.get(channels, f"{channels} channels")
+    known = {1: "1 channel (grey)", 3: "3 channels (RGB)"} if len(size) == 2 else {1: "1 channel"}
+    kind = known.get(channels, f"{channels} channels")
     split = f", split {opened.split}" if opened.split else ""
-    lines = [f"{source.name}{split}: {n:,} images of {'x'.join(map(str, size))}, {kind}"]
+    what = values.KINDS[len(size)]
+    if not values.is_plain(source.dtype, source.value_range):
+        kind += f", {source.dtype} from {source.value_range[0]:g} to {source.value_range[1]:g}"
+    lines = [f"{source.name}{split}: {n:,} {what} of {'x'.join(map(str, size))}, {kind}"]
     if source.num_classes:
         lines += [("classes", _classes(source))]
     else:

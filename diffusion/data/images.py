@@ -1,9 +1,9 @@
 """Decodes images (PNG, JPEG, WebP, ...) to uint8 [N, H, W, C], in memory or on demand.
 
 An `Encoded` knows where the bytes come from. Each image is rotated upright (EXIF), blended with white where it is
-transparent, converted to 1 or 3 channels, and then brought to one size. `decode` does this at once for all images, or,
-if they exceed a limit, for those that are indexed. What is no pixel (EXIF, texts, profiles) and cannot be read is left
-out; the image is then not rotated.
+transparent, converted to 1 or 3 channels (or to 4, which keep its transparency), and then brought to one size. `decode`
+does this at once for all images, or, if they exceed a limit, for those that are indexed. What is no pixel (EXIF, texts,
+profiles) and cannot be read is left out; the image is then not rotated.
 """
 
 import functools
@@ -290,12 +290,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _plain(image: Image.Image, channels: int) -> Image.Image:
-    """The image in mode "L" (1 channel) or "RGB" (3)."""
+    """The image in mode "L" (1 channel), "RGB" (3) or "RGBA" (4)."""
     if image.mode == "F":  # Pillow would clip them to 0 .. 255, and leave a black image of values in [0, 1]
         raise ValueError("its pixels are floating-point numbers of unknown range: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    if channels == 4:
+        return image.convert("RGBA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

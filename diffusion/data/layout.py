@@ -73,9 +73,9 @@ def layout(name: str, files: Sequence[Parts], read: Reader, class_names_in: str 
     used = [(folder, *below) if folder else below for folder, group in groups.items() for below in group]
     if "train" in roles.values() and len(roles) > 1:
         part = [roles[file[0]] for file in used]
-        splits = _folder_splits(roles)
+        splits = folder_splits(roles)
     else:
-        part = _hashed_split(used)
+        part = hashed_split(used)
         splits = {"train": ("train",), "test": ("test",), "all": ("train", "test")}
         roles = dict.fromkeys(groups, "train")
     others = Counter(file[0] if len(file) > 1 else "the folder itself" for file in set(files) - set(used))
@@ -138,7 +138,7 @@ def _split_folders(name: str, files: Sequence[Parts]) -> dict[str, str]:
     return roles
 
 
-def _folder_splits(roles: dict[str, str]) -> dict[str, tuple[str, ...]]:
+def folder_splits(roles: dict[str, str]) -> dict[str, tuple[str, ...]]:
     """The names of splits, folders' own names and their synonyms included; without a test folder, validation is it."""
     folder_of = {role: folder for folder, role in roles.items()}
     splits = {"train": ("train",), "test": ("test",) if "test" in folder_of else ("validation",)}
@@ -147,7 +147,7 @@ def _folder_splits(roles: dict[str, str]) -> dict[str, tuple[str, ...]]:
     return {synonym: (role,) for synonym, role in ROLES.items() if role in folder_of} | splits
 
 
-def _hashed_split(files: Sequence[Parts]) -> list[str]:
+def hashed_split(files: Sequence[Parts]) -> list[str]:
     """ "train" or "test" for each file, eq. (1)."""
     hashes = [int.from_bytes(hashlib.sha256(os.fsencode("/".join(file))).digest()[:8]) for file in files]
     tenth, highest = max(2**64 // 10, min(hashes)), max(hashes)

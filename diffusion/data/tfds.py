@@ -55,9 +55,9 @@ def load(
         name, n, lambda ids: list(map(parse_image, read_records(ids))), lambda i: f"image {i} of {name}/{split}"
     )
     *fixed, found = features[image_key].shape
+    if channels is None and found not in (None, 1, 3):
+        raise ValueError(f"{name} has {found} channels: pass --config.data.channels=1 or 3, or 4 to keep transparency")
     channels = channels or found or 3
-    if channels not in (1, 3):
-        raise ValueError(f"{name} has {channels} channels: convert them to 1 or 3 with --config.data.channels=1 or 3")
     if size is None:
         size = tuple(fixed) if None not in fixed else images.common_size(encoded, images.headers(encoded))
     decoded = images.decode(encoded, size, crop, channels, memory_limit)

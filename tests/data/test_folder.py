@@ -216,6 +216,15 @@ def test_channels_are_common_or_as_requested(tmp_path):
     assert folder(tmp_path, channels=1).images[:, 0, 0].tolist() == [[50], [76]]  # ITU-R 601: 0.299 * 255
 
 
+def test_transparency_is_kept_where_asked_for(tmp_path):
+    pixels = np.array([[[200, 0, 0, 255], [0, 200, 0, 0], [0, 0, 200, 51]]], np.uint8)
+    save(tmp_path / "0.png", pixels)
+    save(tmp_path / "1.png", coloured((255, 0, 0), (1, 3)))
+    source = folder(tmp_path, channels=4, split="all")
+    assert source.images[0].tolist() == pixels.tolist()
+    assert source.images[1].tolist() == [[[255, 0, 0, 255]] * 3]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_exif_orientation_is_applied(tmp_path, orientation):
     upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
@@ -454,7 +463,7 @@ def test_empty_and_missing_folders(tmp_path):
         ({"size": (1, 2, 3)}, ValueError, "size="),
         ({"size": 1.5}, TypeError, "size=1.5"),
         ({"crop": "centre"}, ValueError, "crop='centre'"),
-        ({"channels": 4}, ValueError, "channels=4"),
+        ({"channels": 5}, ValueError, "channels=5"),
         ({"name": ""}, ValueError, "name=''"),
     ],
 )

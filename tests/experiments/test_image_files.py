@@ -41,10 +41,11 @@ def test_small_images_are_enlarged_by_whole_pixels():
     np.testing.assert_array_equal(found[0, :, 1::2, 1::2], images)
 
 
-def test_channels_that_no_screen_has_show_the_first():
-    images = some(2, 60, 60, 4)
+@pytest.mark.parametrize(("channels", "shown"), [(2, 1), (4, 3), (13, 3)])
+def test_of_channels_that_no_screen_has_the_first_are_shown(channels, shown):
+    images = some(2, 60, 60, channels)
     found, _ = cells(image_files.grid(images, 2), 1, 2, 60, 60)
-    np.testing.assert_array_equal(found[0], images[..., :1])
+    np.testing.assert_array_equal(found[0], images[..., :shown])
 
 
 def test_a_strip_reads_from_left_to_right():
