@@ -33,7 +33,7 @@ def define_flags(argv: Sequence[str]) -> None:
     flags.DEFINE_string("split", "train", "Which split: train, test, for folders and arrays also all and validation.")
     flags.DEFINE_list("size", None, "Height and width, or one number for both, as --config.data.size.")
     flags.DEFINE_enum("crop", "center", data.CROPS, "What to do with images of another size.")
-    flags.DEFINE_integer("channels", None, "1, 3, or 4 with transparency; default: the images' own.")
+    flags.DEFINE_integer("channels", None, "1, 3, or 4 with transparency; default: the images' own. Of arrays: theirs.")
     flags.DEFINE_list("range", None, "Of arrays: the smallest and the largest value, as --config.data.range.")
     flags.DEFINE_enum("class_names_in", "folders", data.CLASS_NAMES_IN, "Where a folder has the names of its classes.")
     flags.DEFINE_enum("bad_files", "raise", data.BAD_FILES, "What to do with files of a folder that cannot be read.")

@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate --workdir=runs/mnist
     python -m experiments.evaluate --samples=samples.npz --json
-    python -m experiments.evaluate --samples=samples.npz --reference=statistics.npz     or folder:PATH, or a data set
+    python -m experiments.evaluate --samples=samples.npz --reference=statistics.npz    or folder:PATH, array:PATH, mnist
     python -m experiments.evaluate --reference=folder:PATH --save_reference=statistics.npz
 
 Reads arr_0 [N, H, W, C] and, where there is one, arr_1 [N], the labels that the samples should have: the layout of
@@ -25,6 +25,7 @@ from absl import app, flags
 
 from diffusion import data
 from diffusion.data.batches import checked_images
+from diffusion.data.values import FLAG
 from diffusion.io import files
 from diffusion.metrics import references
 from diffusion.metrics.features import Features, Named
@@ -47,7 +48,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print the numbers as JSON.")
 _REFERENCE = flags.DEFINE_string(
     "reference",
     None,
-    "Real images: a file of statistics .npz, folder:PATH, or the name of a data set; default: those of the run.",
+    "Real images: a file of statistics .npz, folder:PATH, array:PATH, or a data set; default: those of the run.",
 )
 _SAVE_REFERENCE = define_path(
     "save_reference", None, "Write statistics of the real images to this file .npz, and measure nothing."
@@ -132,7 +133,7 @@ def against_reference(config: Config, images: np.ndarray, reference: str, featur
       TypeError, ValueError: the samples are of another format, too few, or have other features than the statistics.
       OSError: there is no such file or data set.
     """
-    if reference.endswith(".npz"):
+    if is_file_of_statistics(reference):
         real = statistics(reference, features)
         with about(reference):
             values = against(extract(features, images), real)
@@ -143,6 +144,11 @@ def against_reference(config: Config, images: np.ndarray, reference: str, featur
         images = images[np.random.default_rng(0).permutation(len(images))[:most]]
     values = comparison(extract(features, images), extract(features, source.images), source.labels)
     return {"measured": len(images), "features": features.name, **values}
+
+
+def is_file_of_statistics(reference: str) -> bool:
+    """Whether --reference names a file of statistics, not images."""
+    return reference.endswith(".npz") and not reference.startswith("array:")
 
 
 def statistics(path: str, features: Features) -> Gaussian:
@@ -169,7 +175,15 @@ def opened(config: Config, reference: str, shape: Sequence[int] | None) -> data.
     size, channels = (c.size, c.channels) if shape is None else (tuple(shape[:-1]), shape[-1])
     split = "all" if reference.startswith(("folder:", "array:")) else "train"
     if reference.startswith("array:"):
-        source = inputs.load(reference, split, channels=c.channels, value_range=c.range)
+        try:
+            source = inputs.load(reference, split, channels=c.channels, value_range=c.range)
+        except ValueError as e:
+            if c.range is None and FLAG in str(e):
+                raise ValueError(
+                    f"--reference={reference} holds other values than uint8, of a range that a run states: pass its "
+                    "--workdir, or convert them to uint8 in 0 .. 255"
+                ) from e
+            raise
         if shape is not None and source.images.shape[1:] != tuple(shape):
             raise ValueError(
                 f"{reference} has arrays of shape {source.images.shape[1:]}, and the samples {tuple(shape)}"
@@ -188,7 +202,7 @@ def save_reference(config: Config, reference: str | None, path: Path) -> str:
       ValueError: --reference is a file, which holds statistics already, or images cannot be read.
       OSError: there is no such data set, or `path` cannot be written.
     """
-    if reference is not None and reference.endswith(".npz"):
+    if reference is not None and is_file_of_statistics(reference):
         raise ValueError(f"--save_reference needs images, and --reference={reference} is a file: pass folder:PATH")
     source = pictures.eight_bit_source(inputs.source(config) if reference is None else opened(config, reference, None))
     n, features = len(source.labels), features_for(config, source.images.shape[1:])

@@ -110,7 +110,7 @@ def resolve(config: Config, spec: DataSpec) -> Parts:
     if fixed["vlb"] is not None and not spec.plain:
         raise ValueError(
             f"--config.process.vlb_weight={p.vlb_weight} counts the bits of uint8 in 0 .. 255, not of {spec.dtype} in "
-            f"{spec.value_range}: set it to 0"
+            f"{spec.value_range}: set it to 0.0, with --config.process.variance=fixed_small"
         )
     return Parts(
         spec=spec,

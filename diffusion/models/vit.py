@@ -255,7 +255,8 @@ def rotary_angles(grid: Sequence[int], head_dim: int) -> np.ndarray:
     rank = len(grid)
     if head_dim % (2 * rank):
         raise ValueError(
-            f"head dimension {head_dim} must be a multiple of {2 * rank} for rotary positions on {rank} axes"
+            f"head dimension {head_dim} must be a multiple of {2 * rank} for rotary positions on {rank} axes: pass "
+            "another width or number of heads, or positions without 'rotary'"
         )
     places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, rank)
     return (places[:, :, None] * _frequencies(head_dim // (2 * rank))).reshape(len(places), head_dim // 2)

@@ -46,7 +46,9 @@ def volumes(shared_folder):
     x = np.stack(np.meshgrid(*[np.linspace(-1, 1, 16)] * 3, indexing="ij"))
     far = np.sqrt((x**2).sum(0))
     labels = np.arange(40) % 2
-    images = np.where(far < 0.4 + 0.4 * labels[:, None, None, None], 6, -2) * np.ones(1, np.float32)
+    images = np.where(far < 0.4 + 0.4 * labels[:, None, None, None], 5, -1)
+    images = images + np.random.default_rng(0).uniform(-1, 1, images.shape)
+    images.ravel()[:2] = -2, 6
     np.savez(path, images=images[..., None].astype(np.float32), labels=labels, class_names=["small", "large"])
     return config_of(path, range=(-2.0, 6.0))
 
@@ -92,12 +94,15 @@ def test_pictures_of_a_volume_are_its_middle_slices(volume_run):
     assert "Pictures show the middle slice of each volume." in page.page(RunDir(volume_run.workdir))
 
 
-def test_nothing_of_a_volume_is_measured_and_the_reason_is_given(volume_run):
+def test_a_volume_is_compared_by_its_values_alone_and_the_reason_is_given(volume_run, capsys):
     reason = "there are features for images with 1 or 3 channels, and none for arrays of shape (16, 16, 16, 1)"
-    assert volume_run.report["unmeasured"] == reason
-    assert f"Nothing was measured: {reason}." in volume_run.printed
-    with pytest.raises(ValueError, match="there are features for images with 1 or 3 channels, and none for arrays"):
-        call(volume_run.workdir, command=evaluate)
+    found = volume_run.report
+    assert found["unmeasured"] == reason and "features" not in found and found["measured"] == 5
+    assert f"Not compared in features: {reason}." in volume_run.printed
+    assert 0 < found["patch_reference"] < found["patch_distance"] and "seam" not in found
+    printed = call(volume_run.workdir, command=evaluate)
+    assert f"{found['patch_distance']:.3f} " in printed and f"{found['nearest_ratio']:.2f} " in printed
+    assert f"not compared in features: {reason}" in capsys.readouterr().err
 
 
 def test_a_volume_that_was_stopped_goes_on_bit_for_bit(volume_run, volumes, tmp_path, monkeypatch):
@@ -162,7 +167,7 @@ def test_nothing_is_drawn_that_has_no_meaning_for_a_sequence(series_run):
         ("float64", (-0.1, 0.1)),
     ],
 )
-def test_every_type_survives_the_network_and_its_range_becomes_that_of_the_network(dtype, value_range):
+def test_every_type_survives_the_network_and_its_range_becomes_that_of_the_network(dtype, value_range, tmp_path):
     rng = np.random.default_rng(0)
     x = rng.uniform(*value_range, (40, 2, 2, 1))
     x.ravel()[:2] = value_range
@@ -175,7 +180,8 @@ def test_every_type_survives_the_network_and_its_range_becomes_that_of_the_netwo
     x0 = parts.to_float(run, jnp.asarray(x))
     assert x0.dtype == jnp.float32
     np.testing.assert_allclose(x0.ravel()[:2], [-0.5, 2.0], rtol=1e-6)
-    back = report.of_type(np.asarray(parts.to_data(run, x0)), spec)
+    made = np.asarray(parts.to_data(run, x0))
+    back = report.of_type(made, spec)
     assert back.dtype == dtype
     assert back.min() >= spec.value_range[0] or dtype in ("float16", "float32")
     if np.dtype(dtype).kind in "ui":
@@ -184,6 +190,8 @@ def test_every_type_survives_the_network_and_its_range_becomes_that_of_the_netwo
         np.testing.assert_allclose(back, x, rtol=0, atol=1e-7 if dtype != "float16" else 1e-3)
     beyond = report.of_type(np.asarray(parts.to_data(run, jnp.full((1, 2, 2, 1), 9.0))), spec)
     np.testing.assert_array_equal(beyond, np.full((1, 2, 2, 1), value_range[1], dtype))
+    report.save(tmp_path / "samples.npz", tmp_path / "samples.png", made, np.zeros(40, int), spec)
+    assert samples(tmp_path)[0].dtype == dtype
     if dtype == "float64":  # which JAX does not have here
         preflight.check_shapes(config, run)
         params, one = jax.eval_shape(lambda: parts.init_params(run)), jax.ShapeDtypeStruct((1,), np.int32)
@@ -222,6 +230,26 @@ def test_images_of_other_types_are_measured_as_uint8(tmp_path, monkeypatch):
     assert sum(map(len, seen)) == 80
     with pytest.raises(TypeError, match="it holds float64, but the run was trained on float32"):
         evaluate.measurable(images.astype(float), spec)
+
+
+def test_samples_are_compared_with_arrays_of_another_file(tmp_path):
+    images = np.random.default_rng(0).integers(0, 1000, (40, 6, 6, 3)).astype(np.uint16)
+    np.savez(tmp_path / "a.npz", images=images)
+    name, config = f"array:{tmp_path / 'a.npz'}", config_of("made", range=(0, 1000))
+
+    def features(x):
+        assert x.dtype == np.uint8
+        return Extracted(x.reshape(len(x), -1)[:, :4].astype(np.float32), None, None)
+
+    shown = pictures.eight_bit(images[:10], (0, 1000))
+    values = evaluate.against_reference(config, shown, name, Named("some", features))
+    assert values["measured"] == 10 and values["distance"] >= 0
+    with pytest.raises(ValueError, match=r"has arrays of shape \(6, 6, 3\), and the samples \(6, 5, 3\)"):
+        evaluate.against_reference(config, shown[:, :, :5], name, Named("some", features))
+    with pytest.raises(
+        ValueError, match="holds other values than uint8, of a range that a run states: pass its --work"
+    ):
+        evaluate.against_reference(configs.Config(), shown, name, Named("some", features))
 
 
 # What is refused
