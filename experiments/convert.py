@@ -118,6 +118,11 @@ def convert(
             f"--config.data.size={c.size} and --config.data.channels={c.channels} must give the format of the "
             "network's images, as in --config.data.size='(256, 256)' --config.data.channels=3"
         )
+    if c.range is not None:
+        raise ValueError(
+            f"--config.data.range={c.range}: published weights are those of uint8 images; leave it out, and begin a "
+            "training on other arrays with --config.train.init_from"
+        )
     if class_names and not c.labels:
         raise ValueError(f"--classes: {len(class_names)} classes need --config.data.labels")
     run = parts.resolve(config, parts.DataSpec((*c.size, c.channels), class_names))

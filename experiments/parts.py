@@ -386,6 +386,11 @@ def _superres(config: Config, spec: DataSpec) -> Superres | None:
     c = config.condition
     if c.size is None:
         return None
+    if len(spec.shape) != 3:
+        raise ValueError(
+            f"--config.condition.size={c.size}: super-resolution is of images [H, W, C], not of arrays of shape "
+            f"{spec.shape}; set it to None"
+        )
     if len(c.size) != 2:
         raise ValueError(f"--config.condition.size={c.size} must be a pair (height, width)")
     if c.sample_noise > c.noise:

@@ -11,11 +11,24 @@ from PIL import Image
 from diffusion import data
 from diffusion.data.values import PLAIN
 from diffusion.metrics.features import Extracted, Named
+from diffusion.models.unet import UNet
 from diffusion.models.vit import ViT
 from experiments import config as configs
-from experiments import evaluate, image_files, inputs, page, parts, pictures, preflight, report, sampling, signals
+from experiments import (
+    evaluate,
+    image_files,
+    inputs,
+    likelihood,
+    page,
+    parts,
+    pictures,
+    preflight,
+    report,
+    sampling,
+    signals,
+)
 from experiments.parts import DataSpec
-from experiments.run_dir import RunDir
+from experiments.run_dir import RunDir, Trained
 from tests.experiments.runs import (
     assert_same_state,
     call,
@@ -279,7 +292,20 @@ def test_what_cannot_work_is_refused_before_anything_is_written(quick, volumes, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_unet_and_bits_per_dimension_are_for_images_of_uint8(volumes):
+def test_some_parts_of_a_run_are_for_images_alone():
+    volume = DataSpec((16, 16, 16, 1), (), "float32", (0.0, 1.0))
+    config = config_of("made")
+    config.condition.size = (8, 8)
+    with pytest.raises(
+        ValueError, match=r"condition\.size=\(8, 8\): super-resolution is of images .* \(16, 16, 16, 1\)"
+    ):
+        parts.resolve(config, volume)
+    config.condition.size, config.model = None, UNet(patch_size=4, num_channels=8, channel_mult=(1.0,), num_heads=2)
+    with pytest.raises(ValueError, match=r"the U-Net works on images \[B, H, W, C\]"):
+        preflight.check_shapes(config, parts.resolve(config, volume))
+
+
+def test_bits_per_dimension_are_those_of_uint8(tmp_path):
     config = config_of("made")
     config.process = configs.Process(
         path="vp", prediction="eps", loss_in=None, times="grid", vlb_weight=1.0, steps=20, variance="learned_range"
@@ -287,6 +313,10 @@ def test_a_unet_and_bits_per_dimension_are_for_images_of_uint8(volumes):
     with pytest.raises(ValueError, match=r"vlb_weight=1\.0 counts the bits of uint8 in 0 \.\. 255, not of float32"):
         parts.resolve(config, DataSpec((8, 8, 1), (), "float32", (0.0, 1.0)))
     parts.resolve(config, DataSpec((8, 8, 1)))
+    config.process.vlb_weight, config.process.variance = 0.0, "fixed_small"
+    run = Trained(config, DataSpec((8, 8, 1), (), "float32", (0.0, 1.0)), {}, 0)
+    with pytest.raises(ValueError, match=r"likelihoods count the bits of uint8 in 0 \.\. 255, and the run has float32"):
+        likelihood.measure(run, tmp_path)
 
 
 def test_a_run_from_before_there_were_other_types_is_one_of_uint8(volume_run, tmp_path):

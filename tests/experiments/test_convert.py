@@ -136,6 +136,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path
     refused("none.pt: there is no such file", source=tmp_path / "none.pt")
     refused(r"--config\.data\.size=None", change=lambda c: setattr(c.data, "size", None))
     refused(r"--config\.data\.channels=None", change=lambda c: setattr(c.data, "channels", None))
+    refused(r"data\.range=\(0, 1\): published weights are", change=lambda c: setattr(c.data, "range", (0, 1)))
     refused(r"3 classes need --config\.data\.labels", change=lambda c: setattr(c.data, "labels", False))
     refused(r"unexpected key: y_embedder\.embedding_table\.weight \[4, 8\]", class_names=())
     refused(
