@@ -78,7 +78,9 @@ def series_run(quick, shared_folder):
     np.save(path, np.random.default_rng(0).integers(40_000, 40_100, (30, 32, 2)).astype(np.uint16))
     config = config_of(path, range=(0, 65535))
     config.train.steps, config.train.sample_every = 1, 9
-    return trained(config, shared_folder / "series")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "write", lambda folder: None)  # takes two seconds
+        return trained(config, shared_folder / "series")
 
 
 # Volumes
@@ -118,7 +120,8 @@ def test_a_volume_is_compared_by_its_values_alone_and_the_reason_is_given(volume
     assert f"not compared in features: {reason}" in capsys.readouterr().err
 
 
-def test_a_volume_that_was_stopped_goes_on_bit_for_bit(volume_run, volumes, tmp_path, monkeypatch):
+def test_a_volume_that_was_stopped_goes_on_bit_for_bit(volume_run, volumes, tmp_path, monkeypatch, unmeasured):
+    monkeypatch.setattr(page, "write", lambda folder: None)
     with monkeypatch.context() as patch:
         killed_at(patch, 1)
         with pytest.raises(signals.Stopped, match="Stopped at step 2 of 3"):
