@@ -82,15 +82,16 @@ def main(argv: Sequence[str]) -> None:
             raise
         features = None
         print(f"not compared in features: {e}\n", file=sys.stderr)
+    shown = pictures.eight_bit(images, spec.value_range)
     if _REFERENCE.value:
-        values = against_reference(config, images, _REFERENCE.value, features)
+        values = against_reference(config, shown, _REFERENCE.value, features)
     else:
         with about(path):
             values = report.quality(config, images, labels if labelled else None, features, patches)
     if _JSON.value:
         print(json.dumps({"samples": str(path), **values}, indent=2))
     else:
-        print(table(path, images, values, features and features.name, _REFERENCE.value or config.data.name))
+        print(table(path, shown, values, features and features.name, _REFERENCE.value or config.data.name))
 
 
 @contextlib.contextmanager
@@ -103,16 +104,16 @@ def about(file: Path | str) -> Iterator[None]:
 
 
 def measurable(images: np.ndarray, spec: DataSpec) -> np.ndarray:
-    """Samples of a run with data like `spec` as uint8 [N, *S, C].
+    """Samples of a run with data like `spec`, if they are of its type; images uint8 [N, H, W, C] of any shape.
 
     Raises:
-      TypeError, ValueError: they are of another type or shape.
+      TypeError, ValueError: they are of another type, or no images where the run is one of images.
     """
-    if spec.plain:
-        return checked_images(images, any_rank=len(spec.shape) != 3)
+    if spec.plain and len(spec.shape) == 3:
+        return checked_images(images)
     if images.dtype != spec.dtype:
         raise TypeError(f"it holds {images.dtype}, but the run was trained on {spec.dtype}")
-    return checked_images(pictures.eight_bit(images, spec.value_range), any_rank=True)
+    return images
 
 
 def features_for(config: Config, shape: Sequence[int]) -> Named:
@@ -138,7 +139,7 @@ def against_reference(config: Config, images: np.ndarray, reference: str, featur
         with about(reference):
             values = against(extract(features, images), real)
         return {"measured": len(images), "features": features.name, **values}
-    source = pictures.eight_bit_source(opened(config, reference, images.shape[1:]))
+    source = pictures.converted(opened(config, reference, images.shape[1:]), pictures.eight_bit)
     most = len(source.labels) // 2
     if len(images) > most:
         images = images[np.random.default_rng(0).permutation(len(images))[:most]]
@@ -204,7 +205,8 @@ def save_reference(config: Config, reference: str | None, path: Path) -> str:
     """
     if reference is not None and is_file_of_statistics(reference):
         raise ValueError(f"--save_reference needs images, and --reference={reference} is a file: pass folder:PATH")
-    source = pictures.eight_bit_source(inputs.source(config) if reference is None else opened(config, reference, None))
+    source = inputs.source(config) if reference is None else opened(config, reference, None)
+    source = pictures.converted(source, pictures.eight_bit)
     n, features = len(source.labels), features_for(config, source.images.shape[1:])
     found = moments(features(source.images[i : i + AT_ONCE]).features for i in range(0, n, AT_ONCE))
     files.atomic_write(path, lambda file: references.write(file, gaussian(found)))

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import figures, image_files, inputs, page, parts, pictures, report, sampling
+from experiments import figures, image_files, inputs, page, parts, report, sampling
 from experiments.config import Config
 from experiments.log import Log
 from experiments.run_dir import RunDir
@@ -44,8 +44,8 @@ def finish(
     except (ImportError, ValueError) as e:
         reached["unmeasured"] = str(e)
     try:
-        shown, given = pictures.eight_bit(images, run.spec.value_range), labels if run.spec.num_classes else None
-        reached |= report.quality(config, shown, given, features, report.patches(config, run.spec))
+        given = labels if run.spec.num_classes else None
+        reached |= report.quality(config, images, given, features, report.patches(config, run.spec))
     except ValueError as e:  # the samples are there, and the training must not end with an error
         reached["unmeasured"] = str(e)
     draw(config, run, folder, params, images[finite], labels, low)

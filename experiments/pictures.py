@@ -4,6 +4,7 @@ Of images themselves these are the first three channels, or the first one; of vo
 curves. Values of other types than uint8 are scaled, so that their range becomes 0 .. 255.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,15 @@ def eight_bit(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarra
     """The values as uint8, with their range scaled to 0 .. 255; what lies outside is clipped, and NaN is 0."""
     if is_plain(values.dtype, value_range):
         return values
+    return np.rint(np.nan_to_num(np.clip(scaled(values, value_range), 0, 255))).astype(np.uint8)
+
+
+def scaled(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+    """The values with their range scaled to 0 .. 255: uint8 in that range as they are, others as float64."""
+    if is_plain(values.dtype, value_range):
+        return values
     first, last = value_range
-    unit = (values.astype(np.float64) - first) / (last - first)
-    return np.rint(np.nan_to_num(np.clip(unit, 0, 1)) * 255).astype(np.uint8)
+    return (values.astype(np.float64) - first) / (last - first) * 255
 
 
 def curves(x: np.ndarray) -> np.ndarray:
@@ -60,25 +67,25 @@ def note(shape: tuple[int, ...]) -> str | None:
     return ", ".join(words) or None
 
 
-class EightBit:
-    """Arrays of a source as uint8, converted when indexed."""
+class Converted:
+    """Arrays of a source, converted by `eight_bit` or `scaled` when indexed."""
 
-    def __init__(self, source: Source):
-        self.shape, self.dtype = source.images.shape, np.dtype(np.uint8)
-        self._images, self._range = source.images, source.value_range
+    def __init__(self, source: Source, convert: Callable[[np.ndarray, tuple[float, float]], np.ndarray]):
+        self.shape, self.dtype = source.images.shape, np.dtype(np.uint8 if convert is eight_bit else np.float64)
+        self._images, self._range, self._convert = source.images, source.value_range, convert
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, indices: Any) -> np.ndarray:
-        return eight_bit(self._images[indices], self._range)
+        return self._convert(self._images[indices], self._range)
 
 
-def eight_bit_source(source: Source) -> Source:
-    """The source with images as uint8, in which features measure them."""
+def converted(source: Source, convert: Callable[[np.ndarray, tuple[float, float]], np.ndarray]) -> Source:
+    """The source with images converted by `eight_bit`, in which features measure them, or by `scaled`."""
     if is_plain(source.dtype, source.value_range):
         return source
-    return source._replace(images=EightBit(source), value_range=PLAIN)
+    return source._replace(images=Converted(source, convert), value_range=PLAIN)
 
 
 def kind(shape: tuple[int, ...]) -> str:

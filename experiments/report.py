@@ -125,9 +125,9 @@ def quality(
     features: Named | None,
     patches: tuple[int, int | None] | None = None,
 ) -> dict[str, Any]:
-    """`diffusion.metrics.report.report` of samples, uint8, against the data of `config`, and the name of the features.
+    """`diffusion.metrics.report.report` of samples against the data of `config`, and the name of the features.
 
-    Data of another type is measured as uint8, its range scaled to 0 .. 255, as `pictures.eight_bit` does with samples.
+    Samples and data of another type than uint8 have their range scaled to 0 .. 255, and for features they are rounded.
     Without features (None) only what follows from pixels is measured.
 
     The logits of digits are compared with the labels; other networks know other classes. At most half as many samples
@@ -140,7 +140,10 @@ def quality(
     """
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"there are {len(labels)} labels for {len(images)} images")
-    real = [pictures.eight_bit_source(inputs.source(config, split)) for split in ("train", config.data.held_out)]
+    convert = pictures.scaled if features is None else pictures.eight_bit
+    real = [inputs.source(config, split) for split in ("train", config.data.held_out)]
+    images = convert(images, real[0].value_range)
+    real = [pictures.converted(source, convert) for source in real]
     if features != DIGIT_FEATURES:
         labels = None
     if features in (IMAGE_FEATURES, None):

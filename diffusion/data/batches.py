@@ -126,8 +126,8 @@ def check_class_names(owner: str, class_names: Sequence[str]) -> None:
             raise ValueError(f"{owner} has two classes of one name: {earlier} and {i} are both {class_name!r}")
 
 
-def checked_images(images: np.ndarray, *, any_rank: bool = False) -> np.ndarray:
-    """`images` as an array, if it is uint8 [N, H, W, C] with N >= 1, or with `any_rank` [N, *S, C].
+def checked_images(images: np.ndarray) -> np.ndarray:
+    """`images` as an array, if it is uint8 [N, H, W, C] with N >= 1.
 
     Raises:
       TypeError: another dtype; the message says how to convert.
@@ -144,7 +144,7 @@ def checked_images(images: np.ndarray, *, any_rank: bool = False) -> np.ndarray:
         remedy = "np.rint(images * 255).astype(np.uint8) if they lie in [0, 1]"
     if images.dtype != np.uint8:
         raise TypeError(f"images must be uint8, not {images.dtype}: pass {remedy}")
-    if (images.ndim != 4 and not (any_rank and images.ndim in (3, 5))) or not images.size:
+    if images.ndim != 4 or not images.size:
         remedy = ": pass images[..., None] for grey images [N, H, W]" if images.ndim == 3 else ""
         raise ValueError(f"images must have shape [N, H, W, C] with N >= 1, not {images.shape}{remedy}")
     return images

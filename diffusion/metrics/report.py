@@ -88,7 +88,8 @@ def report(
 
     `train` has the images that the model was trained on, `held_out` those that it was not trained on. Distances are
     from both together. `features` maps images to features (`diffusion.metrics.features`); with None only the last
-    lines below are computed, which need none, also of samples [n, L, C] and [n, D, H, W, C]. Images are read in blocks.
+    lines below are computed, which need none, of samples [n, *S, C] of any type in the range 0 .. 255. Images are read
+    in blocks.
 
     agreement, agreement_0 ..    share whose largest logit is at their label, of all and of each class that occurs;
                                  only with labels, and with a feature function that returns logits
@@ -101,7 +102,7 @@ def report(
       TypeError: images are not uint8 or labels not integers.
       ValueError: wrong shapes or labels, n < 4, or too few real images (see `distance_and_reference`).
     """
-    images = checked_images(images, any_rank=features is None)
+    images = np.asarray(images) if features is None else checked_images(images)
     n = len(images)
     if labels is not None:
         labels = checked_labels(labels, n, train.num_classes or None)
