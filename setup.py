@@ -44,6 +44,7 @@ setup(
         "features": FEATURES,  # diffusion.metrics.features.efficientnet
         "test": [*EXPERIMENTS, *FEATURES, *NOTEBOOKS, "hypothesis", "pytest", "pytest-xdist", "ruff"],
         "notebooks": [*EXPERIMENTS, *NOTEBOOKS, "jupyterlab"],
+        "parquet": ["pyarrow"],  # diffusion.data.parquet
         "tensorboard": ["tensorboardX", "tensorboard"],
         "wandb": ["wandb"],
         "trackio": ["trackio"],

@@ -31,7 +31,7 @@ def _path() -> Any:
 class Data:
     """Images, or other arrays; `diffusion.data.load` explains name, size, crop, channels, class_names_in, bad_files."""
 
-    name: str = "mnist5k"  # a TFDS data set, folder:PATH or array:PATH
+    name: str = "mnist5k"  # a TFDS data set, folder:PATH, array:PATH or datasets:PATH (Parquet)
     data_dir: str | None = _path()  # where TFDS keeps its data sets
     held_out: str = "test"  # the split that training leaves out; of ImageNet and LSUN it is "validation"
     size: tuple[int, ...] | None = None  # (height, width); None keeps the images' own

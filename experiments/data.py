@@ -29,7 +29,7 @@ _OPTIONS = ("size", "crop", "channels", "data_dir", "class_names_in", "bad_files
 def define_flags(argv: Sequence[str]) -> None:
     """Flags of this command; defined when it runs, since other commands have some of the same names."""
     del argv
-    flags.DEFINE_string("name", None, "A data set of TFDS, folder:PATH or array:PATH, as --config.data.name.")
+    flags.DEFINE_string("name", None, "A data set of TFDS, folder:PATH, array:PATH or datasets:PATH.")
     flags.DEFINE_string("split", "train", "Which split: train, test, for folders and arrays also all and validation.")
     flags.DEFINE_list("size", None, "Height and width, or one number for both, as --config.data.size.")
     flags.DEFINE_enum("crop", "center", data.CROPS, "What to do with images of another size.")

@@ -174,7 +174,7 @@ def opened(config: Config, reference: str, shape: Sequence[int] | None) -> data.
     """
     c = config.data
     size, channels = (c.size, c.channels) if shape is None else (tuple(shape[:-1]), shape[-1])
-    split = "all" if reference.startswith(("folder:", "array:")) else "train"
+    split = "all" if reference.startswith(("folder:", "array:", "datasets:")) else "train"
     if reference.startswith("array:"):
         try:
             source = inputs.load(reference, split, channels=c.channels, value_range=c.range)

@@ -517,9 +517,15 @@ def test_installation_names_everything_that_is_imported(monkeypatch):
     library = {normal(requirement) for requirement in given["install_requires"]}
     library |= extras["numba"] | extras["data"] | extras["io"]
     assert extras["numba"] | extras["data"] | extras["io"] <= extras["experiments"] <= extras["test"]
-    for guest, host in {"llvmlite": "numba", "ml-dtypes": "jax"}.items():  # each in the version that its host asks for
+    library |= extras["parquet"]  # imported if such a data set is asked for
+    for guest, host in {
+        "llvmlite": "numba",
+        "ml-dtypes": "jax",
+        "scipy": "jax",
+    }.items():  # each in the version that its host asks for
         library |= {guest} & {normal(needed) for needed in importlib.metadata.requires(host)}
-    commands = library | extras["experiments"] | extras["tensorboard"]  # the last is imported if asked for
+    trackers = extras["tensorboard"] | extras["wandb"] | extras["trackio"]  # imported if asked for
+    commands = library | extras["experiments"] | trackers
     sources = importlib.metadata.packages_distributions()
     for path in FILES:
         if "bench" in path.parts:  # where rivals that are not there are left out

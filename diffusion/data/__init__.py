@@ -4,10 +4,10 @@
     data.batch(source, seed=0, step=17, batch_size=64)  # {"x": uint8 [64, 28, 28, 1], "y": int32 [64]}
 
 `load` reads every data set and returns a `Source`; `describe` says in words what it holds. `load` calls `folder` for
-"folder:PATH", `arrays` for "array:PATH" and `tfds` for the data sets of TFDS, which include the digits that this
-package builds itself (`mnist5k`); `images` decodes the files of folders and TFDS, to uint8; `values` says what arrays
-may hold. TFDS and Pillow are imported by the first call of `load`. Values keep their type; the training step converts
-them to floats, on the device.
+"folder:PATH", `arrays` for "array:PATH", `parquet` for "datasets:PATH" and `tfds` for the data sets of TFDS, which
+include the digits that this package builds itself (`mnist5k`); `images` decodes files of images, to uint8; `values`
+says what arrays may hold. TFDS and Pillow are imported by the first call of `load`. Values keep their type; the
+training step converts them to floats, on the device.
 """
 
 import os
@@ -43,9 +43,9 @@ def load(
 ) -> Source:
     """Loads a data set as a `Source` of N images, uint8 [N, H, W, C], or of arrays [N, *S, C] as they are in a file.
 
-    `name` is "mnist5k", any image data set of TFDS ("cifar10", "name/config:version"), "folder:PATH", or "array:PATH".
-    `diffusion.data.tfds` documents what TFDS needs, `diffusion.data.layout` how a folder is split and labelled, and
-    `diffusion.data.arrays` the files of arrays.
+    `name` is "mnist5k", any image data set of TFDS ("cifar10", "name/config:version"), "folder:PATH", "array:PATH" or
+    "datasets:PATH". `diffusion.data.tfds` documents what TFDS needs, `diffusion.data.layout` how a folder is split and
+    labelled, `diffusion.data.arrays` the files of arrays, and `diffusion.data.parquet` those of the Hugging Face Hub.
 
     Args:
       split: "train", "test", or another name or slice of TFDS ("train[:10%]"); for folders and arrays also "all", and
@@ -84,7 +84,10 @@ def load(
     if bad_files not in BAD_FILES:
         raise ValueError(f"bad_files={bad_files!r} is not one of {BAD_FILES}")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"name={name!r} must be 'mnist5k', the name of a TFDS data set, 'folder:PATH' or 'array:PATH'")
+        raise ValueError(
+            f"name={name!r} must be 'mnist5k', the name of a TFDS data set, 'folder:PATH', 'array:PATH' or "
+            "'datasets:PATH'"
+        )
     if value_range is not None and not is_array:
         raise ValueError(f"value_range={tuple(value_range)} is for array:PATH; leave it at None for {name}, 0 to 255")
     if name.startswith("folder:"):
@@ -95,6 +98,10 @@ def load(
     for field, value, default in (("class_names_in", class_names_in, "folders"), ("bad_files", bad_files, "raise")):
         if value != default:
             raise ValueError(f"{field}={value!r} is for folder:PATH; leave it at {default!r} for {name}")
+    if name.startswith("datasets:"):
+        from diffusion.data import parquet
+
+        return parquet.load(name, split, size, crop, channels, memory_limit, progress)
     if is_array:
         from diffusion.data import arrays
 
