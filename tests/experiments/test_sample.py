@@ -88,7 +88,7 @@ def test_an_unknown_label_is_answered_with_the_names():
 def test_labels_and_the_sampler_of_the_run_reach_the_samples(folder_run, tmp_path):
     """The run samples with DPM-Solver++."""
     call(folder_run.workdir, f"--outdir={tmp_path / 'own'}", "--num_samples=3", "--seed=0")
-    np.testing.assert_array_equal(samples(tmp_path / "own")[0], samples(folder_run.workdir)[0])
+    np.testing.assert_array_equal(samples(tmp_path / "own")[0], samples(folder_run.workdir)[0][:3])
     call(folder_run.workdir, f"--outdir={tmp_path / 'dog'}", "--num_samples=3", "--labels=dog")
     images, labels = samples(tmp_path / "dog")
     assert labels.tolist() == [1, 1, 1]
