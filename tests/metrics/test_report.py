@@ -287,7 +287,7 @@ def test_lines_name_what_was_computed():
     assert others[-1].split() == ["of", "3", "100.0%"]
     assert not [row for row in others if any(name in row for name in ("FID", "KID", "MIND", "Inception"))]
     assert lines({"distance": 1.0}, "x") == [f"{'Frechet distance':<18}{'1.00':>10}{'':<23}lower is better"]
-    numbers = NUMBERS | SCORES | {"seam", "seam_reference", "agreement"}
+    numbers = NUMBERS | SCORES | {"seam", "seam_reference", "agreement", "spatial_distance", "spatial_reference"}
     ends = {name for name in numbers if name.endswith(("_low", "_high"))}
     assert numbers - ends - {"feature_count"} == {line.key for line in module.LINES}
     assert name_of(digit_features) == "digit_features"
