@@ -137,7 +137,7 @@ def against_reference(config: Config, images: np.ndarray, reference: str, featur
     if is_file_of_statistics(reference):
         real = statistics(reference, features)
         with about(reference):
-            values = against(extract(features, images), real)
+            values = against(extract(features, images), *real)
         return {"measured": len(images), "features": features.name, **values}
     source = pictures.converted(opened(config, reference, images.shape[1:]), pictures.eight_bit)
     most = len(source.labels) // 2
@@ -152,8 +152,8 @@ def is_file_of_statistics(reference: str) -> bool:
     return reference.endswith(".npz") and not reference.startswith("array:")
 
 
-def statistics(path: str, features: Features) -> Gaussian:
-    """Mean and covariance of the features in a file; those of its images where it has no statistics.
+def statistics(path: str, features: Features) -> tuple[Gaussian, Gaussian | None]:
+    """Mean and covariance of features and of spatial features in a file; of its images where it has no statistics.
 
     Raises:
       OSError, ValueError: see `diffusion.metrics.references.read`.
@@ -161,9 +161,23 @@ def statistics(path: str, features: Features) -> Gaussian:
     file = Path(path).expanduser()
     found = references.read(file)
     if found.features is not None:
-        return found.features
-    images = checked_images(image_files.read_npz(file)[0])
-    return gaussian(moments(features(images[i : i + AT_ONCE]).features for i in range(0, len(images), AT_ONCE)))
+        return found.features, found.spatial
+    return gaussians(features, checked_images(image_files.read_npz(file)[0]))
+
+
+def gaussians(features: Features, images: Any) -> tuple[Gaussian, Gaussian | None]:
+    """Mean and covariance of the features, and of the spatial ones, of images that are read a block at a time."""
+    with_places: list[np.ndarray] = []
+
+    def blocks() -> Iterator[np.ndarray]:
+        for i in range(0, len(images), AT_ONCE):
+            found = features(images[i : i + AT_ONCE])
+            if found.spatial is not None:
+                with_places.append(found.spatial)
+            yield found.features
+
+    pooled = gaussian(moments(blocks()))
+    return pooled, gaussian(moments(with_places)) if with_places else None
 
 
 def opened(config: Config, reference: str, shape: Sequence[int] | None) -> data.Source:
@@ -207,11 +221,11 @@ def save_reference(config: Config, reference: str | None, path: Path) -> str:
         raise ValueError(f"--save_reference needs images, and --reference={reference} is a file: pass folder:PATH")
     source = inputs.source(config) if reference is None else opened(config, reference, None)
     source = pictures.converted(source, pictures.eight_bit)
-    n, features = len(source.labels), features_for(config, source.images.shape[1:])
-    found = moments(features(source.images[i : i + AT_ONCE]).features for i in range(0, n, AT_ONCE))
-    files.atomic_write(path, lambda file: references.write(file, gaussian(found)))
-    count = f"{len(found.mean)} features ({features.name})"
-    return f"{path}: mean and covariance of {count} of {n:,} images of {source.name}"
+    features = features_for(config, source.images.shape[1:])
+    found = gaussians(features, source.images)
+    files.atomic_write(path, lambda file: references.write(file, *found))
+    count = f"{len(found[0].mean)} features ({features.name})"
+    return f"{path}: mean and covariance of {count} of {len(source.labels):,} images of {source.name}"
 
 
 def table(path: Path, images: np.ndarray, values: dict[str, Any], features: str | None, reference: str) -> str:

@@ -49,6 +49,8 @@ LINES = (
     Line("distance", "Frechet distance", ".2f", "lower is better", "FID"),
     Line("reference", "  of real images", ".2f", "the reference: as many real images in their place"),
     Line("ratio", "  ratio", ".2f", "1: as good as real"),
+    Line("spatial_distance", "spatial distance", ".2f", "Frechet distance of features with places", "sFID"),
+    Line("spatial_reference", "  of real images", ".2f", ""),
     Line("kernel_distance", "kernel distance", ".4f", "lower is better; real images fall below 0", "KID"),
     Line("kernel_reference", "  of real images", ".4f", ""),
     Line("sliced_distance", "sliced distance", ".3f", "lower is better; needs fewer images", "MIND"),
@@ -145,6 +147,8 @@ def comparison(
 
     feature_count                how many features there are
     distance, reference, ratio   `distance_and_reference`, and the first over the second
+    spatial_distance             Frechet distance of spatial features, where there are some, from the real images
+                                 without n of them
     kernel_distance              from the real images without n of them
     kernel_reference             of these n real images from the others (below 0, see `kernel_distance`)
     precision, recall            with respect to these n real images, k = 3
@@ -169,6 +173,10 @@ def comparison(
     values["ratio"] = distance / reference
     if x.shape[1] <= MOST_RESAMPLED:
         values |= _interval("distance", _of_distance(x, gaussian(moments(y[rest])), resamples, seed, distance))
+    if fake.spatial is not None and real.spatial is not None:
+        of_rest = gaussian(moments(real.spatial[rest]))
+        values["spatial_distance"] = frechet(gaussian(moments(fake.spatial)), of_rest)
+        values["spatial_reference"] = frechet(gaussian(moments(real.spatial[part])), of_rest)
     values["kernel_distance"] = kernel_distance(x, y[rest])
     if resamples:
         interval = kernel_interval(x, y[rest], resamples=resamples, seed=seed)
@@ -187,11 +195,14 @@ def comparison(
     return values | class_score(fake, None if real.logits is None else real.logits[part])
 
 
-def against(fake: Extracted, reference: Gaussian, *, resamples: int = 100, seed: int = 0) -> dict[str, float]:
+def against(
+    fake: Extracted, reference: Gaussian, spatial: Gaussian | None = None, *, resamples: int = 100, seed: int = 0
+) -> dict[str, float]:
     """The numbers of samples with respect to a mean and covariance of real features alone, such as a published file.
 
-    feature_count, distance with its interval, class_score: as in `comparison`. Such files say nothing about other
-    numbers, nor what real images would reach.
+    feature_count, distance with its interval, class_score: as in `comparison`. With `spatial`, mean and covariance of
+    spatial features, and samples that have such, also spatial_distance. Such files say nothing
+    about other numbers, nor what real images would reach.
 
     Raises:
       ValueError: another number of features, fewer than 2 samples, or values that are NaN or infinite.
@@ -201,6 +212,8 @@ def against(fake: Extracted, reference: Gaussian, *, resamples: int = 100, seed:
     values = {"feature_count": float(x.shape[1]), "distance": distance}
     if x.shape[1] <= MOST_RESAMPLED:
         values |= _interval("distance", _of_distance(x, reference, resamples, seed, distance))
+    if spatial is not None and fake.spatial is not None:
+        values["spatial_distance"] = frechet(gaussian(moments(fake.spatial)), spatial)
     return values | class_score(fake, None)
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion import data
-from diffusion.metrics import distances
+from diffusion.metrics import distances, references
 from diffusion.metrics.features import Extracted, Named, efficientnet, inception
 from experiments import config as configs
 from experiments import evaluate, inputs, report
@@ -260,6 +260,19 @@ def test_statistics_of_real_images_are_saved_and_compared_with(run, tmp_path):
     numbers = {"feature_count", "distance", "distance_low", "distance_high", "class_score"}
     assert values.keys() == {"samples", "measured", "features"} | numbers
     assert values["measured"] == 15
+
+
+def test_statistics_of_spatial_features_are_saved_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "AT_ONCE", 7)
+    images = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), np.uint8)
+    flat = images.reshape(30, -1).astype(np.float32)
+    features = Named("some", lambda x: Extracted(x.mean((1, 2)), None, x.reshape(len(x), -1)[:, :5].astype(np.float32)))
+    references.write(tmp_path / "saved.npz", *evaluate.gaussians(features, images))
+    np.savez(tmp_path / "images.npz", images)
+    for name in ("saved.npz", "images.npz"):
+        pooled, spatial = evaluate.statistics(str(tmp_path / name), features)
+        np.testing.assert_allclose(pooled.mean, images.mean((0, 1, 2)), rtol=1e-5)
+        np.testing.assert_allclose(spatial.covariance, np.cov(flat[:, :5], rowvar=False), rtol=1e-4)
 
 
 def test_images_in_a_file_or_a_folder_are_a_reference(run, tmp_path):

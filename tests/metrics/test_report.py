@@ -259,6 +259,23 @@ def test_statistics_alone_give_a_distance(monkeypatch):
     assert "distance_low" not in against(Extracted(fake), moments.gaussian(moments.moments(real)))
 
 
+def test_spatial_features_have_a_distance_of_their_own():
+    rng = np.random.default_rng(0)
+    fake, real = (Extracted(rng.normal(size=(n, 3)), None, rng.normal(i, 1, (n, 5))) for i, n in enumerate((20, 60)))
+    labels = np.zeros(60, int)
+    values = comparison(fake, real, labels, resamples=0, seed=4)
+    part, rest = distances.split_real(labels, 20, np.random.default_rng(4))
+    assert values["spatial_distance"] == distances.frechet_distance(fake.spatial, real.spatial[rest])
+    assert values["spatial_reference"] == distances.frechet_distance(real.spatial[part], real.spatial[rest])
+    assert values["spatial_distance"] > 4 > values["spatial_reference"]
+    pooled, spatial = (moments.gaussian(moments.moments(x)) for x in (real.features, real.spatial))
+    values = against(fake, pooled, spatial, resamples=0)
+    assert values["spatial_distance"] == distances.frechet_distance(fake.spatial, real.spatial)
+    for one, other in ((fake._replace(spatial=None), spatial), (fake, None)):
+        assert "spatial_distance" not in against(one, pooled, other, resamples=0)
+    assert "spatial_distance" not in comparison(fake, real._replace(spatial=None), labels, resamples=0)
+
+
 def test_lines_name_what_was_computed():
     """Every number has a line; names of published metrics are those of the published network alone."""
     values = {line.key: 0.5 for line in module.LINES}
@@ -266,10 +283,11 @@ def test_lines_name_what_was_computed():
     others, published = lines(values, "digit features"), lines(values, "Inception-v3")
     assert len(others) == len(published) == len(module.LINES) + 1
     assert others[0].split() == ["Frechet", "distance", "0.50", "0.25", "..", "0.75", "lower", "is", "better"]
-    assert [row.split()[0] for row in published[:4:3]] == ["FID", "KID"] and others[-1].split() == ["of", "3", "100.0%"]
+    assert [row.split()[0] for row in published[:6] if "of real" not in row] == ["FID", "ratio", "sFID", "KID"]
+    assert others[-1].split() == ["of", "3", "100.0%"]
     assert not [row for row in others if any(name in row for name in ("FID", "KID", "MIND", "Inception"))]
     assert lines({"distance": 1.0}, "x") == [f"{'Frechet distance':<18}{'1.00':>10}{'':<23}lower is better"]
-    numbers = NUMBERS | SCORES | {"seam", "seam_reference", "agreement"}
+    numbers = NUMBERS | SCORES | {"seam", "seam_reference", "agreement", "spatial_distance", "spatial_reference"}
     ends = {name for name in numbers if name.endswith(("_low", "_high"))}
     assert numbers - ends - {"feature_count"} == {line.key for line in module.LINES}
     assert name_of(digit_features) == "digit_features"
