@@ -61,6 +61,8 @@ def test_without_a_held_out_split_a_tenth_of_the_rows_is_one(tmp_path):
     train, test = load(tmp_path), load(tmp_path, "test")
     assert sorted([*first(train), *first(test)]) == [*range(200)] and 8 < len(test.images) < 35
     assert train.images.shape[-1] == 1 and train.num_classes == 0
+    write(tmp_path / "default" / "validation" / "0000.parquet", [7, 8], channels=1, column="picture", names=False)
+    assert first(load(tmp_path)) == [*range(200)] and first(load(tmp_path, "test")) == [7, 8]
 
 
 def test_labels_without_names_are_numbered_and_hidden_ones_are_none(tmp_path):
