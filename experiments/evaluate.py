@@ -60,10 +60,10 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     command.start()
     config, path, labelled, patches, spec = Config(), Path(_SAMPLES.value or ""), True, None, DataSpec((28, 28, 1))
-    if not _SAMPLES.value and (command.has_workdir() or not _SAVE_REFERENCE.value):
+    if command.has_workdir() or not (_SAMPLES.value or _SAVE_REFERENCE.value):
         folder = RunDir(command.workdir())
         config, spec = folder.stored()
-        path, labelled = folder.samples, bool(spec.num_classes)
+        path, labelled = path if _SAMPLES.value else folder.samples, bool(spec.num_classes)
         patches = report.patches(config, spec)
     if _SAVE_REFERENCE.value:
         print(save_reference(config, _REFERENCE.value, Path(_SAVE_REFERENCE.value)))
@@ -191,7 +191,7 @@ def opened(config: Config, reference: str, shape: Sequence[int] | None) -> data.
     split = "all" if reference.startswith(("folder:", "array:", "datasets:")) else "train"
     if reference.startswith("array:"):
         try:
-            source = inputs.load(reference, split, channels=c.channels, value_range=c.range)
+            source = inputs.load(reference, split, channels=shape[-1] if shape else c.channels, value_range=c.range)
         except ValueError as e:
             if c.range is None and FLAG in str(e):
                 raise ValueError(

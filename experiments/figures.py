@@ -1,5 +1,6 @@
 """Figures of a run beyond its samples: some on their way from noise, those nearest to training images, and seams."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ STRIP_FRAMES = 11  # images from noise to sample
 PAIRS = 10
 # Of training images that are decoded when they are read, at most so many are compared with the samples.
 SEARCHED = 5_000
+BYTES = 1 << 30  # and at most so much of them
+COMPARED = 1_000  # samples
 
 
 def film(
@@ -50,11 +53,13 @@ def film_strip(frames: np.ndarray) -> Image.Image:
 def nearest_pairs(samples: np.ndarray, train: data.Source) -> Image.Image:
     """The `PAIRS` of samples [N, *S, C] that are nearest to a training image, in a row above those images.
 
-    Nearest by values. Of images that are decoded when they are read at most `SEARCHED` are compared, chosen at random.
+    Nearest by values, of the first `COMPARED` samples. Of images that are not in memory at most `SEARCHED` are
+    compared, chosen at random.
     """
-    images = train.images
-    if not isinstance(images, np.ndarray) and len(images) > SEARCHED:
-        images = images[np.sort(np.random.default_rng(0).permutation(len(images))[:SEARCHED])]
+    images, samples = train.images, samples[:COMPARED]
+    most = max(min(SEARCHED, BYTES // (8 * math.prod(images.shape[1:]))), 1)
+    if not isinstance(images, np.ndarray) and len(images) > most:
+        images = images[np.sort(np.random.default_rng(0).permutation(len(images))[:most])]
     which, distance = nearest(samples, images)
     first = np.argsort(distance, kind="stable")[:PAIRS]
     pairs = np.concatenate([samples[first], images[which[first]]])

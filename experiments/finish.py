@@ -48,10 +48,13 @@ def finish(
         reached |= report.quality(config, images, given, features, report.patches(config, run.spec))
     except ValueError as e:  # the samples are there, and the training must not end with an error
         reached["unmeasured"] = str(e)
-    draw(config, run, folder, params, images[finite], labels, low)
-    log.tell(steps, {f"report/{name}": value for name, value in reached.items() if isinstance(value, int | float)})
-    folder.write_report(reached)
+    folder.write_report(reached)  # before what is only to look at
+    try:
+        draw(config, run, folder, params, images[finite], labels, low)
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        print(f"some images of the report could not be made: {e}")
     page.write(folder)
+    log.tell(steps, {f"report/{name}": value for name, value in reached.items() if isinstance(value, int | float)})
     return reached
 
 

@@ -1,7 +1,7 @@
 """The log of a run: numbers in JSON lines, and whatever else follows the run."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ class Log:
 
     def __init__(self, path: Path, trackers: Sequence[Tracker] = ()) -> None:
         self.path = path
-        self._trackers = trackers
+        self._trackers = list(trackers)
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        self._each(lambda tracker: tracker.close())
 
     def rows(self) -> list[dict[str, float]]:
         """The rows logged so far; an incomplete last line, left by a crash, is skipped."""
@@ -47,12 +46,19 @@ class Log:
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers for the trackers alone, such as those of the final report."""
-        for tracker in self._trackers:
-            tracker.scalars(step, values)
+        self._each(lambda tracker: tracker.scalars(step, values))
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """An image uint8 [H, W], [H, W, 1] or [H, W, 3] for the trackers; nothing without them."""
         if self._trackers:
             image = np.broadcast_to(image if image.ndim == 3 else image[..., None], (*image.shape[:2], 3))
-        for tracker in self._trackers:
-            tracker.image(step, name, image)
+        self._each(lambda tracker: tracker.image(step, name, image))
+
+    def _each(self, call: Callable[[Tracker], Any]) -> None:
+        """Calls every tracker. One that fails is left out from then on, since a training must not end with it."""
+        for tracker in tuple(self._trackers):
+            try:
+                call(tracker)
+            except Exception as e:  # whatever a package of others raises
+                self._trackers.remove(tracker)
+                print(f"a tracker failed and is left out from here on: {type(e).__name__}: {e}")

@@ -30,7 +30,7 @@ from experiments.run_dir import RunDir
 
 flags.declare_key_flag("workdir")
 
-WIDEST = 1280  # pixels; wider images are reduced
+WIDEST, TALLEST = 1280, 4000  # pixels; larger images are reduced
 PREVIEWS = 6
 CLASSES = 30  # at most so many have a bar each, those with the lowest values
 UNMEASURED = ("step", "seconds")  # columns of the log that are no curves
@@ -125,7 +125,8 @@ def _samples(folder: RunDir, config: Config, spec: DataSpec, found: Mapping[str,
     yield _figure(
         folder.samples_image,
         f"Grid of samples of the run {config.name}",
-        f"The first of {count}. Each column is one class where there are at most 20; all are in samples.npz."
+        f"The first of {count}; all are in samples.npz."
+        + (" Each column is one class." if 1 < spec.num_classes <= 20 else "")
         + (f" Pictures show {part}." if part else ""),
     )
     if folder.film_strip.exists():
@@ -188,8 +189,8 @@ def _closer(folder: RunDir) -> Iterator[str]:
         yield _figure(
             folder.nearest_image,
             "Samples in the upper row, each above the training image that is nearest to it",
-            "The samples that are nearest to a training image, and below each that image. A pair that is equal is a "
-            "copy. Nearest by pixels; of images that are read from a folder at most 5,000 are searched.",
+            "Of the first 1,000 samples those that are nearest to a training image, and below each that image. Nearest "
+            "by pixels; of training images that are not in memory at most 5,000 are searched.",
         )
     if folder.seam_image.exists():
         yield "<h2>Seams</h2>"
@@ -215,8 +216,8 @@ def _curves(rows: Sequence[Mapping[str, float]]) -> Iterator[str]:
     together = [name for name in ("loss", "held_out_loss") if name in names]
     groups = [("Loss", {name.replace("_", " "): of[name] for name in together})] if together else []
     if quarters:
-        ends = [i / len(quarters) for i in range(len(quarters) + 1)]
-        labels = [f"{low:g} to {high:g}" for low, high in zip(ends, ends[1:], strict=False)]
+        numbers = [int(name.removeprefix("loss_q")) for name in quarters]  # an expert has some of them
+        labels = [f"{i / 4:g} to {(i + 1) / 4:g}" for i in numbers]
         lines = {label: of[name] for label, name in zip(labels, quarters, strict=True)}
         groups.append(("Loss by quarter of the range of times, from the least noise on", lines))
     others = [name for name in names if name not in {*together, *quarters}]
@@ -276,12 +277,17 @@ def _chart(svg: str, alt: str, caption: str) -> str:
 def _figure(path: Path, alt: str, caption: str, *, sharp: bool = True) -> str:
     """An image file, with a caption; `sharp`: pixels stay squares when it is enlarged."""
     data, kind = path.read_bytes(), "png"
-    with Image.open(io.BytesIO(data)) as image:
-        if image.width > WIDEST:
-            size = (WIDEST, max(round(image.height * WIDEST / image.width), 1))
-            file, kind = io.BytesIO(), "webp"
-            image.resize(size, Image.Resampling.LANCZOS).save(file, "WEBP", quality=90)
-            data = file.getvalue()
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # it is a file of this run
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width > WIDEST or image.height > TALLEST:
+                scale = min(WIDEST / image.width, TALLEST / image.height)
+                size = tuple(max(round(side * scale), 1) for side in image.size)
+                file, kind = io.BytesIO(), "webp"
+                image.resize(size, Image.Resampling.LANCZOS).save(file, "WEBP", quality=90)
+                data = file.getvalue()
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
     return _embedded(base64.b64encode(data).decode(), kind, alt, caption, "sharp" if sharp else "")
 
 

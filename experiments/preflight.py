@@ -56,8 +56,18 @@ def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> Non
         jax.eval_shape(sampling.sample_fn(run), params, one, one, *low)
     if config.train.init_from is not None and fresh:
         RunDir(Path(config.train.init_from)).initial_weights(params)
-    if config.train.eval_every or run.split is not None or run.superres:
-        inputs.source(config, config.data.held_out)
+    used = config.train.eval_every or run.split is not None or run.superres
+    if used or config.data.name.startswith("array:"):  # of arrays next to nothing is read
+        held = inputs.source(config, config.data.held_out)
+        if run.superres and run.spec.num_classes:
+            asked = set(range(min(config.sample.count, run.spec.num_classes)))
+            missing = sorted(asked - set(np.unique(held.labels).tolist()))
+            if missing:
+                raise ValueError(
+                    f"samples are enlarged held-out images, and {held.name} has none of the classes "
+                    f"{data.listed([run.spec.class_names[i] for i in missing])}; see --config.data.held_out and "
+                    "--config.data.labels"
+                )
 
 
 def describe(config: Config, source: data.Source, params: parts.Any) -> str:

@@ -1,5 +1,6 @@
 """What is said of samples: how they are made and saved with progress shown, their numbers, and these in words."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion.data import Source
+from diffusion.metrics.distances import nearest_ratio
 from diffusion.metrics.features import Extracted, Named, digits, efficientnet, inception
 from diffusion.metrics.report import report as measure
 from diffusion.metrics.seams import has_seams
@@ -22,6 +24,9 @@ DIGIT_FEATURES = Named(digits.NAME, digits.digit_features)
 ENOUGH = 100
 # Of a data set that is not digits at most so many real images are compared: a large network takes 20 ms for each.
 REAL = 5_000
+AT_MOST = 4 << 30
+# The nearest training image is looked for in all of them, or not at all if there are more.
+SEARCHED = 100_000
 
 
 def _image_features(images: np.ndarray) -> Extracted:
@@ -146,6 +151,7 @@ def quality(
     real = [pictures.converted(source, convert) for source in real]
     if features != DIGIT_FEATURES:
         labels = None
+    whole = real[0]
     if features in (IMAGE_FEATURES, None):
         real = _subset(real)
     most = sum(len(source.labels) for source in real) // 2
@@ -154,18 +160,24 @@ def quality(
         real = _splittable(real, len(chosen))
     labels = None if labels is None else labels[chosen]
     values = measure(images[chosen], labels, *real, features=features, patches=patches)
+    if len(real[0].labels) < len(whole.labels):  # a copy of any training image counts
+        if len(whole.labels) <= SEARCHED:
+            values["nearest_ratio"] = nearest_ratio(images[chosen], whole.images, real[1].images)
+        else:
+            values.pop("nearest_ratio", None)
     return {"measured": len(chosen), **({} if features is None else {"features": features.name}), **values}
 
 
 def _subset(real: list[Source]) -> list[Source]:
-    """At most `REAL` images of both sources, in proportion, at random."""
+    """At most `REAL` images of both sources, and `AT_MOST` bytes of them as float64, in proportion, at random."""
     total = sum(len(source.labels) for source in real)
-    if total <= REAL:
+    most = max(min(REAL, AT_MOST // (8 * math.prod(real[0].images.shape[1:]))), 8)
+    if total <= most:
         return real
     found = []
     for source in real:
         n = len(source.labels)
-        rows = np.sort(np.random.default_rng(0).permutation(n)[: max(n * REAL // total, 2)])
+        rows = np.sort(np.random.default_rng(0).permutation(n)[: max(n * most // total, 2)])
         found.append(source._replace(images=source.images[rows], labels=source.labels[rows]))
     return found
 

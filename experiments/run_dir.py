@@ -141,6 +141,9 @@ class RunDir(NamedTuple):
         facts = values.pop("data_spec", None)
         if facts is None:
             raise ValueError(f"{self.path}/config.json was not written by experiments.train; pass another --workdir")
+        unknown = sorted(set(facts) - set(DataSpec._fields))
+        if unknown:
+            raise ValueError(f"the stored config has the facts {unknown} about its data, unknown to this version")
         listed = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
         return from_dict(values), DataSpec(**listed)  # earlier versions stored shape and class_names alone
 

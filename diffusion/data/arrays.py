@@ -5,7 +5,7 @@
     folder/train.npy, folder/test.npy         or .npz, with the names of `layout.ROLES`; labels as above
 
 A file alone is split by `layout`, eq. (1), with the number of an array, "0", "1", ..., as its path: a tenth is in
-"test", and arrays that are appended later do not change the split of the others.
+"test", and of more than some dozens, arrays that are appended later do not change the split of the others.
 
 Arrays stay on disk, and those of a batch are read when it is needed. A compressed member of a `.npz`, which `savez`
 does not write and `savez_compressed` does, has to be read as a whole. Values are those of the file, in its own type;

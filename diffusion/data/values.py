@@ -14,6 +14,7 @@ FLAG = "--config.data.range"
 KINDS = {1: "sequences", 2: "images", 3: "volumes"}
 # Integers beyond it are not exact in float32, in which all is computed.
 EXACT = 2**24
+OFFSET = 2**12  # values that are so many times their range have 12 bits left of float32's 24
 CHANNELS = 4  # more channels than this, where they may be a spatial axis, must be confirmed
 
 
@@ -40,7 +41,8 @@ def check_shape(owner: str, shape: Sequence[int], channels: int | None = None, f
         if c != channels:
             raise ValueError(f"{flag}={channels}, but {owner} have {c} channels, the last axis of {shape}")
         return
-    if (len(shape) == 3 and (c > CHANNELS or c == before > 1)) or c == before > CHANNELS:
+    first = len(shape) > 3 and c > CHANNELS and shape[1] in (1, 3, 4)  # channels may come first
+    if (len(shape) == 3 and (c > CHANNELS or c == before > 1)) or c == before > CHANNELS or first:
         names = {3: "[N, H, W]", 4: "[N, D, H, W]", 5: "[N, C, D, H, W]"}[len(shape)]
         first = "" if len(shape) == 3 else ", or np.moveaxis(images, 1, -1) where channels come first"
         raise ValueError(
@@ -79,6 +81,11 @@ def checked_range(
             f"{flag}={tuple(value_range)}: {owner} are {dtype}, and integers beyond {EXACT:,} are not exact in "
             "float32: save them as float32, scaled to [0, 1]"
         )
+    if dtype.itemsize > 4 and dtype.kind == "f" and max(abs(first), abs(last)) > OFFSET * (last - first):
+        raise ValueError(
+            f"{flag}={tuple(value_range)}: {owner} are {dtype}, and float32, which all is computed in, cannot tell "
+            "such values apart: subtract the smallest, and save them as float32"
+        )
     if dtype.kind != "f" and not (first.is_integer() and last.is_integer()):
         raise ValueError(f"{flag}={tuple(value_range)} must be integers, as {owner} are {dtype}")
     info = np.iinfo(dtype) if dtype.kind != "f" else np.finfo(dtype)
@@ -109,7 +116,6 @@ def _stated(flag: str, sample: np.ndarray) -> str:
     low, high = float(np.nanmin(sample)), float(np.nanmax(sample))
     if sample.dtype.kind == "f" and 0 <= low <= high <= 1:
         low, high = 0.0, 1.0
-    pair = (
-        f"({low:g}, {max(high, low + 1):g})" if sample.dtype.kind == "f" else f"({low:.0f}, {max(high, low + 1):.0f})"
-    )
+    high = high if high > low else low + 1
+    pair = f"({low!r}, {high!r})" if sample.dtype.kind == "f" else f"({low:.0f}, {high:.0f})"
     return f'{flag}="{pair}"' if flag.startswith("-") else f"{flag}={pair}"

@@ -133,7 +133,7 @@ def test_values_beyond_the_range_are_found_in_the_batch_that_has_them(tmp_path, 
             np.linspace(-2, 3, 60).reshape(10, 3, 2, 1),
             {},
             ValueError,
-            r'are float64, of unknown range: .* smallest is -2\.0 and the largest 3\.0.*data\.range="\(-2, 3\)"',
+            r'are float64, of unknown range: .* smallest is -2\.0 and the largest 3\.0.*data\.range="\(-2\.0, 3\.0\)"',
         ),
         (
             np.full((9, 3, 2, 1), 7, np.uint16),
@@ -142,7 +142,12 @@ def test_values_beyond_the_range_are_found_in_the_batch_that_has_them(tmp_path, 
             r'uint16, of unknown range: .*is 7 and the largest 7.*range="\(7, 8\)"',
         ),
         (np.zeros((9, 3, 2, 1)), {"value_range": (1, 1)}, ValueError, r"data\.range=\(1, 1\) must be the smallest and"),
-        (np.zeros((9, 3, 2, 1)), {"value_range": (1,)}, ValueError, r"range=\(1,\) must be .* as in --.*=\"\(0, 1\)\""),
+        (
+            np.zeros((9, 3, 2, 1)),
+            {"value_range": (1,)},
+            ValueError,
+            r"range=\(1,\) must be .* as in --.*=\"\(0\.0, 1\.0\)\"",
+        ),
         (np.zeros((9, 3, 2, 1), np.int64), {"value_range": (0, 1 << 25)}, ValueError, "not exact in float32"),
         (np.zeros((9, 3, 2, 1), np.int16), {"value_range": (0, 70000)}, ValueError, "more than int16 can hold"),
         (np.zeros((9, 3, 2, 1), np.int16), {"value_range": (0, 0.5)}, ValueError, "must be integers"),
@@ -229,3 +234,28 @@ def test_only_images_are_mirrored_and_moved():
     for options in ({"flip": True}, {"shift": 1}):
         with pytest.raises(ValueError, match=r"not sequences of shape \(8, 1\): leave them at False and 0"):
             data.batch(source, 0, 0, 2, **options)
+
+
+def test_ranges_that_float32_cannot_resolve_are_refused(tmp_path):
+    values = 1.7e9 + np.arange(120.0).reshape(10, 12, 1)
+    np.save(tmp_path / "a.npy", values)
+    with pytest.raises(ValueError, match="float32, which all is computed in, cannot tell such values apart: subtract"):
+        data.load(f"array:{tmp_path / 'a.npy'}", value_range=(1.7e9, 1.7e9 + 119))
+    np.save(tmp_path / "a.npy", values - 1.7e9)
+    assert len(data.load(f"array:{tmp_path / 'a.npy'}", "all", value_range=(0.0, 119.0)).labels) == 10
+
+
+def test_a_range_that_is_suggested_holds_the_values(tmp_path):
+    np.save(tmp_path / "a.npy", np.linspace(-0.1234567891, 31415928.3, 30).reshape(10, 3, 1))
+    with pytest.raises(ValueError) as e:
+        data.load(f"array:{tmp_path / 'a.npy'}")
+    first, last = (float(x) for x in str(e.value).split('="(')[1].split(")")[0].split(", "))
+    assert data.load(f"array:{tmp_path / 'a.npy'}", value_range=(first, last)).value_range == (first, last)
+
+
+@pytest.mark.parametrize("shape", [(10, 3, 16, 12), (10, 1, 8, 16, 12)])
+def test_channels_that_come_first_are_refused(tmp_path, shape):
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match="are the last 12 values channels.*channels=12"):
+        data.load(f"array:{tmp_path / 'a.npy'}")
+    assert data.load(f"array:{tmp_path / 'a.npy'}", "all", channels=12).images.shape == shape

@@ -17,7 +17,8 @@ def digits():
 def test_damages_begin_at_none_and_grow(digits, damage, levels):
     """In what they change: pixels, or how many different images are left."""
     x, y = digits
-    made = [damage(x, y, np.random.default_rng(0), level) for level in levels]
+    more = (x[::-1] ^ 1, y[::-1]) if damage is metric_figure.dropped_classes else ()
+    made = [damage(x, y, np.random.default_rng(0), level, *more) for level in levels]
     assert {(each.dtype, each.shape) for each in made} == {(x.dtype, x.shape)}
     assert sorted(each.tobytes() for each in made[0]) == sorted(each.tobytes() for each in x)
     if damage in (metric_figure.noise, metric_figure.blur):
@@ -25,6 +26,8 @@ def test_damages_begin_at_none_and_grow(digits, damage, levels):
     elif damage is metric_figure.shift:
         changed = [int(np.flatnonzero([(np.roll(x, n, 2) == each).all() for n in range(28)])[0]) for each in made]
         assert changed == list(levels)
+    elif damage is metric_figure.dropped_classes:
+        changed = [(each.reshape(40, 1, -1) != x.reshape(1, 40, -1)).any(2).all(1).sum() for each in made]
     else:
         changed = [-len(np.unique(each.reshape(len(x), -1), axis=0)) for each in made]
     assert changed == sorted(set(changed))
@@ -32,14 +35,16 @@ def test_damages_begin_at_none_and_grow(digits, damage, levels):
 
 def test_dropped_classes_are_gone(digits):
     x, y = digits
-    left = metric_figure.dropped_classes(x, y, None, 3)
-    assert not {each.tobytes() for each in left} & {each.tobytes() for each in x[y < 3]}
+    spare = x[::-1] ^ 1
+    left = metric_figure.dropped_classes(x, y, np.random.default_rng(0), 3, spare, y[::-1])
+    known = {each.tobytes(): c for each, c in zip([*x, *spare], [*y, *y[::-1]], strict=True)}
+    assert min(known[each.tobytes()] for each in left) == 3 and len({each.tobytes() for each in left}) == 40
 
 
 @pytest.mark.slow
 def test_the_figure_has_every_metric_and_damage():
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (120, 28, 28, 1), np.uint8), np.arange(120) % 10
+    images, labels = rng.integers(0, 256, (160, 28, 28, 1), np.uint8), np.arange(160) % 10
     found = metric_figure.measure(images, labels, 40, 2)
     figure = metric_figure.plot(found)
     assert len(figure.axes) == len(ROWS) * len(DAMAGES)

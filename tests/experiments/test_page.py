@@ -124,6 +124,22 @@ def test_wide_images_are_made_smaller(copy):
     assert folder.page.stat().st_size < before + 200_000 < before + noise.size
 
 
+def test_tall_images_are_made_smaller_too(copy, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    folder = RunDir(copy)
+    Image.new("L", (300, 17_000)).save(folder.samples_image)
+    assert b"image/webp" in page.write(folder).read_bytes()
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_quarters_of_an_expert_have_the_times_that_they_are(copy):
+    folder = RunDir(copy)
+    rows = [{"step": step, "loss": 1.0, "loss_q2": 0.5, "loss_q3": 0.25} for step in (1, 2)]
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alts = [image.get("alt") for image in parsed(folder).iter(f"{NAMESPACE}img")]
+    assert any("0.5 to 0.75: 0.5 at step 2; 0.75 to 1: 0.25 at step 2" in alt for alt in alts)
+
+
 def test_a_folder_without_a_run_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(page.command, "workdir", lambda: tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no run in .*pass the --workdir of experiments.train"):

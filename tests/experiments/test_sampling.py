@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion import data
 from diffusion.models.vit import ViT
 from diffusion.sample import initial_noise
-from experiments import inputs, parts, report, sampling
+from experiments import inputs, parts, preflight, report, sampling
 from experiments.parts import DataSpec
 from experiments.run_dir import trained
 from tests.experiments import runs
@@ -60,6 +61,18 @@ def test_flags_of_the_chain_reach_the_sampler(chain_run, tmp_path):
         assert not np.array_equal(plain, changed), other
     with pytest.raises(ValueError, match=r"--ema=0\.7: .* averages with the decays 0\.0, 0\.9"):
         sampled(tmp_path / "c", *arguments, "--ema=0.7")
+
+
+def test_super_resolution_needs_held_out_images_of_every_class_that_it_samples(monkeypatch):
+    config = tiny_chain("large")
+    config.condition.size, config.sample.count = (4, 4), 4
+    run = parts.resolve(config, DataSpec((8, 8, 1), ("a", "b", "c", "d", "e")))
+    held = data.from_arrays(np.zeros((4, 8, 8, 1), np.uint8), [0, 1, 3, 3], "abcde")
+    monkeypatch.setattr(inputs, "source", lambda *_: held)
+    with pytest.raises(ValueError, match="arrays has none of the classes c; see --config.data.held_out"):
+        preflight.check_shapes(config, run)
+    monkeypatch.setattr(inputs, "source", lambda *_: held._replace(labels=np.arange(4)))
+    preflight.check_shapes(config, run)
 
 
 @pytest.mark.slow

@@ -56,6 +56,22 @@ def test_every_tracker_is_told_numbers_and_images_and_closed_also_after_an_error
     assert written.rows() == [{"step": 1, "loss": 0.5}]
 
 
+def test_a_tracker_that_fails_is_left_out_and_ends_nothing(tmp_path, capsys):
+    def fail(*_):
+        raise ConnectionError("no network")
+
+    heard = []
+    followers = [
+        trackers.Tracker(fail, fail, fail),
+        trackers.Tracker(lambda step, values: heard.append(step), fail, lambda: heard.append("closed")),
+    ]
+    with log.Log(tmp_path / "metrics.jsonl", followers) as written:
+        for step in (1, 2):
+            written.scalars(step, {"loss": 0.5})
+    assert heard == [1, 2, "closed"] and len(written.rows()) == 2
+    assert capsys.readouterr().out == "a tracker failed and is left out from here on: ConnectionError: no network\n"
+
+
 @pytest.mark.parametrize(
     ("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio", "trackio")]
 )
