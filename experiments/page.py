@@ -56,8 +56,9 @@ figcaption, small { color: #57606a; font-size: .875rem; }
 .sharp { image-rendering: pixelated; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .5rem; border-bottom: 1px solid #d0d7de; }
-td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td small { display: block; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
+td small { display: block; white-space: normal; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .75rem; background: #f6f8fa; border-radius: 6px;
       font-size: .875rem; }
 .note { padding: .5rem .75rem; background: #fff8c5; border-radius: 6px; }
