@@ -48,7 +48,7 @@ def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> Non
     params = jax.eval_shape(partial(parts.init_params, run))
     state = jax.eval_shape(partial(objective.init_state, run), params)
     jax.eval_shape(objective.make_step(run), jax.random.key(0), state, _examples(config.train.batch_size, run.spec))
-    one, image = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1, *shape), run.spec.dtype)
+    one, image = jax.ShapeDtypeStruct((1,), np.int32), _examples(1, run.spec)["x"]
     if run.split is not None:
         jax.eval_shape(sampling.denoise_fn(run), params, one, one, image)
     else:
@@ -106,4 +106,5 @@ def dry_run(config: Config) -> None:
 
 
 def _examples(b: int, spec: parts.DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
-    return {"x": jax.ShapeDtypeStruct((b, *spec.shape), spec.dtype), "y": jax.ShapeDtypeStruct((b,), np.int32)}
+    dtype = jax.dtypes.canonicalize_dtype(spec.dtype)  # a device gets 32 bits where the data has 64
+    return {"x": jax.ShapeDtypeStruct((b, *spec.shape), dtype), "y": jax.ShapeDtypeStruct((b,), np.int32)}
