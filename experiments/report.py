@@ -227,7 +227,8 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
         words.append(f"An independent classifier reads the label as given in {report['agreement']:.1%} of them.")
     if report.get("measured", ENOUGH) < ENOUGH:
         words.append(caution(report["measured"], "--config.sample.count"))
-    words.append(f"Images: {RunDir(workdir).samples_image}; arrays: {RunDir(workdir).samples}.")
+    folder = RunDir(workdir)
+    words.append(f"Report: {folder.page}; images: {folder.samples_image}; arrays: {folder.samples}.")
     enlarges = " --base_samples=runs/NAME/samples.npz" if report.get("condition") else " --num_samples=64 --trajectory"
     return " ".join(words) + f"\nNext: python -m experiments.sample --workdir={workdir}{enlarges}"
 
