@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffusion import data
 from diffusion.io import files
-from experiments import image_files, inputs, pictures
+from experiments import display, image_files, inputs
 from experiments.command import run
 from experiments.paths import define_path
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         picked = examples(source, f.rows, f.columns)
         image_files.save(Path(f.out), sheet(source, picked))
         of = f" of {source.num_classes:,} classes" if source.num_classes > len(picked) else ""
-        part = pictures.note(source.images.shape[1:])
+        part = display.note(source.images.shape[1:])
         print(f"{f.out}: {sum(map(len, picked))} images, {len(picked)} rows{of}{f'; they show {part}' if part else ''}")
 
 
@@ -103,7 +103,7 @@ def examples(source: data.Source, rows: int, columns: int) -> list[np.ndarray]:
 def sheet(source: data.Source, picked: Sequence[np.ndarray]) -> Image.Image:
     """The picked images, a row for each list of numbers, with the name of the class on its left."""
     columns = max(map(len, picked))
-    found = [pictures.pictures(source.images[numbers], source.value_range) for numbers in picked]
+    found = [display.as_images(source.images[numbers], source.value_range) for numbers in picked]
     shown = np.full((len(picked), columns, *found[0].shape[1:]), 255, np.uint8)
     for row, images in zip(shown, found, strict=True):
         row[: len(images)] = images

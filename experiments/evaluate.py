@@ -31,7 +31,7 @@ from diffusion.metrics import references
 from diffusion.metrics.features import Features, Named
 from diffusion.metrics.moments import Gaussian, gaussian, moments
 from diffusion.metrics.report import AT_ONCE, against, cautions, comparison, extract, lines
-from experiments import command, image_files, inputs, pictures, report
+from experiments import command, display, image_files, inputs, report
 from experiments.config import Config
 from experiments.parts import DataSpec
 from experiments.paths import define_path
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
             raise
         features = None
         print(f"not compared in features: {e}\n", file=sys.stderr)
-    shown = pictures.eight_bit(images, spec.value_range)
+    shown = display.eight_bit(images, spec.value_range)
     if _REFERENCE.value:
         values = against_reference(config, shown, _REFERENCE.value, features)
     else:
@@ -139,7 +139,7 @@ def against_reference(config: Config, images: np.ndarray, reference: str, featur
         with about(reference):
             values = against(extract(features, images), *real)
         return {"measured": len(images), "features": features.name, **values}
-    source = pictures.converted(opened(config, reference, images.shape[1:]), pictures.eight_bit)
+    source = display.converted(opened(config, reference, images.shape[1:]), display.eight_bit)
     most = len(source.labels) // 2
     if len(images) > most:
         images = images[np.random.default_rng(0).permutation(len(images))[:most]]
@@ -220,7 +220,7 @@ def save_reference(config: Config, reference: str | None, path: Path) -> str:
     if reference is not None and is_file_of_statistics(reference):
         raise ValueError(f"--save_reference needs images, and --reference={reference} is a file: pass folder:PATH")
     source = inputs.source(config) if reference is None else opened(config, reference, None)
-    source = pictures.converted(source, pictures.eight_bit)
+    source = display.converted(source, display.eight_bit)
     features = features_for(config, source.images.shape[1:])
     found = gaussians(features, source.images)
     files.atomic_write(path, lambda file: references.write(file, *found))

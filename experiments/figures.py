@@ -11,8 +11,8 @@ from diffusion import data
 from diffusion.metrics.distances import nearest
 from diffusion.metrics.seams import seams
 from experiments import charts, image_files, sampling
+from experiments.display import as_images
 from experiments.parts import Parts
-from experiments.pictures import pictures
 
 STRIP_ROWS = 10  # samples
 STRIP_FRAMES = 11  # images from noise to sample
@@ -32,7 +32,7 @@ def film(
     *,
     keep: int = STRIP_FRAMES,
 ) -> np.ndarray:
-    """Pictures uint8 [K, N, H, W, C], from noise to sample, of the first `STRIP_ROWS` of samples with these labels.
+    """Images uint8 [K, N, H, W, C], from noise to sample, of the first `STRIP_ROWS` of samples with these labels.
 
     K is `keep`, or one more than the sampler has steps if those are fewer. `low` and `members` as in
     `sampling.sample_fn`.
@@ -40,7 +40,7 @@ def film(
     n = min(len(labels), STRIP_ROWS)
     sample = sampling.sample_fn(run, min(len(run.grid), keep), members)
     _, frames = sample(params, np.arange(n), labels[:n], *(() if low is None else (low[:n],)))
-    shown = pictures(np.asarray(frames).reshape(-1, *run.spec.shape), run.spec.value_range)
+    shown = as_images(np.asarray(frames).reshape(-1, *run.spec.shape), run.spec.value_range)
     return shown.reshape(-1, n, *shown.shape[1:])
 
 
@@ -63,7 +63,7 @@ def nearest_pairs(samples: np.ndarray, train: data.Source) -> Image.Image:
     which, distance = nearest(samples, images)
     first = np.argsort(distance, kind="stable")[:PAIRS]
     pairs = np.concatenate([samples[first], images[which[first]]])
-    return image_files.grid(pictures(pairs, train.value_range), len(first))
+    return image_files.grid(as_images(pairs, train.value_range), len(first))
 
 
 def seam_maps(samples: np.ndarray, train: data.Source, patches: tuple[int, int | None]) -> Image.Image:

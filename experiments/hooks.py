@@ -9,7 +9,7 @@ import numpy as np
 from diffusion import data
 from diffusion import train as training
 from diffusion.io import checkpoint
-from experiments import image_files, inputs, parts, pictures, sampling
+from experiments import display, image_files, inputs, parts, sampling
 from experiments.config import Config
 from experiments.log import Log
 from experiments.objective import objective
@@ -95,7 +95,7 @@ class Preview:
         images = np.concatenate(list(batches))
         if self._expert:  # [N, 2, *S, C] to a row of noised images, one of denoised ones, and so on
             images = images.reshape(-1, self._columns, *images.shape[1:]).swapaxes(1, 2).reshape(-1, *images.shape[2:])
-        image = image_files.grid(pictures.pictures(images, self._range), self._columns)
+        image = image_files.grid(display.as_images(images, self._range), self._columns)
         self._folder.mkdir(exist_ok=True)
         image_files.save(self._folder / f"{step:07d}.png", image)
         self._log.image(step, "samples", np.asarray(image))

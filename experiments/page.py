@@ -22,7 +22,7 @@ from PIL import Image
 from diffusion.io import files
 from diffusion.metrics.features import digits, inception
 from diffusion.metrics.report import LINES
-from experiments import charts, command, pictures, report
+from experiments import charts, command, display, report
 from experiments.config import Config, to_dict
 from experiments.log import Log
 from experiments.parts import DataSpec
@@ -121,14 +121,14 @@ def _samples(folder: RunDir, config: Config, spec: DataSpec, found: Mapping[str,
     if not folder.samples_image.exists():
         return
     yield "<h2>Samples</h2>"
-    part = pictures.note(spec.shape)
+    part = display.note(spec.shape)
     count = f"{found['sample_count']:,} samples" if "sample_count" in found else "the samples"
     yield _figure(
         folder.samples_image,
         f"Grid of samples of the run {config.name}",
         f"The first of {count}; all are in samples.npz."
         + (" Each column is one class." if 1 < spec.num_classes <= 20 else "")
-        + (f" Pictures show {part}." if part else ""),
+        + (f" Images show {part}." if part else ""),
     )
     if folder.film_strip.exists():
         yield _figure(

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion import data
 from diffusion.patch.geometry import geometry
-from experiments import inputs, objective, parts, pictures, report, sampling
+from experiments import display, inputs, objective, parts, report, sampling
 from experiments.config import Config, network_name, to_dict
 from experiments.run_dir import RunDir
 
@@ -71,17 +71,17 @@ def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> Non
 
 
 def describe(config: Config, source: data.Source, params: parts.Any) -> str:
-    """Which network is trained on which images, what pictures show of them, and what has no effect without labels."""
+    """Which network is trained on which images, what images show of them, and what has no effect without labels."""
     count = sum(p.size for p in jax.tree.leaves(params))
     n, *shape = source.images.shape
     grid = geometry(shape[:-1], config.model.patch_size, getattr(config.model, "stride", None)).grid
     size = "x".join(map(str, shape))
     name = network_name(config.model)
-    kind = pictures.kind(shape)
+    kind = display.kind(shape)
     line = f"{name}: {count:,} parameters, {math.prod(grid)} tokens, on {n:,} {kind} {size} of {source.name}"
     line += f"\n{data.describe(source)}"
-    if shown := pictures.note(shape):
-        line += f"\npictures show {shown}"
+    if shown := display.note(shape):
+        line += f"\nimages show {shown}"
     if config.sample.guidance != 1 and not inputs.data_spec(config, source).num_classes:
         line += f"\nwithout labels, so --config.sample.guidance={config.sample.guidance} has no effect"
     try:

@@ -12,7 +12,7 @@ from diffusion.metrics.distances import nearest_ratio
 from diffusion.metrics.features import Extracted, Named, digits, efficientnet, inception
 from diffusion.metrics.report import report as measure
 from diffusion.metrics.seams import has_seams
-from experiments import image_files, inputs, parts, pictures, sampling
+from experiments import display, image_files, inputs, parts, sampling
 from experiments.config import Config
 from experiments.progress import Bar
 from experiments.run_dir import RunDir
@@ -23,8 +23,8 @@ DIGIT_FEATURES = Named(digits.NAME, digits.digit_features)
 # Numbers from fewer images say little: there are 64 features.
 ENOUGH = 100
 # Of a data set that is not digits at most so many real images are compared: a large network takes 20 ms for each.
-REAL = 5_000
-AT_MOST = 4 << 30
+# They are in memory at once, so they are also at most so many bytes, as float64.
+REAL, REAL_BYTES = 5_000, 4 << 30
 # The nearest training image is looked for in all of them, or not at all if there are more.
 SEARCHED = 100_000
 
@@ -81,12 +81,12 @@ def non_finite(count: int, total: int) -> str:
 
 
 def save(arrays: Path, image: Path, images: np.ndarray, labels: np.ndarray, spec: parts.DataSpec) -> Image.Image:
-    """Writes all samples to the file `arrays` (.npz), in the type and range of the data, and pictures of the first rows
+    """Writes all samples to the file `arrays` (.npz), in the type and range of the data, and images of the first rows
     of them to `image` (.png), which it returns."""
     classes = spec.num_classes
     image_files.save_npz(arrays, of_type(images, spec), labels if classes else None)
     columns = min(len(images), classes if 1 < classes <= 20 else 10)
-    grid = image_files.grid(pictures.pictures(images[: 10 * columns], spec.value_range), columns)
+    grid = image_files.grid(display.as_images(images[: 10 * columns], spec.value_range), columns)
     image_files.save(image, grid)
     return grid
 
@@ -145,10 +145,10 @@ def quality(
     """
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"there are {len(labels)} labels for {len(images)} images")
-    convert = pictures.scaled if features is None else pictures.eight_bit
+    convert = display.scaled if features is None else display.eight_bit
     real = [inputs.source(config, split) for split in ("train", config.data.held_out)]
     images = convert(images, real[0].value_range)
-    real = [pictures.converted(source, convert) for source in real]
+    real = [display.converted(source, convert) for source in real]
     if features != DIGIT_FEATURES:
         labels = None
     whole = real[0]
@@ -169,9 +169,9 @@ def quality(
 
 
 def _subset(real: list[Source]) -> list[Source]:
-    """At most `REAL` images of both sources, and `AT_MOST` bytes of them as float64, in proportion, at random."""
+    """At most `REAL` images of both sources, and `REAL_BYTES` bytes of them as float64, in proportion, at random."""
     total = sum(len(source.labels) for source in real)
-    most = max(min(REAL, AT_MOST // (8 * math.prod(real[0].images.shape[1:]))), 8)
+    most = max(min(REAL, REAL_BYTES // (8 * math.prod(real[0].images.shape[1:]))), 8)
     if total <= most:
         return real
     found = []

@@ -47,7 +47,7 @@ def test_a_convolution_of_one_tap_is_a_matrix_product(key):
         np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
-def test_large_pictures_are_cut_on_a_cpu_only_and_small_ones_nowhere():
+def test_large_images_are_cut_on_a_cpu_only_and_small_ones_nowhere():
     def convolutions(size, platform):
         x, kernel = jax.ShapeDtypeStruct((2, size, size, 4), jnp.bfloat16), jnp.zeros((3, 3, 4, 4), jnp.bfloat16)
         gradient = jax.jit(jax.grad(lambda x, k: conv.conv3x3(x, k).sum().astype(float), 1))

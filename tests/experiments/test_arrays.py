@@ -15,13 +15,13 @@ from diffusion.models.unet import UNet
 from diffusion.models.vit import ViT
 from experiments import config as configs
 from experiments import (
+    display,
     evaluate,
     image_files,
     inputs,
     likelihood,
     page,
     parts,
-    pictures,
     preflight,
     report,
     sampling,
@@ -96,17 +96,17 @@ def test_a_volume_is_trained_and_sampled_in_its_own_type_and_range(volume_run):
     )
     assert "8 tokens, on " in volume_run.printed and " volumes 16x16x16x1 of array:" in volume_run.printed
     assert "float32 from -2 to 6" in volume_run.printed
-    assert "pictures show the middle slice of each volume" in volume_run.printed
+    assert "images show the middle slice of each volume" in volume_run.printed
 
 
-def test_pictures_of_a_volume_are_its_middle_slices(volume_run):
+def test_images_of_a_volume_are_its_middle_slices(volume_run):
     images, _ = samples(volume_run.workdir)
     with Image.open(volume_run.workdir / "samples.png") as image:
         middle = np.rint((images[:, 8] + 2) / 8 * 255).astype(np.uint8)
         np.testing.assert_array_equal(image, image_files.grid(middle, 2))
     names = {p.name for p in volume_run.workdir.iterdir()}
     assert {"trajectory.png", "nearest.png", "previews", "report.html"} <= names and "seams.png" not in names
-    assert "Pictures show the middle slice of each volume." in page.page(RunDir(volume_run.workdir))
+    assert "Images show the middle slice of each volume." in page.page(RunDir(volume_run.workdir))
 
 
 def test_volumes_are_compared_by_their_values_and_the_reason_is_given(volume_run, capsys):
@@ -164,7 +164,7 @@ def test_a_sequence_is_trained_with_all_16_bits(series_run):
 
 def test_nothing_is_drawn_that_has_no_meaning_for_a_sequence(series_run):
     with Image.open(series_run.workdir / "samples.png") as image:
-        curves = pictures.pictures(samples(series_run.workdir)[0], (0.0, 65535.0))
+        curves = display.as_images(samples(series_run.workdir)[0], (0.0, 65535.0))
         np.testing.assert_array_equal(image, image_files.grid(curves, 5))
     assert report.patches(series_run.config, RunDir(series_run.workdir).stored()[1]) is None
 
@@ -264,7 +264,7 @@ def test_samples_are_compared_with_arrays_of_another_file(tmp_path):
         assert x.dtype == np.uint8
         return Extracted(x.reshape(len(x), -1)[:, :4].astype(np.float32), None, None)
 
-    shown = pictures.eight_bit(images[:10], (0, 1000))
+    shown = display.eight_bit(images[:10], (0, 1000))
     values = evaluate.against_reference(config, shown, name, Named("some", features))
     assert values["measured"] == 10 and values["distance"] >= 0
     with pytest.raises(ValueError, match=r"has arrays of shape \(6, 6, 3\), and the samples \(6, 5, 3\)"):
@@ -345,45 +345,45 @@ def test_a_run_from_before_there_were_other_types_is_one_of_uint8(volume_run, tm
         folder.open(config, DataSpec((28, 28, 1), ("a", "b"), "float32"))
 
 
-# Pictures
+# Images to look at
 
 
-def test_pictures_of_many_channels_show_three_or_one():
+def test_images_of_many_channels_show_three_or_one():
     x = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 13), np.uint8)
-    np.testing.assert_array_equal(pictures.pictures(x), x[..., :3])
-    np.testing.assert_array_equal(pictures.pictures(x[..., :2]), x[..., :1])
-    assert pictures.note((5, 4, 13)) == "the first 3 of 13 channels"
-    assert pictures.note((5, 4, 2)) == "the first 1 of 2 channels"
-    assert pictures.note((9, 5, 4, 4)) == "the middle slice of each volume, the first 3 of 4 channels"
-    assert pictures.note((5, 4, 3)) is None and pictures.note((5, 4, 1)) is None
+    np.testing.assert_array_equal(display.as_images(x), x[..., :3])
+    np.testing.assert_array_equal(display.as_images(x[..., :2]), x[..., :1])
+    assert display.note((5, 4, 13)) == "the first 3 of 13 channels"
+    assert display.note((5, 4, 2)) == "the first 1 of 2 channels"
+    assert display.note((9, 5, 4, 4)) == "the middle slice of each volume, the first 3 of 4 channels"
+    assert display.note((5, 4, 3)) is None and display.note((5, 4, 1)) is None
     wide = x.astype(np.float64)
     wide[0, 0, 0, 0], wide[0, 0, 1, 0] = np.nan, 1e9
-    shown = pictures.pictures(wide / 10, (0.0, 25.5))
+    shown = display.as_images(wide / 10, (0.0, 25.5))
     assert shown.dtype == np.uint8 and (shown[0, 0, 0, 0], shown[0, 0, 1, 0]) == (0, 255)
     np.testing.assert_array_equal(shown[1:], x[1:, ..., :3])
 
 
 def test_curves_pass_through_their_values_without_gaps():
     x = np.array([[[0], [255], [128], [128]]], np.uint8)
-    (drawn,) = pictures.pictures(x)[..., 0]
+    (drawn,) = display.as_images(x)[..., 0]
     assert drawn.shape == (64, 4)
     assert (drawn[:, 0] == 255).all()  # from the lowest row to the next value, in the highest
     assert np.flatnonzero(drawn[:, 1]).tolist() == [*range(0, 33)]
     assert np.flatnonzero(drawn[:, 3]).tolist() == [32]
     long = np.zeros((1, 5000, 2), np.uint8)
     long[0, 2505, 0] = 255
-    shown = pictures.pictures(long)
-    assert shown.shape == (1, 64, pictures.WIDEST, 3) and (shown[0, 0, :, 0] == 255).sum() == 1
+    shown = display.as_images(long)
+    assert shown.shape == (1, 64, display.WIDEST, 3) and (shown[0, 0, :, 0] == 255).sum() == 1
     assert (shown[0, 63, :, 1] == 255).all() and not shown[..., 2].any()
 
 
 def test_a_source_is_shown_as_uint8_when_it_is_read():
     images = np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 3, 2, 1)
     source = data.from_arrays(images, value_range=(-1, 1))
-    shown = pictures.converted(source, pictures.eight_bit)
+    shown = display.converted(source, display.eight_bit)
     np.testing.assert_array_equal(shown.images[[2, 0]], np.rint((images[[2, 0]] + 1) * 127.5).astype(np.uint8))
     assert (shown.dtype, shown.value_range, len(shown.images)) == (np.uint8, PLAIN, 4)
     plain = data.from_arrays(np.zeros((2, 2, 2, 1), np.uint8))
-    assert pictures.converted(plain, pictures.eight_bit) is plain
-    exact = pictures.converted(source, pictures.scaled).images[[2, 0]]
+    assert display.converted(plain, display.eight_bit) is plain
+    exact = display.converted(source, display.scaled).images[[2, 0]]
     np.testing.assert_allclose(exact, (images[[2, 0]] + 1) * 127.5, rtol=1e-6)

@@ -16,7 +16,7 @@ ROWS = 64  # height of a curve, in pixels
 WIDEST = 256  # of a curve; of longer sequences each column shows all values of a stretch
 
 
-def pictures(values: np.ndarray, value_range: tuple[float, float] = PLAIN) -> np.ndarray:
+def as_images(values: np.ndarray, value_range: tuple[float, float] = PLAIN) -> np.ndarray:
     """uint8 images [N, H, W, 1 or 3] of arrays [N, H, W, C], [N, L, C] or [N, D, H, W, C] with values in this range."""
     x = eight_bit(values, value_range)
     shown = x[..., : 3 if x.shape[-1] >= 3 else 1]
@@ -55,7 +55,7 @@ def curves(x: np.ndarray) -> np.ndarray:
 
 
 def note(shape: tuple[int, ...]) -> str | None:
-    """What pictures of arrays of `shape` [*S, C] show of them, in words; None if it is all."""
+    """What images of arrays of `shape` [*S, C] show of them, in words; None if it is all."""
     *size, c = shape
     if len(size) == 1:
         colours = ", ".join(("red", "green", "blue")[:c])
