@@ -281,12 +281,15 @@ def _figure(path: Path, alt: str, caption: str, *, sharp: bool = True) -> str:
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # it is a file of this run
     try:
         with Image.open(io.BytesIO(data)) as image:
+            image.load()
             if image.width > WIDEST or image.height > TALLEST:
                 scale = min(WIDEST / image.width, TALLEST / image.height)
                 size = tuple(max(round(side * scale), 1) for side in image.size)
                 file, kind = io.BytesIO(), "webp"
                 image.resize(size, Image.Resampling.LANCZOS).save(file, "WEBP", quality=90)
                 data = file.getvalue()
+    except OSError as e:
+        raise ValueError(f"{path} is damaged ({e}): delete it, and the report is written without it") from e
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     return _embedded(base64.b64encode(data).decode(), kind, alt, caption, "sharp" if sharp else "")

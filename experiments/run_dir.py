@@ -153,9 +153,20 @@ class RunDir(NamedTuple):
         stored_config.write_config(self.path, _to_stored(config, spec))  # last: it makes the folder that of a run
 
     def report(self) -> dict[str, Any] | None:
-        """The report of a finished run; None if it is not finished."""
+        """The report of a finished run; None if it is not finished.
+
+        Raises:
+          ValueError: report.json is damaged.
+        """
         path = self.path / "report.json"
-        return with_current_names(json.loads(path.read_text())) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return with_current_names(json.loads(path.read_text()))
+        except ValueError as e:
+            raise ValueError(
+                f"{path} is damaged ({e}): delete it, and the command that trained the run writes it again"
+            ) from e
 
     def write_report(self, report: dict[str, Any]) -> dict[str, Any]:
         """Writes report.json, which marks the run as finished; returns the report."""

@@ -51,8 +51,8 @@ def wandb(folder: RunDir, name: str, config: Mapping[str, Any]) -> Tracker:
         )
     except wandb.errors.Error as e:
         raise ValueError(
-            f"--track=wandb cannot start: {e}. Log in with `wandb login`, or set WANDB_MODE=offline and upload later "
-            "with `wandb sync`"
+            f"--track=wandb cannot start: {str(e).rstrip('.')}. Log in with `wandb login`, or set WANDB_MODE=offline "
+            "and upload later with `wandb sync`"
         ) from e
     run.define_metric("*", step_metric="step")  # its own count of steps cannot go back, as a continued training does
     return Tracker(

@@ -132,6 +132,15 @@ def test_tall_images_are_made_smaller_too(copy, monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
+@pytest.mark.parametrize("name", ["samples.png", "report.json"])
+def test_a_damaged_file_is_named_with_what_to_do(copy, name):
+    (copy / name).write_bytes((copy / name).read_bytes()[:200])
+    with pytest.raises(ValueError, match=f"{name} is damaged .*: delete it"):
+        page.write(RunDir(copy))
+    (copy / name).unlink()
+    page.write(RunDir(copy))
+
+
 def test_quarters_of_an_expert_have_the_times_that_they_are(copy):
     folder = RunDir(copy)
     rows = [{"step": step, "loss": 1.0, "loss_q2": 0.5, "loss_q3": 0.25} for step in (1, 2)]
