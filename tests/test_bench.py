@@ -17,6 +17,7 @@ from diffusion.patch import patchify, unpatchify
 from experiments.bench import (
     blog,
     commands,
+    decoding,
     features,
     jax_run,
     metrics,
@@ -380,6 +381,16 @@ def test_another_published_network_is_not_timed(tmp_path):
     torch_unet.train(module, np.ones((2, 8, 8, 3), np.float32), 3, rate=0.1, ema=0.9, **settings)()
     moved = [abs(p.detach() - b).max() for p, b in zip(module.parameters(), before, strict=True)]
     assert min(moved) > 0.05
+
+
+def test_decoding_reads_the_same_pixels_and_notices_others(monkeypatch):
+    monkeypatch.setattr(decoding.importlib.util, "find_spec", lambda name: None)  # Grain needs flags of the command line
+    result = decoding.run(images=70, rounds=1)
+    assert result["images"] == 64 and {"diffusion.data", decoding.PILLOW} <= set(result["programs"])
+    assert "64 JPEGs of 256x256" in decoding.report(result)
+    monkeypatch.setattr(decoding, "ours", lambda source, order: 0)
+    with pytest.raises(AssertionError, match="Pillow does not compute what ours does"):
+        decoding.run(images=64, rounds=1)
 
 
 def test_metrics_are_compared_with_other_programs(monkeypatch):
