@@ -384,13 +384,16 @@ def test_another_published_network_is_not_timed(tmp_path):
 
 
 def test_decoding_reads_the_same_pixels_and_notices_others(monkeypatch):
-    monkeypatch.setattr(decoding.importlib.util, "find_spec", lambda name: None)  # Grain needs flags of the command line
-    result = decoding.run(images=70, rounds=1)
-    assert result["images"] == 64 and {"diffusion.data", decoding.PILLOW} <= set(result["programs"])
-    assert "64 JPEGs of 256x256" in decoding.report(result)
+    # Grain needs flags of the command line.
+    monkeypatch.setattr(decoding.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(decoding, "SIZE", 16)
+    monkeypatch.setattr(decoding, "BATCH", 4)
+    result = decoding.run(images=7, rounds=1)
+    assert result["images"] == 4 and {"diffusion.data", decoding.PILLOW} <= set(result["programs"])
+    assert "4 JPEGs of 16x16" in decoding.report(result)
     monkeypatch.setattr(decoding, "ours", lambda source, order: 0)
     with pytest.raises(AssertionError, match="Pillow does not compute what ours does"):
-        decoding.run(images=64, rounds=1)
+        decoding.run(images=4, rounds=1)
 
 
 def test_metrics_are_compared_with_other_programs(monkeypatch):
