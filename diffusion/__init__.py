@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 _MODULES = (
+    "asymflow",
     "cpu",
     "data",
     "experts",

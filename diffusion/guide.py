@@ -99,15 +99,23 @@ def classifier_free(denoise: Denoise, null: Any, scale: Scale) -> Denoise:
     return paired(denoise, null, lambda cond, uncond, t: uncond + _factor(scale, t, cond) * (cond - uncond))
 
 
-def interval(scale: Scale, low: float | jax.Array, high: float | jax.Array) -> Scale:
+def interval(scale: Scale, low: float | jax.Array, high: float | jax.Array, *, open_ends: bool = False) -> Scale:
     """`scale` for low <= t <= high and 1, no guidance, outside (Kynkäänniemi et al. 2024, 2404.07724).
+
+    With `open_ends` for low < t < high, as in JiT (Li & He 2025, 2511.13720): ends that are times of the grid are then
+    without guidance. An end of -inf or inf is no bound.
 
     Raises:
       ValueError: low is not below high.
     """
     if isinstance(low, int | float) and isinstance(high, int | float) and not low < high:
         raise ValueError(f"guidance interval [{low}, {high}]: its low end must be below its high end")
-    return lambda t: jnp.where((t >= low) & (t <= high), scale(t) if callable(scale) else scale, 1.0)
+
+    def scaled(t: jax.Array) -> jax.Array:
+        inside = (t > low) & (t < high) if open_ends else (t >= low) & (t <= high)
+        return jnp.where(inside, scale(t) if callable(scale) else scale, 1.0)
+
+    return scaled
 
 
 def clip(denoise: Denoise, path: Path, prediction: Prediction, low: float = -1.0, high: float = 1.0) -> Denoise:

@@ -15,6 +15,14 @@ Two rows are a 2x2 system in (x0, eps), so one solve decodes them all:
 
 The same determinants convert errors: at fixed xt, an error in the coordinates of prediction a is det_a / det_b times
 the error in those of b.                                                                           (3)
+
+A prediction of x0 has det = -sigma, so that near the data the division amplifies its errors. With |det| in (2) kept
+above a floor they are bounded, and x0 and eps no longer compose xt. On the linear path the velocity is then
+
+    dalpha/dt x0 + dsigma/dt eps = (xt - pred) / max(t, floor / scale)                              (4)
+
+as in JiT (Li & He 2025, 2511.13720), which takes 0.05 at scale 1. `convert` to "flow" with a floor makes it a
+prediction that every sampler decodes without one.
 """
 
 from collections.abc import Callable
@@ -84,8 +92,10 @@ def target(prediction: Prediction, coef: Coefficients, x0: jax.Array, eps: jax.A
     return expand(u, x0) * x0 + expand(w, x0) * eps
 
 
-def decode(prediction: Prediction, coef: Coefficients, xt: jax.Array, pred: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(x0_hat, eps_hat) [B, ...] from a prediction at xt, eq. (2).
+def decode(
+    prediction: Prediction, coef: Coefficients, xt: jax.Array, pred: jax.Array, floor: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """(x0_hat, eps_hat) [B, ...] from a prediction at xt, eq. (2), with |det| kept above `floor`.
 
     Where the two rows are parallel (x0 at sigma = 0, eps at alpha = 0) the system is singular, and the answer is its
     least-norm solution: the quantity that the rows determine is exact, the other is zero. That zero carries no
@@ -94,6 +104,11 @@ def decode(prediction: Prediction, coef: Coefficients, xt: jax.Array, pred: jax.
     u, w = (expand(a, xt) for a in row(prediction, coef))
     det = expand(determinant(prediction, coef), xt)
     alpha, sigma = expand(coef.alpha, xt), expand(coef.sigma, xt)
+    if floor:
+        # Where det is 0, at an end of the path, its sign is the one beside it: that of -sigma for x0, of alpha for eps.
+        negative = jnp.where(det == 0, w - u, det) < 0
+        bounded = jnp.where(negative, -1, 1) * jnp.maximum(jnp.abs(det), floor)
+        return (w * xt - sigma * pred) / bounded, (alpha * pred - u * xt) / bounded
     singular = jnp.abs(det) < _SINGULAR
     safe = jnp.where(singular, 1, det)
     norm = alpha**2 + sigma**2 + u**2 + w**2
@@ -128,11 +143,17 @@ def replace_pred(output: Output, pred: jax.Array) -> Output:
     return output._replace(pred=pred) if isinstance(output, WithVariance) else pred
 
 
-def convert(denoise: Denoise, path: Path, source: Prediction, to: Prediction) -> Denoise:
-    """The same denoiser, predicting `to` where it predicted `source`."""
+def convert(denoise: Denoise, path: Path, source: Prediction, to: Prediction, floor: float = 0.0) -> Denoise:
+    """The same denoiser, predicting `to` where it predicted `source`, whose |det| is kept above `floor`, eq. (4).
+
+    Raises:
+      ValueError: the floor is negative.
+    """
+    if not floor >= 0:
+        raise ValueError(f"floor={floor} must not be negative: it is the smallest divisor, 0 for no bound")
 
     def converted(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
         coef, output = coefficients(path, t), denoise(xt, t, y)
-        return replace_pred(output, target(to, coef, *decode(source, coef, xt, pred_of(output))))
+        return replace_pred(output, target(to, coef, *decode(source, coef, xt, pred_of(output), floor)))
 
     return converted

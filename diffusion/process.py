@@ -7,12 +7,12 @@ A path is a function t [B] -> (alpha [B], sigma [B]); derivatives come from `jax
 function. Times are continuous; the discrete chains of the literature are grids of them. The paths here run from 0 to 1;
 a variance-exploding path whose time is sigma, `lambda t: (jnp.ones_like(t), t)`, works just as well.
 
-    Linear      alpha = 1 - t            sigma = t                  flow matching, Lipman et al. 2022 (2210.02747)
+    Linear      alpha = 1 - t            sigma = scale t            flow matching, Lipman et al. 2022 (2210.02747)
     Cosine      alpha = cos(pi t / 2)    sigma = sin(pi t / 2)      Salimans & Ho 2022 (2202.00512)
     VP          alpha^2 = prod(1 - beta) sigma^2 = 1 - alpha^2      DDPM, Ho et al. 2020 (2006.11239)
     Geometric   alpha = a^(n t)          sigma = 1 - alpha          Piantedosi, piantedosi.github.io/diffusion_model
 
-Geometric is Linear with another parametrisation of time: both have alpha + sigma = 1.
+Geometric is Linear with another parametrisation of time: both have alpha + sigma = 1, at a scale of 1.
 """
 
 import math
@@ -38,10 +38,20 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Linear:
-    """Linear interpolation between data and noise."""
+    """Linear interpolation between data and noise of standard deviation `scale`.
+
+    JiT takes scale = image size / 256 (Li & He 2025, 2511.13720): neighbouring pixels of larger images are more alike,
+    so that the same noise hides less of them.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale} must be positive: it is the standard deviation of the noise at t = 1")
 
     def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return 1 - t, t
+        return 1 - t, t if self.scale == 1 else self.scale * t
 
 
 @dataclass(frozen=True)

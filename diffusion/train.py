@@ -4,7 +4,7 @@
     ema    <- d ema + (1 - d) params,    d = min(decay, (1 + step) / (10 + step))                   (1)
 
 The average follows the *new* parameters, and its horizon grows with the step so that it soon forgets the initial
-parameters. `step` is pure: the caller jits it, donates the state and places the arrays.
+parameters; without this warm-up d = decay. `step` is pure: the caller jits it, donates the state and places the arrays.
 
 An update with a non-finite loss or gradient is skipped: parameters, averages and optimiser stay as they were. In
 float16 a gradient may overflow, which is expected: the loss is multiplied by 2^floor(log2_scale) before it is
@@ -71,6 +71,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     ema_decay: float | Sequence[float] = 0.999,
+    ema_warmup: bool = True,
     draw: DrawFn | None = None,
     report: ReportFn | None = None,
     microbatch: int | None = None,
@@ -82,6 +83,7 @@ def make_step(
 
     Args:
       ema_decay: one, or a list for as many averages.
+      ema_warmup: whether the decay grows at first, eq. (1); most published programs have it constant.
       draw: (key, batch, state) -> batch; its result is passed to loss_fn in place of the batch: times and noise for the
         whole batch, for example, so that microbatches do not change them. It may use the averages or the carry of the
         state. The loss's own key differs between microbatches.
@@ -129,7 +131,7 @@ def make_step(
             updates, opt = optimizer.update(grads, state.opt, state.params)
             params = optax.apply_updates(state.params, updates)
             after = tuple(
-                optax.incremental_update(params, ema, 1 - warm_decay(decay, state.step))
+                optax.incremental_update(params, ema, 1 - (warm_decay(decay, state.step) if ema_warmup else decay))
                 for ema, decay in zip(averages, decays, strict=True)
             )
             return params, after[0] if _is_one(ema_decay) else after, opt, carry

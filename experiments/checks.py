@@ -19,8 +19,8 @@ _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (
         lambda v: 0 < v < float("inf"),
         "must be positive",
-        "process.loss_floor process.weighting_gamma process.times_std train.learning_rate train.matrix_rate "
-        "train.adam_eps train.clip sample.overstep sample.shift",
+        "process.loss_floor process.noise_scale process.weighting_gamma process.times_std train.learning_rate "
+        "train.matrix_rate train.adam_eps train.clip sample.overstep sample.shift",
     ),
     (
         lambda v: 0 <= v < float("inf"),
@@ -34,7 +34,7 @@ _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     ),
     (lambda v: 0 < v <= 1, "must lie in (0, 1]", "sample.threshold"),
     (lambda v: 0 < v < 1, "must lie in (0, 1)", "process.rate sample.last"),
-    (lambda v: 0 <= v < 1, "must lie in [0, 1)", "train.b2"),
+    (lambda v: 0 <= v < 1, "must lie in [0, 1)", "train.b2 sample.floor"),
     (lambda v: abs(v) < float("inf"), "must be a finite number", "data.low data.high sample.guidance"),
     (lambda v: v and all(0 <= decay < 1 for decay in v), "must list decays in [0, 1), such as (0.999,)", "train.ema"),
 ]
@@ -61,6 +61,7 @@ def check(config: Config) -> None:
         ("condition", "noise", sized, "condition.size"),
         ("condition", "sample_noise", sized, "condition.size"),
         ("sample", "steps", config.sample.respacing is None, "sample.respacing=None"),
+        ("sample", "floor", p.prediction in ("x0", "eps"), "process.prediction=x0"),
         (
             "model",
             "num_heads",

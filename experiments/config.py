@@ -52,6 +52,7 @@ class Process:
     """The noising process and the loss."""
 
     path: str = "linear"  # linear, cosine, vp (a chain of betas), geometric (the blog's)
+    noise_scale: float = _only(1.0, path="linear")  # standard deviation of the noise (JiT: image size / 256)
     betas: str = _only("linear", path="vp")  # linear, linear<beta_max> (linear0.025), cosine
     rate: float = _only(0.99, path="geometric")  # alpha is multiplied by this at each step
     steps: int = 1000  # T of the discrete paths, vp and geometric
@@ -101,6 +102,7 @@ class Train:
     weight_decay: float = 0.0  # per step, times the rate; of all matrices and tables, under muon only of its matrices
     clip: float | None = 1.0  # largest norm of the gradient
     ema: tuple[float, ...] = (0.995,)  # decay of the averaged weights, or several; the first is sampled from
+    ema_warmup: bool = True  # the decay grows at first; published programs mostly have it constant
     label_drop: float = 0.1  # share of labels replaced by the null label, for guidance
     init_from: str | None = _path()  # work directory of a run whose averaged weights are the initial weights
     log_every: int = 20
@@ -131,6 +133,8 @@ class Sample:
     guidance: float = _option(1.0, "Guidance scale (1: none).")
     guidance_low: float = _option(0.0, "Smallest time with guidance.")
     guidance_high: float = _option(1.0, "Largest time with guidance.")
+    guidance_open: bool = _option(False, "Exclude guidance_low and a guidance_high below 1 themselves (JiT).")
+    floor: float = _option(0.0, "Smallest divisor in the velocity of a network that predicts x0 or eps (JiT: 0.05).")
     clip: bool = _option(False, "Clip estimates of the image to its range of values.")
     threshold: float | None = _option(None, "Quantile of dynamic thresholding, such as 0.995.")
     batch_size: int = _option(250, "Samples at a time.")

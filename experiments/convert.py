@@ -30,8 +30,12 @@ from experiments.run_dir import RunDir, default_workdir
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("split")
 _SOURCE = define_path("source", None, "The published weights: a .safetensors, .npz, .pt or .pth file.")
-_LAYOUT = flags.DEFINE_enum("layout", None, ["patch_unet", "adm_unet", "dit"], "Whose names and shapes they have.")
-_ENTRY = flags.DEFINE_string("entry", None, "Which of the entries of a training checkpoint to take, such as ema.")
+_LAYOUT = flags.DEFINE_enum(
+    "layout", None, ["patch_unet", "adm_unet", "dit", "jit"], "Whose names and shapes they have."
+)
+_ENTRY = flags.DEFINE_string(
+    "entry", None, "Which of the entries of a training checkpoint to take, such as ema; of JiT's, model_ema1."
+)
 _CLASSES = define_path("classes", "0", "How many classes the weights know, or a file with a name per line.")
 _NULL_CLASS = flags.DEFINE_bool(
     "null_class", None, "Whether the weights know a label for no class; default: as published, not for adm_unet."
@@ -70,6 +74,7 @@ def layout(config: Config) -> layouts.Layout:
         "patch_unet": lambda: layouts.patch_unet(**order, **null),
         "adm_unet": lambda: layouts.adm_unet(**order, **null),
         "dit": lambda: layouts.dit(config.model.patch_size, **null),
+        "jit": lambda: layouts.jit(config.model.patch_size, **null),
     }
     if _LAYOUT.value is None:
         raise ValueError(f"--layout is missing: pass one of {', '.join(known)}")

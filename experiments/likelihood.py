@@ -78,7 +78,7 @@ def measure(
     Raises:
       ValueError: the run's path is not a chain, its images are not in [-1, 1], or the respacing is wrong.
     """
-    plain = dataclasses.replace(run.config.sample, clip=clip, threshold=None, guidance=1.0)
+    plain = dataclasses.replace(run.config.sample, clip=clip, threshold=None, guidance=1.0, floor=0.0)
     run = run._replace(config=dataclasses.replace(run.config, sample=plain))
     parts, members = run.parts()
     if parts.value_range != (-1, 1):
@@ -105,7 +105,7 @@ def measure(
             to_float(parts, images),
             chain,
             y if parts.spec.num_classes else None,
-            prediction=parts.prediction,
+            prediction=parts.denoiser_prediction,
             variance=parts.variance,
         )
 

@@ -70,6 +70,7 @@ def make_step(parts: Parts) -> train.StepFn:
         pieces.loss,
         parts.optimizer,
         ema_decay=parts.ema,
+        ema_warmup=parts.ema_warmup,
         draw=pieces.draw,
         report=pieces.report,
         microbatch=parts.microbatch,

@@ -86,6 +86,7 @@ class Parts(NamedTuple):
     label_drop: float
     dropout: bool
     ema: tuple[float, ...]
+    ema_warmup: bool
     microbatch: int | None
     log2_scale: float | None
     # Sampling.
@@ -94,7 +95,13 @@ class Parts(NamedTuple):
     grid: np.ndarray  # [steps + 1]
     guidance: Callable[[Denoise, Any], Denoise]  # (denoiser, null condition) -> denoiser; of conditional networks
     threshold: Callable[[Denoise], Denoise] | None
+    floor: float  # of the divisor in the velocity, 0 for none
     sample_seed: int
+
+    @property
+    def denoiser_prediction(self) -> Prediction:
+        """What `sampling.denoiser` predicts: the velocity, where the division for it has a floor."""
+        return "flow" if self.floor else self.prediction
 
 
 def resolve(config: Config, spec: DataSpec) -> Parts:
@@ -124,8 +131,9 @@ def resolve(config: Config, spec: DataSpec) -> Parts:
         seed=config.seed,
         repeat=c.repeat,
         label_drop=c.label_drop,
-        dropout=getattr(config.model, "dropout", 0.0) > 0,
+        dropout=any(getattr(config.model, name, 0.0) > 0 for name in ("dropout", "attention_dropout")),
         ema=c.ema,
+        ema_warmup=c.ema_warmup,
         microbatch=c.microbatch,
         log2_scale=_LOG2_SCALE if getattr(config.model, "dtype", "float32") == "float16" else None,
         sample_seed=config.sample.seed,
@@ -238,13 +246,14 @@ def _without_data(config: Config) -> dict[str, Any]:
         "grid": _grid(config, path),
         "guidance": _guidance(config),
         "threshold": _threshold(config, path),
+        "floor": _of_noise(config, config.sample.floor),
     }
 
 
 def _path(config: Config) -> process.Path:
     c = config.process
     options = {
-        "linear": process.Linear,
+        "linear": lambda: process.Linear(c.noise_scale),
         "cosine": process.Cosine,
         "vp": lambda: process.VP(process.named_betas(c.betas, c.steps)),
         "geometric": lambda: process.Geometric(c.rate, c.steps),
@@ -332,7 +341,14 @@ def _weight(config: Config) -> loss.Weight | None:
     if c.weighting is not None:
         with named("process"):
             return loss.weighting(c.weighting, c.prediction, gamma=c.weighting_gamma, bias=c.weighting_bias)
-    return None if c.loss_in in (None, c.prediction) else loss.measured_in(c.loss_in, c.prediction, c.loss_floor)
+    if c.loss_in in (None, c.prediction):
+        return None
+    return loss.measured_in(c.loss_in, c.prediction, _of_noise(config, c.loss_floor))
+
+
+def _of_noise(config: Config, floor: float) -> float:
+    """A floor of t as one of the determinant, which for a prediction of x0 is sigma = noise_scale t."""
+    return floor * config.process.noise_scale if config.process.prediction == "x0" else floor
 
 
 def _vlb(config: Config, chain: np.ndarray | None) -> vlb.Vlb | None:
@@ -435,9 +451,11 @@ def _grid(config: Config, path: process.Path) -> np.ndarray:
 def _guidance(config: Config) -> Callable[[Denoise, Any], Denoise]:
     c = config.sample
     scale = c.guidance
-    if scale not in (0, 1) and (c.guidance_low, c.guidance_high) != (0, 1):
+    if scale not in (0, 1) and (c.guidance_low, c.guidance_high, c.guidance_open) != (0, 1, False):
+        # All noise, t = 1, where sampling starts, is no end of an interval that reaches it.
+        high = np.inf if c.guidance_open and c.guidance_high == 1 else c.guidance_high
         with named("sample.guidance_low, guidance_high"):
-            scale = guide.interval(scale, c.guidance_low, c.guidance_high)
+            scale = guide.interval(scale, c.guidance_low, high, open_ends=c.guidance_open)
     return partial(guide.classifier_free, scale=scale)
 
 

@@ -283,4 +283,4 @@ def _common(config: Config) -> dict[str, Any]:
     return {section: {name: values[section][name] for name in names} for section, names in sections.items()}
 
 
-_CHAIN = ("path", "betas", "rate", "steps", "prediction", "variance", "snr_splits")
+_CHAIN = ("path", "noise_scale", "betas", "rate", "steps", "prediction", "variance", "snr_splits")

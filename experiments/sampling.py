@@ -10,8 +10,8 @@ import numpy as np
 
 from diffusion import experts, superres
 from diffusion import sample as samplers
-from diffusion.predict import Denoise
-from diffusion.process import noise
+from diffusion.predict import Denoise, convert
+from diffusion.process import Linear, noise
 from experiments.parts import Parts, key, to_data, to_float
 
 # (params, index [B], y [B], *images) -> images of the data's type
@@ -21,7 +21,9 @@ SampleFn = Callable[..., Any]
 def denoiser(
     parts: Parts, params: Any, conditioning: jax.Array | None = None, members: Sequence[Parts] = ()
 ) -> Denoise:
-    """The trained denoiser, xt [B, *S, C] to images, with guidance and thresholds.
+    """The trained denoiser, xt [B, *S, C] to images, with guidance, thresholds and a floor of the velocity's divisor.
+
+    It predicts `parts.denoiser_prediction`.
 
     Args:
       params: of the network; with experts a tuple of those of each one, in the order of their ranges.
@@ -37,7 +39,9 @@ def denoiser(
         denoise = superres.conditioned(denoise, conditioning)
     if parts.spec.num_classes:
         denoise = parts.guidance(denoise, parts.spec.num_classes)
-    return denoise if parts.threshold is None else parts.threshold(denoise)
+    if parts.threshold is not None:
+        denoise = parts.threshold(denoise)
+    return convert(denoise, parts.path, parts.prediction, "flow", parts.floor) if parts.floor else denoise
 
 
 def sample_fn(
@@ -58,10 +62,10 @@ def sample_fn(
             keys,
             denoiser(parts, params, conditioning(parts, keys, low), members),
             parts.path,
-            samplers.initial_noise(keys, parts.spec.shape),
+            initial_noise(parts, keys),
             parts.grid,
             y if parts.spec.num_classes else None,
-            prediction=parts.prediction,
+            prediction=parts.denoiser_prediction,
             sampler=parts.sampler,
             keep=keep,
         )
@@ -72,6 +76,13 @@ def sample_fn(
         return images, jnp.isfinite(last).all(tuple(range(1, last.ndim)))
 
     return sample
+
+
+def initial_noise(parts: Parts, keys: jax.Array) -> jax.Array:
+    """The noise from which samples start [B, *S, C], of the scale of the path's, one key per sample."""
+    if isinstance(parts.path, Linear) and parts.path.scale != 1:
+        return samplers.initial_noise(keys, parts.spec.shape, parts.path, parts.grid[0])
+    return samplers.initial_noise(keys, parts.spec.shape)
 
 
 def denoise_fn(parts: Parts) -> SampleFn:
@@ -93,7 +104,7 @@ def denoise_fn(parts: Parts) -> SampleFn:
             x1,
             grid,
             y if parts.spec.num_classes else None,
-            prediction=parts.prediction,
+            prediction=parts.denoiser_prediction,
             sampler=parts.sampler,
         )
         return to_data(parts, jnp.stack([x1, x0_hat], 1))

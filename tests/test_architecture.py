@@ -39,6 +39,7 @@ ARROWS = {
     "vlb": {"posterior", "predict", "process", "sample"},
     "loss": {"predict", "process", "times", "vlb"},
     "experts": {"predict", "process", "times"},
+    "asymflow": {"loss", "patch", "predict", "process", "times"},
     "cpu": {"patch"},
     "patch": {"cpu"},
     "io": set(),

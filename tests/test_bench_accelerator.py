@@ -19,7 +19,7 @@ from diffusion.models.vit_flops import vit_flops
 from diffusion.process import coefficients
 from experiments import parts
 from experiments.bench.accelerator import command, compile_ahead, image_grid, jobs, peers, record, report, sections
-from experiments.configs import jit_b16, lsun, mnist
+from experiments.configs import jit, lsun, mnist
 
 ROOT = Path(__file__).parent.parent
 
@@ -314,7 +314,7 @@ def test_the_text_of_a_program_is_counted():
 
 
 CONFIGS = {
-    "jit_b16": (jit_b16.get_config, jobs.jit_b16, (256, 256, 3), 1000),
+    "jit_b16": (jit.get_config, jobs.jit_b16, (256, 256, 3), 1000),
     "lsun": (lsun.get_config, jobs.lsun, (256, 256, 3), 0),
     "digits": (mnist.get_config, jobs.digits, (28, 28, 1), 10),
 }

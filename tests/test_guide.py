@@ -97,6 +97,15 @@ def test_interval_guides_inside_only(inputs):
     np.testing.assert_allclose(guided[jnp.array([0, 3])], plain[jnp.array([0, 3])], atol=1e-6)
 
 
+def test_an_interval_may_leave_out_its_ends():
+    scale = guide.interval(2.0, 0.25, 0.75, open_ends=True)
+    np.testing.assert_array_equal(scale(jnp.array([0.0, 0.25, 0.5, 0.75, 1.0])), [1, 1, 2, 1, 1])
+    unbounded = guide.interval(2.0, 0.25, np.inf, open_ends=True)
+    np.testing.assert_array_equal(unbounded(jnp.array([0.25, 0.75, 1.0])), [1, 2, 2])
+    closed = guide.interval(2.0, 0.25, 0.75)
+    np.testing.assert_array_equal(closed(jnp.array([0.0, 0.25, 0.5, 0.75, 1.0])), [1, 2, 2, 2, 1])
+
+
 def test_guidance_without_a_condition_is_refused(inputs):
     for scale in (0.0, 1.0, 2.0):
         with pytest.raises(ValueError, match="needs a condition y"):

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.predict import Prediction, WithVariance, convert, decode, estimate, predictor, target
-from diffusion.process import coefficients, noise
+from diffusion.predict import Prediction, WithVariance, convert, decode, determinant, estimate, predictor, target
+from diffusion.process import Linear, coefficients, noise
 from tests.test_process import PATHS
 
 PREDICTIONS = get_args(Prediction)
@@ -70,6 +70,43 @@ def test_convert_gives_the_same_denoiser(key, source, to):
     coef, xt = coefficients(path, t), noise(path, x0, t, eps)
     oracle = lambda xt, t, y: target(source, coef, x0, eps)  # noqa: E731
     np.testing.assert_allclose(convert(oracle, path, source, to)(xt, t), target(to, coef, x0, eps), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_floor_bounds_the_divisor_of_the_velocity(key, scale):
+    """Eq. (4) at all times, the ends included; above the floor nothing changes."""
+    path, t = Linear(scale), jnp.array([0.0, 0.01, 0.04, 0.06, 0.5, 1.0])
+    x0, eps = draw(key, len(t))
+    pred, xt = 0.9 * x0, noise(path, x0, t, eps)
+    velocity = convert(lambda xt, t, y: pred, path, "x0", "flow", 0.05 * scale)(xt, t)
+    np.testing.assert_allclose(velocity, (xt - pred) / jnp.maximum(t, 0.05)[:, None, None], rtol=1e-4, atol=1e-5)
+    exact = convert(lambda xt, t, y: pred, path, "x0", "flow")(xt, t)
+    np.testing.assert_array_equal(velocity[3:], exact[3:])
+    # As a prediction of the velocity it decodes to a pair that composes xt, which the bounded solution does not.
+    coef = coefficients(path, t)
+    x0_hat, eps_hat = decode("flow", coef, xt, velocity)
+    np.testing.assert_allclose(noise(path, x0_hat, t, eps_hat), xt, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "prediction"), list(itertools.product(PATHS, PREDICTIONS)))
+def test_a_floor_is_felt_only_near_a_pole(key, name, prediction):
+    t = jnp.array([0.0, 0.3, 0.6, 1.0])
+    x0, eps = draw(key, len(t))
+    coef = coefficients(PATHS[name], t)
+    det, xt = determinant(prediction, coef), noise(PATHS[name], x0, t, eps)
+    exact, bounded = (decode(prediction, coef, xt, eps, floor) for floor in (0.0, 0.1))
+    for a, b in zip(exact, bounded, strict=True):
+        np.testing.assert_array_equal(a[jnp.abs(det) > 0.1], b[jnp.abs(det) > 0.1])
+        assert np.isfinite(b).all()
+    # At the pole the bounded solution is the limit from inside the path: no jump, no change of sign.
+    near = jnp.clip(t, 1e-5, 1 - 1e-5)
+    for a, b in zip(bounded, decode(prediction, coefficients(PATHS[name], near), xt, eps, 0.1), strict=True):
+        np.testing.assert_allclose(a, b, atol=0.3)
+
+
+def test_a_negative_floor_is_refused():
+    with pytest.raises(ValueError, match="floor=-0.1 must not be negative"):
+        convert(lambda xt, t, y: xt, PATHS["linear"], "x0", "flow", -0.1)
 
 
 def test_flow_is_the_velocity_of_xt(key):

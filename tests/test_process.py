@@ -11,6 +11,7 @@ PATHS = {
     "vp": process.VP(process.linear_betas(1000)),
     "vp cosine": process.VP(process.cosine_betas(50)),
     "geometric": process.Geometric(0.99, 500),
+    "linear, scale 2": process.Linear(2.0),
 }
 VARIANCE_PRESERVING = ("cosine", "vp", "vp cosine")
 
@@ -27,6 +28,18 @@ def test_path_runs_from_data_to_noise(name):
 def test_pure_noise_is_reached_exactly(name):
     alpha, sigma = PATHS[name](jnp.ones(1))
     assert alpha[0] == 0 and sigma[0] == 1
+
+
+def test_the_noise_of_a_linear_path_has_its_scale_and_scale_1_computes_the_same_bits():
+    t = jnp.linspace(0, 1, 7)
+    alpha, sigma = process.Linear(2.0)(t)
+    np.testing.assert_array_equal(alpha, 1 - t)
+    np.testing.assert_array_equal(sigma, 2 * t)
+    assert str(jax.make_jaxpr(process.Linear(1.0))(t)) == str(jax.make_jaxpr(lambda t: (1 - t, t))(t))
+    assert process.Linear() == process.Linear(1.0)
+    for scale in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"scale={scale} must be positive"):
+            process.Linear(scale)
 
 
 @pytest.mark.parametrize("name", VARIANCE_PRESERVING)

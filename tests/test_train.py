@@ -64,6 +64,21 @@ def test_ema_follows_the_new_parameters(key):
     np.testing.assert_allclose(after.ema["w"], 0.9 * after.params["w"], rtol=1e-6)
 
 
+def test_without_warm_up_the_average_is_the_sum_of_all_steps(key):
+    """d^n p_0 + (1 - d) sum_i d^(n - i) p_i, with the decay d from the first step on."""
+    decays, optimizer = (0.9, 0.75), optax.sgd(0.5)
+    state = train.init_state({"w": jnp.zeros(3)}, optimizer, ema_decay=decays)
+    step = jax.jit(train.make_step(quadratic, optimizer, ema_decay=decays, ema_warmup=False))
+    seen = [state.params["w"]]
+    for _ in range(4):
+        state, _ = step(key, state, jnp.ones((4, 3)))
+        seen.append(state.params["w"])
+    assert float(seen[-1][0]) > 0
+    for decay, ema in zip(decays, state.ema, strict=True):
+        weights = [decay**4, *((1 - decay) * decay ** (4 - i) for i in range(1, 5))]
+        np.testing.assert_allclose(ema["w"], sum(w * p for w, p in zip(weights, seen, strict=True)), rtol=1e-6)
+
+
 def test_ema_decay_zero_is_no_average(key):
     optimizer = optax.sgd(0.5)
     state = train.init_state({"w": jnp.zeros(3)}, optimizer)

@@ -74,8 +74,8 @@ class Network(Protocol):
     """The dataclass of a network's arguments, each with a default; the class attributes say what it can do.
 
     Some fields have a meaning outside the network, if it has them, and must then have these names: `stride` between
-    patches; `dropout`, a rate above 0 for which training passes `key`; `dtype` ("float16" scales the loss). A method
-    `hidden_matrices(params)` marks the matrices that `optimize.muon` takes.
+    patches; `dropout` and `attention_dropout`, rates, for which training passes `key` if one is above 0; `dtype`
+    ("float16" scales the loss). A method `hidden_matrices(params)` marks the matrices that `optimize.muon` takes.
     """
 
     patch_size: int

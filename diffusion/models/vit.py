@@ -6,8 +6,8 @@
 
 With the defaults this is DiT (Peebles & Xie 2022, 2212.09748): adaLN-zero, sine-cosine positions, LayerNorm, GELU. The
 fields turn on the changes of JiT (Li & He 2025, 2511.13720): bottleneck embedding, RMSNorm, SwiGLU, qk-norm, rotary
-positions and in-context class tokens. With stride < patch_size patches overlap and the prediction is their average,
-which removes visible borders between patches.
+positions, in-context class tokens, and dropout in the middle blocks only. With stride < patch_size patches overlap and
+the prediction is their average, which removes visible borders between patches.
 """
 
 import math
@@ -28,6 +28,7 @@ from diffusion.predict import Output, WithVariance
 Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "swiglu"]
 Positions = Literal["sincos", "learned", "rotary"]
+DropoutBlocks = Literal["all", "middle"]
 
 _ZERO = nn.initializers.zeros_init()
 _XAVIER = nn.initializers.xavier_uniform()
@@ -46,6 +47,9 @@ class ViT:
       class_tokens: this many tokens of the class are put before the patches from block `class_tokens_from` on (JiT);
         an unconditional network has none.
       times: 1, or 2 for networks of two times, t [B, 2] (mean-flow and shortcut models): a second embedding is added.
+      dropout: rate of dropout after attention and inside the MLP, before its last matrix.
+      attention_dropout: rate of dropout of the attention probabilities; `attention` must be None or "xla".
+      dropout_blocks: "all", or "middle" for the blocks depth // 4 to 3 (depth // 4) - 1 (JiT).
       dtype: of the computation; parameters, statistics of norms, the softmax and the head are float32.
       remat: recompute blocks in the backward pass to save memory.
       attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn" (a GPU's, in bfloat16).
@@ -73,6 +77,8 @@ class ViT:
     class_tokens_from: int = 0
     times: int = 1
     dropout: float = 0.0
+    attention_dropout: float = 0.0
+    dropout_blocks: str = "all"
     dtype: str = "float32"
     remat: bool = False
     attention: str | None = None
@@ -85,7 +91,7 @@ class ViT:
           ValueError: heads does not divide width, or a value is unknown; on a call, windows do not tile the image, or
             the width does not suit the positions.
         """
-        check_names(self, task, norm=Norm, mlp=Mlp)
+        check_names(self, task, norm=Norm, mlp=Mlp, dropout_blocks=DropoutBlocks)
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not divisible by heads={self.heads}")
         unknown = set(self.positions) - set(get_args(Positions))
@@ -95,6 +101,13 @@ class ViT:
             raise ValueError(f"class_tokens_from={self.class_tokens_from} must lie in [0, depth={self.depth})")
         if self.times not in (1, 2):
             raise ValueError(f"times={self.times} must be 1 or 2")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} must lie in [0, 1)")
+        if self.attention_dropout and self.attention not in (None, "xla"):
+            raise ValueError(
+                f"attention_dropout={self.attention_dropout}: attention={self.attention!r} never forms the "
+                "probabilities that it drops; pass attention=None"
+            )
         clock = clock_of(self.clock, task.steps)
         module = _ViT(replace(self), task.num_classes, task.out_channels, task.learned_variance == "channels", clock)
         return from_module(module, num_classes=task.num_classes, times=self.times)
@@ -107,6 +120,10 @@ class ViT:
 def vit(**fields: Any) -> Model:
     """The network of eq. (1) from the fields of `ViT` and of `Task`: vit(patch_size=4, num_classes=10)."""
     return from_fields(ViT, fields)
+
+
+# The fields that all networks of JiT share: ViT(**JIT, width=...).
+JIT = dict(norm="rms", mlp="swiglu", qk_norm=True, positions=("sincos", "rotary"), clock="1 - t")
 
 
 class _ViT(nn.Module):
@@ -143,6 +160,7 @@ class _ViT(nn.Module):
         rotation = rotary_angles(shape.grid, net.width // net.heads) if "rotary" in net.positions else None
 
         block = nn.remat(_Block, static_argnums=(4,)) if net.remat else _Block
+        undropped, quarter = replace(net, dropout=0.0, attention_dropout=0.0), net.depth // 4
         prefix = 0
         for layer in range(net.depth):
             if class_tokens and layer == net.class_tokens_from:
@@ -152,7 +170,8 @@ class _ViT(nn.Module):
                 if rotation is not None:
                     # Class tokens have no place in the image: they are not rotated.
                     rotation = np.concatenate([np.zeros((prefix, rotation.shape[1]), np.float32), rotation])
-            z = block(net, name=f"block_{layer}")(z, c, rotation, train)
+            dropped = net.dropout_blocks == "all" or quarter <= layer < 3 * quarter
+            z = block(net if dropped else undropped, name=f"block_{layer}")(z, c, rotation, train)
 
         shift, scale = _gates(c, 2, net.width, dtype, "head_gates")
         z = _modulate(_norm(net.norm, dtype, "head_norm", affine=net.norm == "rms")(z[:, prefix:]), shift, scale)
@@ -185,7 +204,13 @@ class _Block(nn.Module):
             k = nn.RMSNorm(dtype=dtype, name="norm_k")(k)
         if rotation is not None:
             q, k = _rotate(q, rotation), _rotate(k, rotation)
-        out = jax.nn.dot_product_attention(q, k, v, implementation=net.attention)
+        if net.attention_dropout and train:
+            scores = jnp.einsum("bnhd,bmhd->bhnm", q.astype(jnp.float32), k.astype(jnp.float32))
+            weights = nn.softmax(scores / math.sqrt(q.shape[-1]))
+            weights = nn.Dropout(net.attention_dropout, name="dropout_attention")(weights, deterministic=False)
+            out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(dtype), v)
+        else:
+            out = jax.nn.dot_product_attention(q, k, v, implementation=net.attention)
         out = nn.Dense(width, dtype=dtype, kernel_init=_XAVIER, name="out")(out.reshape(h.shape))
         return nn.Dropout(net.dropout)(out, deterministic=not train)
 

@@ -10,8 +10,11 @@ everything that differs.
     patch_unet   Patch Diffusion (2207.04316): unet(...)
     adm_unet     guided-diffusion (2105.05233), its upsamplers too: unet(**ADM, ...)
     dit          DiT (2212.09748): vit(...)
+    jit          JiT (2511.13720): vit(**JIT, ...)
 
 PyTorch stores a linear map as [out, in] and a convolution as [out, in, h, w]; ours are [in, out] and [h, w, in, out].
+JiT rotates neighbouring dimensions of a head as pairs, (2k, 2k + 1), and `vit` its halves, (k, k + D / 2): queries,
+keys and the weights of their norms are put in that order, which leaves their scalar products as they are.
 """
 
 import math
@@ -47,10 +50,12 @@ class Layout(NamedTuple):
 
     entries: maps the shapes of our parameters by path to their entries by path; ValueError if one has no entry.
     fixed: entries that are constants, not parameters: a function that describes what is wrong with the array, or None.
+    prefix: what the names may begin with, where the network is a part of a larger module.
     """
 
     entries: Callable[[Mapping[ParamPath, tuple[int, ...]]], dict[ParamPath, Entry]]
     fixed: Mapping[str, Callable[[np.ndarray], str | None]] = {}
+    prefix: str = ""
 
 
 def read(path: str | os.PathLike, entry: str | None = None) -> dict[str, np.ndarray]:
@@ -93,6 +98,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], like: Any, layout: Layout) -> A
     shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in paths}
     entries = layout.entries(shapes)
     expected = {entry.name: entry for entry in entries.values()}
+    arrays = {name.removeprefix(layout.prefix): x for name, x in arrays.items()}
     lines = [f"missing key: {e.name} {list(e.shape)}" for e in expected.values() if e.name not in arrays]
     for name, x in arrays.items():
         if name in layout.fixed:
@@ -158,16 +164,70 @@ def dit(patch_size: int, *, null_class: bool = True) -> Layout:
                 case _:
                     raise _no_entry(path)
             if module == ("embed",) and leaf == "kernel":
-                # Ours is a linear map of patches (ph, pw, c), theirs a convolution whose stride is its size.
-                size, width = shape
-                channels = size // patch_size**2
-                wanted = (width, channels, patch_size, patch_size)
-                found[path] = Entry(f"{name}.weight", wanted, lambda w: w.transpose(2, 3, 1, 0))
+                found[path] = _patch_entry(name, shape, patch_size)
             else:
                 found[path] = _entry(name, path, shape, per_head=False, null_class=null_class)
         return found
 
     return Layout(entries, {"pos_embed": _check_positions})
+
+
+def jit(patch_size: int, *, null_class: bool = True) -> Layout:
+    """JiT, as vit(**JIT, ...) with a bottleneck, with patches of `patch_size`, of every published size.
+
+    Its checkpoints have three dicts: "model_ema1", the average that is sampled from, "model_ema2" and "model".
+    """
+    inner = {"qkv": "attn.qkv", "norm_q": "attn.q_norm", "norm_k": "attn.k_norm", "out": "attn.proj"}
+    inner |= {"up": "mlp.w12", "down": "mlp.w3", "norm_attention": "norm1", "norm_mlp": "norm2"}
+    inner |= {"gates": "adaLN_modulation.1"}
+    outer = {"bottleneck": "x_embedder.proj1", "embed": "x_embedder.proj2", "classes": "y_embedder.embedding_table"}
+    outer |= {"head_norm": "final_layer.norm_final", "head": "final_layer.linear"}
+    outer |= {"head_gates": "final_layer.adaLN_modulation.1"}
+
+    def entries(shapes: Mapping[ParamPath, tuple[int, ...]]) -> dict[ParamPath, Entry]:
+        found = {}
+        for path, shape in shapes.items():
+            match path:
+                case ("class_positions",):
+                    found[path] = Entry("in_context_posemb", (1, *shape), lambda w: w[0])
+                    continue
+                case (block, name, _) if block.startswith("block_") and name in inner:
+                    name = f"{block.replace('block_', 'blocks.')}.{inner[name]}"
+                case ("clock_embed", name, _):
+                    name = f"t_embedder.mlp.{'0' if name == 'in' else '2'}"
+                case (name, _) if name in outer:
+                    name = outer[name]
+                case _:
+                    raise _no_entry(path)
+            if path == ("bottleneck", "kernel"):
+                found[path] = _patch_entry(name, shape, patch_size)
+                continue
+            ones = 2 * (path[0] == "embed")  # a 1x1 convolution
+            entry = _entry(name, path, shape, per_head=False, null_class=null_class, ones=ones)
+            if path[1] in ("qkv", "norm_q", "norm_k"):
+                entry = entry._replace(convert=_in_halves(entry.convert, is_qkv=path[1] == "qkv"))
+            found[path] = entry
+        return found
+
+    return Layout(entries, {"pos_embed": _check_positions}, prefix="net.")
+
+
+def _in_halves(convert: Callable[[np.ndarray], np.ndarray], *, is_qkv: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """`convert`, then pairs of neighbours become halves: of [..., D], or of the first two of [..., 3, H, D]."""
+
+    def reordered(w: np.ndarray) -> np.ndarray:
+        w = convert(w)
+        halves = np.concatenate([w[..., 0::2], w[..., 1::2]], -1)
+        return np.concatenate([halves[..., :2, :, :], w[..., 2:, :, :]], -3) if is_qkv else halves
+
+    return reordered
+
+
+def _patch_entry(name: str, shape: tuple[int, ...], patch_size: int) -> Entry:
+    """The entry of a linear map [ph pw c, W] of patches, which in PyTorch is a convolution whose stride is its size."""
+    size, width = shape
+    wanted = (width, size // patch_size**2, patch_size, patch_size)
+    return Entry(f"{name}.weight", wanted, lambda w: w.transpose(2, 3, 1, 0))
 
 
 def _unet_entries(

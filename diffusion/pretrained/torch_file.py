@@ -9,7 +9,8 @@
 
 Unpickling can call any function that the file names. Here an interpreter of a few opcodes reads the program as data: it
 supports dicts, lists, tuples, numbers and strings, and only the names `OrderedDict`, the storages and the functions
-that stand for (3). For every other name or opcode it raises an error. Sizes, offsets and strides are checked against
+that stand for (3); an `argparse.Namespace`, which training programs save beside the weights, is read as an empty dict.
+For every other name or opcode it raises an error. Sizes, offsets and strides are checked against
 the size of the storage, and nothing larger than the file is allocated.
 """
 
@@ -38,7 +39,8 @@ _STORAGES = {
 }
 _TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 _PARAMETER, _DICT = "torch._utils._rebuild_parameter", "collections.OrderedDict"
-_NAMES = {*_STORAGES, *_TENSORS, _PARAMETER, _DICT}
+_NAMESPACE = "argparse.Namespace"
+_NAMES = {*_STORAGES, *_TENSORS, _PARAMETER, _DICT, _NAMESPACE}
 
 # The first bytes of (4): a pickled number.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -155,8 +157,12 @@ class _Machine:
                     stack[-1] = self._storage(stack[-1])
                 case "REDUCE":
                     stack[-2:] = [self._call(*stack[-2:])]
+                case "NEWOBJ":
+                    if stack[-2:] != [_NAMESPACE, ()] or not isinstance(stack[-2], _Name):
+                        raise _Unsupported(f"makes an object of {stack[-2]!r:.80}")
+                    stack[-2:] = [{}]
                 case "BUILD":
-                    # The version numbers that a state dict has as attributes.
+                    # The version numbers that a state dict has as attributes, or the content of a Namespace.
                     stack.pop()
                     if not isinstance(stack[-1], dict):
                         raise _Unsupported("sets the state of an object")

@@ -135,7 +135,7 @@ class Published:
             resolved.path,
             x1[:1],
             uniform_grid(steps),
-            prediction=resolved.prediction,
+            prediction=resolved.denoiser_prediction,
             sampler=resolved.sampler,
         )
         their_x0 = self.sample(np.asarray(x1[0, ..., 0]), steps)

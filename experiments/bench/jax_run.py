@@ -40,7 +40,7 @@ def steps_on(step: Callable[..., tuple[Any, Any]], seed: int, state: Any, batch:
 
 def with_sample_steps(config: Config, steps: int) -> Config:
     """The config with so many steps of DDIM."""
-    few = dataclasses.replace(config.sample, steps=steps, sampler="ddim", last=None, respacing=None)
+    few = dataclasses.replace(config.sample, steps=steps, sampler="ddim", last=None, respacing=None, floor=0.0)
     return dataclasses.replace(config, sample=few)
 
 

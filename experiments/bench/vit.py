@@ -1,8 +1,9 @@
 """Training step and sampling of a config's vision transformer, compared with the same network in PyTorch.
 
     python -m experiments.bench.vit                                     the digits' network, on the cores of this CPU
-    python -m experiments.bench.vit --config=experiments/configs/jit_b16.py --config.train.batch_size=256 \\
-        --attention=xla,cudnn --peer=compile --peak_tflops=989          JiT-B/16, on one H100 or H200
+    python -m experiments.bench.vit --config=experiments/configs/jit.py:b16 --config.train.batch_size=256 \\
+        --config.train.ema="(0.9999,)" --attention=xla,cudnn --peer=compile --peak_tflops=989
+                                                                        JiT-B/16, on one H100 or H200
 
 A training step is noising, forward, backward, clipping, AdamW and the average of the parameters. First both networks
 are shown to be the same one: with our parameters copied, outputs and gradients must agree. Then all programs take turns
@@ -46,9 +47,11 @@ NOISE = 0.02  # on the initial parameters
 # What the network and the program in PyTorch can do, beside the fields that `torch_vit.ViT` has.
 KNOWN = {
     "model.dropout": 0,
+    "model.attention_dropout": 0,
     "model.remat": False,
     "model.times": 1,
     "process.path": "linear",
+    "process.noise_scale": 1.0,
     "process.prediction": "x0",
     "process.loss_in": "flow",
     "process.times": "logit_normal",

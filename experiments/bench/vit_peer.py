@@ -123,4 +123,6 @@ def sample(config: Config, spec: DataSpec, params: Any, labels: np.ndarray, mode
 def guidance(config: Config, times: list[float]) -> list[float]:
     """Guidance scale of each step."""
     c = config.sample
-    return [c.guidance if c.guidance_low <= t <= c.guidance_high else 1.0 for t in times[:-1]]
+    ends = (c.guidance_low, c.guidance_high) if c.guidance_open else ()
+    inside = lambda t: c.guidance_low <= t <= c.guidance_high and (t not in ends or t == 1)  # noqa: E731
+    return [c.guidance if inside(t) else 1.0 for t in times[:-1]]

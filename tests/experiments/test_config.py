@@ -13,10 +13,12 @@ from diffusion.models.unet import UNet
 from diffusion.models.vit import ViT
 from experiments import config as configs
 from experiments import inputs, parts, preflight
+from experiments.configs import jit
 from experiments.parts import DataSpec
 from tests.experiments.runs import ROOT
 
 VARIANTS = {"lsun": ("2", "4", "8"), "imagenet256": ("0", "1"), "patch_unet_mnist": ("", "0", "1")}
+VARIANTS["jit"] = tuple(jit.GUIDANCE)
 FILES = sorted(path.stem for path in (ROOT / "experiments" / "configs").glob("[a-z]*.py"))
 NAMES = [f"{name}:{variant}".rstrip(":") for name in FILES for variant in VARIANTS.get(name, ("",))]
 
@@ -39,7 +41,7 @@ def blank_images(monkeypatch):
 
 
 def test_the_promised_configs_are_there():
-    assert set(FILES) >= {"mnist", "blog", "smoke", "jit_b16", "patch_unet_mnist", "imagenet256", "ffhq1024", "lsun"}
+    assert set(FILES) >= {"mnist", "blog", "smoke", "jit", "patch_unet_mnist", "imagenet256", "ffhq1024", "lsun"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,9 +87,14 @@ def test_fields_newer_than_a_stored_config_take_their_defaults():
     assert configs.from_dict(values) == config
 
 
+# Millions of parameters: tables 7 and 8 of 2511.13720, where JiT-G has "2B".
+JITS = {"b16": 131, "l16": 459, "h16": 953, "g16": 2000, "b32": 133, "l32": 462, "h32": 956, "g32": 2000}
+JITS = {f"jit:{variant}": count for variant, count in JITS.items()}
+
+
 @pytest.mark.parametrize(
     "name",
-    ["mnist", "blog", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jit_b16", "patch_unet_mnist:0"))],
+    ["mnist", "blog", *(pytest.param(name, marks=pytest.mark.slow) for name in ("patch_unet_mnist:0", *JITS))],
 )
 def test_dry_run_says_what_would_be_trained(name, blank_images, capsys):
     config = shipped(name)
@@ -100,8 +107,8 @@ def test_dry_run_says_what_would_be_trained(name, blank_images, capsys):
     if name == "blog":
         attention = 4 * 324 * 2000 + 3 * 2000 + 324
         assert (parameters, tokens) == (f"{3 * attention + 5 * 324:,}", "4")
-    if name == "jit_b16":
-        assert (parameters[:3], tokens) == ("131", "256")
+    if name in JITS:
+        assert tokens == "256" and published_size(int(parameters.replace(",", "")), JITS[name])
 
 
 def test_guidance_without_labels_is_said_to_have_no_effect(blank_images, capsys):
@@ -109,6 +116,27 @@ def test_guidance_without_labels_is_said_to_have_no_effect(blank_images, capsys)
     config.data.labels = False
     preflight.dry_run(config)
     assert "without labels, so --config.sample.guidance=1.42 has no effect" in capsys.readouterr().out
+
+
+def published_size(count, millions):
+    """Whether a number of parameters is the published one, which has as many digits as are given."""
+    return round(count / 1e6) == millions if millions < 1000 else round(count / 1e9) == millions / 1000
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("jit:b16", "jit:b32") else pytest.param(name, marks=pytest.mark.slow) for name in JITS]
+)
+def test_every_jit_has_the_published_size_and_recipe(name):
+    """Table 9 of 2511.13720; the guidance of the published commands."""
+    config = shipped(name)
+    preflight.check(config)
+    size = config.data.size[0]
+    assert config.model.patch_size * 16 == size and config.process.noise_scale == size / 256
+    run = parts.resolve(config, DataSpec((size, size, 3), tuple(map(str, range(1000)))))
+    params = jax.eval_shape(lambda: parts.init_params(run))
+    assert published_size(sum(p.size for p in jax.tree.leaves(params)), JITS[name])
+    assert run.dropout == (name[4] in "hg") and run.path(1.0) == (0, size / 256)
+    assert run.floor == 0.05 * size / 256 and run.denoiser_prediction == "flow"
 
 
 # Counted by building the published PyTorch program's networks with its README's flags.

@@ -169,14 +169,15 @@ def test_flags_name_layout_and_classes(tmp_path):
             convert.class_names(str(tmp_path / "classes.txt"))
     shapes = {("classes", "embedding"): (4, 8)}
     rows = {}
-    for name in ("patch_unet", "adm_unet", "dit"):
+    for name in ("patch_unet", "adm_unet", "dit", "jit"):
         for null in ("", "--null_class", "--nonull_class"):
             with flagsaver.flagsaver():
                 flags.FLAGS.unparse_flags()
                 flags.FLAGS(["convert", f"--layout={name}", *filter(None, [null])])
                 (entry,) = convert.layout(tiny()).entries(shapes).values()
             rows[name, null] = entry.shape[0]
-    assert {k: v for k, v in rows.items() if not k[1]} == {("patch_unet", ""): 4, ("adm_unet", ""): 3, ("dit", ""): 4}
+    wanted = {("patch_unet", ""): 4, ("adm_unet", ""): 3, ("dit", ""): 4, ("jit", ""): 4}
+    assert {k: v for k, v in rows.items() if not k[1]} == wanted
     assert {v for k, v in rows.items() if k[1] == "--null_class"} == {4}
     assert {v for k, v in rows.items() if k[1] == "--nonull_class"} == {3}
     with flagsaver.flagsaver(), pytest.raises(ValueError, match="--layout is missing: pass one of patch_unet"):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion import process
 from diffusion.models.blog import Blog
 from diffusion.models.unet import UNet
 from diffusion.models.vit import ViT
@@ -95,6 +96,15 @@ def test_resolving_leaves_the_config_alone():
         ({"sample.respacing": "30"}, "keeps 30 of a section of 20 steps"),
         ({"sample.respacing": "ddim6"}, "no integer stride keeps '6' of 20"),
         ({"sample.last": 0.2}, "leave out sample.shift and sample.last"),
+        (
+            {"process.noise_scale": 2.0},
+            r"noise_scale=2\.0 has no effect .* set --config\.process\.path=linear",
+        ),
+        ({"sample.floor": 1.0}, r"--config\.sample\.floor=1\.0 must lie in \[0, 1\)"),
+        (
+            {"sample.floor": 0.05, "process.prediction": "v"},
+            r"sample\.floor=0\.05 has no effect .* set --config\.process\.prediction=x0",
+        ),
         ({"sample.threshold": 0.9}, "threshold=0.9 keeps estimates in range already: leave out clip"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -104,6 +114,22 @@ def test_what_does_not_fit_is_refused(fields, message):
     change(config, fields)
     with pytest.raises(ValueError, match=message):
         parts.resolve(config, SPEC)
+
+
+@pytest.mark.parametrize(("prediction", "floor"), [("x0", 0.1), ("eps", 0.05)])
+def test_a_floor_is_one_of_time_whatever_the_scale_of_the_noise(prediction, floor):
+    """|det| is sigma, scale t, for x0 and alpha, 1 - t, for eps."""
+    config = configs.Config()
+    config.process.noise_scale, config.sample.floor, config.process.prediction = 2.0, 0.05, prediction
+    run = parts.resolve(config, SPEC)
+    assert run.path == process.Linear(2.0) and run.denoiser_prediction == "flow" and run.floor == floor
+    t = jnp.array([0.01, 0.05, 0.5, 0.95, 0.99])
+    wanted = 1 / jnp.maximum(t, 0.05) if prediction == "x0" else 2 / jnp.maximum(1 - t, 0.05)
+    np.testing.assert_allclose(run.weight(process.coefficients(run.path, t)), wanted**2, rtol=1e-5)
+
+
+def test_the_denoiser_of_a_run_without_a_floor_predicts_what_the_network_does():
+    assert parts.resolve(configs.Config(), SPEC).denoiser_prediction == "x0"
 
 
 def test_labels_need_a_network_that_takes_them():

@@ -109,7 +109,7 @@ def test_every_flag_of_the_sampler_reaches_it(run):
     """Values unlike the run's, of every field that is a flag; one that excludes others leaves them out."""
     config, spec = RunDir(run.workdir).stored()
     given = {"seed": 5, "steps": 9, "sampler": "heun", "guidance": 1.5, "guidance_low": 0.1, "guidance_high": 0.8}
-    given |= {"batch_size": 2, "shift": 2.0, "last": 0.1, "threshold": 0.9}
+    given |= {"batch_size": 2, "shift": 2.0, "last": 0.1, "threshold": 0.9, "guidance_open": True, "floor": 0.05}
     others = {"eta": 0.5, "overstep": 1.25, "clip": True}, {"respacing": "5"}, {}
     assert {*given, *others[0], *others[1]} == {f.name for f in dataclasses.fields(configs.Sample)} - {"count"}
     for flagged in (given, *others):

@@ -8,7 +8,7 @@ from PIL import Image
 from diffusion import data
 from diffusion.models.vit import ViT
 from diffusion.sample import initial_noise
-from experiments import inputs, parts, preflight, report, sampling
+from experiments import inputs, likelihood, parts, preflight, report, sampling
 from experiments.parts import DataSpec
 from experiments.run_dir import trained
 from tests.experiments import runs
@@ -49,6 +49,25 @@ def test_each_expert_has_its_own_part_in_a_sample(expert_runs):
         params = list(run.params)
         params[split] = jax.tree.map(lambda p: p + 0.3, params[split])
         assert not np.array_equal(sample(tuple(params), index, labels), together)
+
+
+@pytest.mark.slow
+def test_a_floor_acts_on_every_sampler_and_is_no_part_of_a_likelihood(chain_run, tmp_path, monkeypatch):
+    """A network that predicts x0 and learns a variance, sampled by ancestral steps and by DDIM."""
+    arguments = [f"--workdir={chain_run}", "--num_samples=3"]
+    for i, sampler in enumerate(("ancestral", "ddim")):
+        plain, _ = sampled(tmp_path / f"{i} plain", *arguments, f"--sampler={sampler}")
+        floored, _ = sampled(tmp_path / f"{i} floor", *arguments, f"--sampler={sampler}", "--floor=0.5")
+        tiny, _ = sampled(tmp_path / f"{i} tiny", *arguments, f"--sampler={sampler}", "--floor=1e-6")
+        assert (floored != plain).any()
+        assert np.abs(tiny.astype(int) - plain).max() <= 1
+    run = trained([chain_run])
+    run.config.sample.floor = 0.5
+    seen = {}
+    monkeypatch.setattr(likelihood.vlb, "bits_per_dim", lambda *_, prediction, **__: seen.update(prediction=prediction))
+    with pytest.raises(TypeError):  # nothing was measured
+        likelihood.measure(run, tmp_path, count=1)
+    assert seen == {"prediction": "x0"}
 
 
 def test_flags_of_the_chain_reach_the_sampler(chain_run, tmp_path):

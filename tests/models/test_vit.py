@@ -133,6 +133,46 @@ def test_sincos_positions_are_distinct_and_rectangular():
     assert len(np.unique(table.round(5), axis=0)) == 15
 
 
+def test_dropout_of_the_middle_blocks_leaves_the_others_alone(key):
+    """Blocks depth // 4 to 3 (depth // 4) - 1, as in JiT: 1 and 2 of 7."""
+    model = vit(**SMALL | {"dropout": 0.5, "dropout_blocks": "middle", "depth": 7})
+    params, xt, t, _ = ready(model, (2, 8, 8, 1))
+    plain, dropped = jax.jit(model.apply), jax.jit(lambda params: model.apply(params, xt, t, key=key))
+    for block in range(7):
+        # Without gates a block is the identity, dropped or not.
+        closed = {
+            name: jax.tree.map(jnp.zeros_like, p) if name.startswith("block_") and name != f"block_{block}" else p
+            for name, p in params.items()
+        }
+        change = float(jnp.abs(dropped(closed) - plain(closed, xt, t)).max())
+        assert (change > 1e-2) == (block in (1, 2)) and (change < 1e-5) != (block in (1, 2)), f"block {block}: {change}"
+
+
+def test_dropout_of_attention_keeps_probabilities_on_average(key):
+    """Without a key it computes the network without dropout; with keys, on average what that one computes."""
+    options = SMALL | {"depth": 1}
+    model, plain = vit(**options | {"attention_dropout": 0.3}), vit(**options)
+    args = ready(plain, (2, 8, 8, 1))[:3]
+    np.testing.assert_array_equal(model.apply(*args), plain.apply(*args))
+    nearly = vit(**options | {"attention_dropout": 1e-6})  # the path with a key, and next to nothing dropped
+    np.testing.assert_allclose(nearly.apply(*args, key=key), plain.apply(*args), atol=1e-5)
+    made = jax.jit(jax.vmap(lambda k: attended(model, *args, k)))(jax.random.split(key, 500))
+    off = made - attended(plain, *args, None)[None]
+    assert float(jnp.abs(off.mean(0)).max()) < 0.2 * float(off.std(0).max())
+
+
+def attended(model, params, xt, t, key):
+    """The prediction with an MLP that is shut: linear in what attention returns, but for the norm of the head."""
+    block = params["block_0"]
+    kernel, bias = (block["gates"][name] for name in ("kernel", "bias"))
+    width = bias.shape[0] // 6
+    shut = {"kernel": kernel.at[:, -width:].set(0), "bias": bias.at[-width:].set(0)}
+    # A norm divides by a size that hardly changes if the rest of the sum is large.
+    embed = {name: 30 * p for name, p in params["embed"].items()}
+    params = params | {"block_0": block | {"gates": shut}, "embed": embed}
+    return model.apply(params, xt, t, key=key)
+
+
 def test_dropout_needs_a_key_and_uses_it(key):
     model = vit(**SMALL | {"dropout": 0.5})
     params, xt, t, _ = ready(model, (2, 8, 8, 1))
@@ -192,6 +232,9 @@ def test_published_sizes():
         ({"mlp": "relu"}, "mlp='relu'"),
         ({"positions": ("alibi",)}, "alibi"),
         ({"times": 3}, "times=3 must be 1 or 2"),
+        ({"dropout_blocks": "first"}, r"dropout_blocks='first' is not one of \('all', 'middle'\)"),
+        ({"attention_dropout": 1.0}, r"attention_dropout=1.0 must lie in \[0, 1\)"),
+        ({"attention_dropout": 0.1, "attention": "cudnn"}, "attention='cudnn' never forms the probabilities"),
         ({"dtype": "float16"}, r"dtype='float16' is not one of \('float32', 'bfloat16'\)"),
         ({"dtype": "half a float"}, "dtype='half a float' is not one of"),
         ({"learned_variance": "head"}, r"learned_variance='head' is not one of \('none', 'channels'\), which ViT has"),

@@ -1,9 +1,11 @@
-"""Published networks: their outputs (tests/data/*unet*.npz and dit*.npz, from PyTorch), their names, their files.
+"""Published networks: their outputs (tests/data/*unet*, dit* and jit_p*.npz, from PyTorch), their names, their files.
 
 Tests that take `torch` write files with PyTorch and are skipped without it.
 """
 
+import argparse
 import functools
+import importlib
 import json
 import struct
 import zlib
@@ -14,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.models.base import Task
 from diffusion.models.unet import ADM, unet
-from diffusion.models.vit import sincos_positions, vit
+from diffusion.models.vit import JIT, sincos_positions, vit
 from diffusion.predict import WithVariance
 from diffusion.pretrained import layouts
 
@@ -49,6 +52,17 @@ NETWORKS = {
     "dit_p2_sigma": (
         lambda **f: vit(patch_size=2, width=48, depth=2, heads=4, num_classes=10, learned_variance="channels", **f),
         layouts.dit(2),
+    ),
+    "jit_p2": (
+        lambda **f: vit(patch_size=2, width=48, depth=2, heads=2, bottleneck=8, num_classes=4, **JIT | f),
+        layouts.jit(2),
+    ),
+    "jit_p4_tokens3": (
+        lambda **f: vit(
+            patch_size=4, width=64, depth=4, heads=4, bottleneck=24, class_tokens=3, class_tokens_from=2,
+            num_classes=10, **JIT | f,
+        ),
+        layouts.jit(4),
     ),
 }  # fmt: skip
 
@@ -200,6 +214,52 @@ def test_positions_of_a_dit_must_be_the_sine_cosine_ones():
         layouts.from_torch(arrays | {"pos_embed": arrays["pos_embed"][:, :15]}, shapes, layout)
     del arrays["pos_embed"]
     layouts.from_torch(arrays, shapes, layout)
+
+
+def test_a_checkpoint_of_jit_is_read_with_its_prefix_and_its_other_content(tmp_path):
+    """As its training program saves it: dicts of a module that holds the network, the optimiser, the arguments."""
+    torch = pytest.importorskip("torch")
+    arrays, _ = published("jit_p4_tokens3")
+    net = {f"net.{name}": torch.tensor(x) for name, x in arrays.items()}
+    average = {name: torch.nn.Parameter(x + 1, requires_grad=name != "net.pos_embed") for name, x in net.items()}
+    average["net.pos_embed"] = net["net.pos_embed"]
+    arguments = argparse.Namespace(model="JiT-B/16", lr=None, proj_dropout=0.2, cfg=2.9, distributed=True)
+    optimizer = {"state": {0: {"step": torch.tensor(5.0)}}, "param_groups": [{"betas": (0.9, 0.95), "params": [0]}]}
+    content = {"model": net, "model_ema1": average, "optimizer": optimizer, "epoch": 7, "args": arguments}
+    torch.save(content, tmp_path / "checkpoint-last.pth")
+    with pytest.raises(ValueError, match=r"pass one of \['model', 'model_ema1', 'optimizer', 'args'\] as the entry"):
+        layouts.read(tmp_path / "checkpoint-last.pth")
+    shapes = shapes_of("jit_p4_tokens3")
+    bare = layouts.from_torch(arrays, shapes, layouts.jit(4))
+    read = [
+        layouts.from_torch(layouts.read(tmp_path / "checkpoint-last.pth", entry), shapes, layouts.jit(4))
+        for entry in ("model", "model_ema1")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, read[0], bare)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + np.float32(1)), read[1], bare)
+
+
+@pytest.mark.parametrize("variant", ["b16", *(pytest.param(v, marks=pytest.mark.slow) for v in ("l32", "h16", "g32"))])
+def test_every_published_jit_fits_its_layout(variant):
+    """Shapes alone: every parameter of the config's network has an entry, of the size that the published one has."""
+    config = importlib.import_module("experiments.configs.jit").get_config(variant)
+    model, (side, _) = config.model.model(Task(num_classes=1000)), config.data.size
+    depth, width, patch, bottleneck = config.model.depth, config.model.width, side // 16, config.model.bottleneck
+    hidden = int(int(4 * width) * 2 / 3)
+    args = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32), jnp.zeros(1), jnp.zeros(1, int)
+    entries = layouts.jit(patch).entries(flat(jax.eval_shape(model.init, jax.random.key(0), *args)))
+    shapes = {entry.name: entry.shape for entry in entries.values()}
+    assert len(shapes) == len(entries) == 14 + 14 * depth
+    for name, shape in {
+        "x_embedder.proj1.weight": (bottleneck, 3, patch, patch),
+        "x_embedder.proj2.weight": (width, bottleneck, 1, 1),
+        "in_context_posemb": (1, 32, width),
+        "y_embedder.embedding_table.weight": (1001, width),
+        f"blocks.{depth - 1}.mlp.w12.weight": (2 * hidden, width),
+        f"blocks.{depth - 1}.attn.q_norm.weight": (width // config.model.heads,),
+        "final_layer.linear.weight": (patch * patch * 3, width),
+    }.items():
+        assert shapes[name] == shape
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])

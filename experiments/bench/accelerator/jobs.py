@@ -83,9 +83,9 @@ class Program(NamedTuple):
 
 
 def jit_b16(*, tiny: bool = False, dtype: Any = jnp.bfloat16, attention: str | None = None, depth: int | None = None):
-    """JiT-B/16 at 256x256, 1,000 classes, as `configs/jit_b16.py`: AdamW, Heun in 50 steps, guidance in [0, 0.9].
+    """JiT-B/16 at 256x256, 1,000 classes, as `configs/jit.py:b16`: AdamW, Heun in 50 steps, guidance in [0, 0.9].
 
-    With another `depth` its class tokens come in the last block.
+    One average, no floor of the velocity's divisor. With another `depth` its class tokens come in the last block.
     """
     fields = JIT_B16 | (TINY_VIT | dict(patch_size=4, bottleneck=16, class_tokens=2) if tiny else {})
     fields |= {} if depth is None else {"depth": depth, "class_tokens_from": depth - 1}
