@@ -10,11 +10,13 @@ from typing import Any
 _MODULES = (
     "cpu",
     "data",
+    "distill",
     "experts",
     "grids",
     "guide",
     "io",
     "loss",
+    "meanflow",
     "metrics",
     "models",
     "optimize",

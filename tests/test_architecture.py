@@ -39,6 +39,8 @@ ARROWS = {
     "vlb": {"posterior", "predict", "process", "sample"},
     "loss": {"predict", "process", "times", "vlb"},
     "experts": {"predict", "process", "times"},
+    "meanflow": {"guide", "predict", "process", "sample", "times"},
+    "distill": {"predict", "process", "sample"},
     "cpu": {"patch"},
     "patch": {"cpu"},
     "io": set(),

@@ -48,6 +48,8 @@ KNOWN = {
     "model.dropout": 0,
     "model.remat": False,
     "model.times": 1,
+    "model.velocity_depth": 0,
+    "objective.kind": "denoise",
     "process.path": "linear",
     "process.prediction": "x0",
     "process.loss_in": "flow",
