@@ -1,6 +1,6 @@
 """Distillation: a network that samples in few steps learns from one that needs many.
 
-Progressive distillation (Salimans & Ho 2022, 2202.00512): one DDIM step of the student from t to s is two of the teacher.
+Progressive distillation (Salimans & Ho 2022, 2202.00512): one DDIM step of the student, t to s, is two of the teacher.
 
     z' = ddim(z, t -> (t + s) / 2),   z'' = ddim(z', (t + s) / 2 -> s)                              (1)
     z = alpha_t x + sigma_t e,   z'' = alpha_s x + sigma_s e                                        (2)
@@ -32,7 +32,7 @@ from diffusion.sample import Sampler, ddim, heun, normal, one_step
 
 
 def two_steps(teacher: Predict, path: Path, xt: jax.Array, t: jax.Array, s: jax.Array) -> Estimate:
-    """The (x, e) [B, *S, C] of eq. (2) for xt [B, *S, C]: one DDIM step with them from t to s, [B], is two of the teacher.
+    """The (x, e) of eq. (2) for xt, [B, *S, C] each: one DDIM step with them from t to s, [B], is two of the teacher.
 
     The path must have different ratios alpha / sigma at t and s.
     """
@@ -85,8 +85,10 @@ def consistency_loss_at(
     return value, {"t": t, "loss": value, "mse": square / math.prod(x0.shape[1:])}
 
 
-def consistency_times(step: jax.Array, t: jax.Array, *, steps: int, first: int = 10, last: int = 1280):
-    """Times (t, s) [B] on the grid of eq. (6) at training step `step` of `steps`: the given times t in (0, 1], rounded up.
+def consistency_times(
+    step: jax.Array, t: jax.Array, *, steps: int, first: int = 10, last: int = 1280
+) -> tuple[jax.Array, jax.Array]:
+    """Times (t, s) [B] on the grid of eq. (6) at training step `step` of `steps`: t are those given, rounded up.
 
     Raises:
       ValueError: not 1 <= first <= last.
@@ -100,7 +102,7 @@ def consistency_times(step: jax.Array, t: jax.Array, *, steps: int, first: int =
 
 
 def consistency() -> Sampler:
-    """Sampling from a consistency model: xs = alpha_s f(xt, t) + sigma_s z with new noise z (2303.01469, algorithm 1)."""
+    """Sampling from a consistency model: xs = alpha_s f(xt, t) + sigma_s z, new noise z (2303.01469, algorithm 1)."""
 
     def step(key, predict, path, xt, t, s):
         alpha, sigma = (expand(a, xt) for a in path(s))

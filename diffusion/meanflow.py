@@ -7,16 +7,16 @@
     L = adp(|V - v_g|^2) + adp(|v - v_g|^2) + c |F(z - t u) - F(x0)|^2                              (5)
     adp(l) = l / sg(l + 0.01)^p
 
-sg stops the gradient. v_t is the velocity of the noised example; v, v_c and v_u are outputs of a second head of the same
-network, the last two, under sg, for the condition and for none. (4) trains the network to be its own guided version, for
-every scale w and every interval, which it is told as conditions: guidance costs no second evaluation. The last term,
-of features F of the image that u points to, is optional and left out at times above a bound.
+sg stops the gradient. v_t is the velocity of the noised example; v, v_c and v_u are outputs of a second head of the
+same network, the last two, under sg, for the condition and for none. (4) trains the network to be its own guided
+version, for every scale w and every interval, which it is told as conditions: guidance costs no second evaluation. The
+last term, of features F of the image that u points to, is optional and left out at times above a bound.
 
-(1), (2): MeanFlow, Geng et al. 2025 (2505.13447). (3) to (5): improved MeanFlow, Geng et al. 2025 (2512.02012), and with
-a network that predicts images, u = (z - x0_hat) / max(t, 0.05), pixel MeanFlow of its authors.
+(1), (2): MeanFlow, Geng et al. 2025 (2505.13447). (3) to (5): improved MeanFlow, Geng et al. 2025 (2512.02012), and
+with a network that predicts images, u = (z - x0_hat) / max(t, 0.05), the same group's pixel MeanFlow.
 
 A mean-flow network is a denoiser of two times, t [B, 2], which hold t and t - r. Its condition is `Guided`; it returns
-`WithVelocity`, predictions in one of the forms of `predict`. In the loss and in sampling these are turned into velocities.
+`WithVelocity`, predictions in one of the forms of `predict`, which loss and sampler turn into velocities.
 """
 
 from collections.abc import Callable
@@ -226,7 +226,8 @@ def loss_at(
     """Loss of each example [B], eq. (5), at given times, noise and guidance; otherwise as `velocities`.
 
     With power = 1 the loss is nearly constant, the number of its terms, and only its gradient matters. Returns also
-    {"t", "loss", "mse", "velocity_mse"} [B]: "loss" and "mse" are the mean square of V - v_g, "velocity_mse" of v - v_g.
+    {"t", "loss", "mse", "velocity_mse"} [B]: "loss" and "mse" are the mean square of V - v_g, "velocity_mse" that of
+    v - v_g.
 
     Args:
       power: p of the adaptive weight; 0 for plain squares, summed over pixels.

@@ -25,7 +25,8 @@ _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (
         lambda v: 0 <= v < float("inf"),
         "must not be negative",
-        "process.vlb_weight objective.feature_weight objective.adaptive_power condition.noise condition.sample_noise train.warmup train.weight_decay data.shift",
+        "process.vlb_weight objective.feature_weight objective.adaptive_power condition.noise condition.sample_noise "
+        "train.warmup train.weight_decay data.shift",
     ),
     (
         lambda v: 0 <= v <= 1,

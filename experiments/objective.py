@@ -72,7 +72,7 @@ def denoising(parts: Parts, training: bool) -> Objective:
 
 
 def mean_flow(parts: Parts, training: bool) -> Objective:
-    """The loss of `meanflow`; without `training` the mean square of V - v_g, since the loss itself is nearly constant."""
+    """The loss of `meanflow`; without `training` the mean square of V - v_g, since the loss itself hardly changes."""
 
     def draw(key: jax.Array, batch: dict[str, jax.Array], state: train.State | None) -> dict[str, Any]:
         del state

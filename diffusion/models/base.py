@@ -53,7 +53,7 @@ class Task(NamedTuple):
 
     num_classes: 0 for unconditional; else y [B] lies in 0..num_classes, and num_classes is the null label, which also
       stands in when y is None.
-    scalars: so many further numbers are a condition, as 0..1 as times are: y is then a pair (labels or None, [B, scalars]).
+    scalars: so many further numbers, like times, are a condition: y is then a pair (labels or None, [B, scalars]).
     out_channels: channels of the prediction; None for those of xt. Fewer where the last channels of xt are a condition.
     learned_variance: "none", or apply returns `WithVariance`: with "channels", v, any number, is a second half of the
       last layer's output (DiT, ADM); with "head", v is a sigmoid's, from layers of their own (Patch Diffusion).
@@ -167,7 +167,7 @@ def check_names(network: Any, task: Task, **literals: Any) -> None:
         )
     if (task.scalars or task.velocity) and not getattr(kind, "scalars", False):
         raise ValueError(
-            f"scalars={task.scalars}, velocity={task.velocity}: {kind.__name__} has neither, use ViT for mean-flow models"
+            f"scalars={task.scalars}, velocity={task.velocity}: {kind.__name__} has neither, mean-flow models need ViT"
         )
     if task.num_classes and not kind.conditional:
         raise ValueError(f"num_classes={task.num_classes}: {kind.__name__} is unconditional, use it without labels")
