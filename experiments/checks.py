@@ -8,6 +8,8 @@ from experiments.config import Config
 
 # The paths that are a chain of `config.process.steps` steps.
 CHAINS = ("vp", "geometric")
+# What a network can learn.
+OBJECTIVES = ("denoise", "mean_flow", "progressive", "consistency")
 # What must hold, how it is said, and for which fields; None is no value.
 _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (
@@ -82,9 +84,14 @@ def check(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     """Raises ValueError for what a run that does not learn to denoise cannot be combined with, or lacks."""
-    kind, p, c = config.objective.kind, config.process, config.train
+    o, p, c = config.objective, config.process, config.train
+    kind = o.kind
+    if kind not in OBJECTIVES:
+        raise ValueError(f"--config.objective.kind={kind!r} is not one of {', '.join(OBJECTIVES)}")
     if kind == "denoise":
         return
+    if o.first_steps > o.last_steps:
+        raise ValueError(f"--config.objective.first_steps={o.first_steps} must not exceed last_steps={o.last_steps}")
     unused = {
         "process.snr_splits": p.snr_splits,
         "process.patches": p.patches,

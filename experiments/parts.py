@@ -337,7 +337,7 @@ def _method(config: Config, spec: DataSpec) -> MeanFlow | Progressive | Consiste
             guidance, dict(steps=config.train.steps, first=c.first_steps, last=c.last_steps)
         ),
     }
-    return choose("objective.kind", c.kind, options)()
+    return options[c.kind]()
 
 
 def _features(config: Config, spec: DataSpec) -> Callable[[jax.Array], jax.Array] | None:
