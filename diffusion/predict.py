@@ -153,7 +153,7 @@ def convert(denoise: Denoise, path: Path, source: Prediction, to: Prediction) ->
     """The same denoiser, predicting `to` where it predicted `source`."""
 
     def converted(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
-        coef, output = coefficients(path, t), denoise(xt, t, y)
+        coef, output = coefficients(path, first_time(t)), denoise(xt, t, y)
         return replace_pred(output, target(to, coef, *decode(source, coef, xt, pred_of(output))))
 
     return converted
