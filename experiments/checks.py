@@ -99,7 +99,7 @@ def _check_objective(config: Config) -> None:
         "condition.size": config.condition.size,
     }
     if kind == "mean_flow":
-        unused |= {"process.weighting": p.weighting, "train.init_from": c.init_from}
+        unused["process.weighting"] = p.weighting
         if p.loss_in != "flow":
             unused["process.loss_in"] = p.loss_in
     else:

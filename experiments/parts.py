@@ -163,7 +163,7 @@ def check(config: Config) -> None:
 def choose(name: str, value: str, options: dict[str, Any]) -> Any:
     """options[value], or an error that names the flag and the choices."""
     if value not in options:
-        raise ValueError(f"--config.{name}={value!r} is not one of {', '.join(options)}")
+        raise ValueError(f"--config.{name}={value!r} is not one of {', '.join(map(str, options))}")
     return options[value]
 
 
@@ -326,6 +326,7 @@ def _method(config: Config, spec: DataSpec) -> MeanFlow | Progressive | Consiste
     if c.kind == "mean_flow":
         shares = {name: getattr(c, name) for name in ("instant", "to_data", "scale_max", "scale_power")}
         used = dict(feature_weight=c.feature_weight, feature_until=c.feature_until) if c.features else {}
+        choose("objective.features", c.features, dict.fromkeys((None, "digits", "efficientnet")))
         with named("objective.features"):
             features = _features(config, spec)
         return MeanFlow(shares, dict(floor=p.loss_floor, power=c.adaptive_power, features=features, **used))
@@ -349,7 +350,6 @@ def _features(config: Config, spec: DataSpec) -> Callable[[jax.Array], jax.Array
     name, low, high = config.objective.features, config.data.low, config.data.high
     if name is None:
         return None
-    choose("objective.features", name, dict.fromkeys(("digits", "efficientnet")))
     if name == "digits":
         if spec.shape != classifier.SIZE:
             raise ValueError(f"digits must have shape {classifier.SIZE}, not {spec.shape}; take efficientnet")
@@ -531,6 +531,11 @@ def _sample_guidance(config: Config) -> Callable[[Denoise, Any], Denoise]:
         raise ValueError(
             f"--config.sample.guidance={c.guidance} must lie in [1, {config.objective.scale_max}], the scales that the "
             "network is trained with, --config.objective.scale_max"
+        )
+    if not c.guidance_low <= 0.5 <= c.guidance_high:
+        raise ValueError(
+            f"--config.sample.guidance_low={c.guidance_low} must be at most 0.5 and guidance_high={c.guidance_high} at "
+            "least 0.5, as the intervals that a mean-flow network is trained with"
         )
     return lambda denoise, null: meanflow.told(denoise, c.guidance, c.guidance_low, c.guidance_high)
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -95,8 +96,7 @@ def measured(run: Any, count: int) -> dict[str, Any]:
     labels = inputs.equal_shares(count, run.spec.num_classes)
     sample = sampling.sample_fn(parts, finite=True)
     size = min(c.sample.batch_size, count)
-    jax_ready = sample(run.params, np.arange(size), np.resize(labels, size))
-    del jax_ready
+    jax.block_until_ready(sample(run.params, np.arange(size), np.resize(labels, size)))  # compiles
     images, seconds, finite = report.collect(sample, run.params, labels, size)
     features = report.features_for(c, run.spec.shape)
     found = report.quality(c, images, labels if run.spec.num_classes else None, features)
