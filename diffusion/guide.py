@@ -19,7 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.predict import Denoise, Output, Prediction, WithVariance, decode, pred_of, replace_pred, target
+from diffusion.predict import (
+    Denoise,
+    Output,
+    Prediction,
+    WithVariance,
+    decode,
+    first_time,
+    pred_of,
+    replace_pred,
+    target,
+)
 from diffusion.process import Path, coefficients, expand
 
 Scale = float | jax.Array | Callable[[jax.Array], jax.Array]
@@ -168,7 +178,7 @@ def corrected(denoise: Denoise, path: Path, prediction: Prediction, fix: Callabl
     """
 
     def after(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
-        coef, output = coefficients(path, t), denoise(xt, t, y)
+        coef, output = coefficients(path, first_time(t)), denoise(xt, t, y)
         x0, eps = decode(prediction, coef, xt, pred_of(output))
         fixed = fix(x0)
         # Where sigma is 0, xt is the image itself and there is no noise to correct.
@@ -181,7 +191,7 @@ def corrected(denoise: Denoise, path: Path, prediction: Prediction, fix: Callabl
 
 def _factor(scale: Scale, t: jax.Array, like: jax.Array) -> float | jax.Array:
     """The scale at times t, [B] or [B, 2], ready to multiply `like` [B, ...]."""
-    value = scale(t if t.ndim == 1 else t[:, 0]) if callable(scale) else scale
+    value = scale(first_time(t)) if callable(scale) else scale
     if jnp.ndim(value) == 0:
         return value
     if jnp.shape(value) != like.shape[:1]:

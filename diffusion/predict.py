@@ -47,8 +47,20 @@ class WithVariance(NamedTuple):
     v: jax.Array
 
 
-Output = jax.Array | WithVariance
-# (xt [B, *S, C], t [B], y) -> Output; y is any pytree of arrays with a leading axis B, or None.
+class WithVelocity(NamedTuple):
+    """The prediction of a mean-flow network (`meanflow`) and its second output, [B, *S, C] each, in the same form.
+
+    pred: of the average velocity from t - (t - r) = r to t.
+    v: of the instantaneous velocity at t, from an auxiliary head.
+    """
+
+    pred: jax.Array
+    v: jax.Array
+
+
+Output = jax.Array | WithVariance | WithVelocity
+# (xt [B, *S, C], t [B], y) -> Output; y is any pytree of arrays with a leading axis B, or None. A network of two times
+# takes t [B, 2].
 Denoise = Callable[[jax.Array, jax.Array, Any], Output]
 
 
@@ -60,7 +72,8 @@ class Estimate(NamedTuple):
     v: jax.Array | None = None
 
 
-Predict = Callable[[jax.Array, jax.Array], Estimate]  # (xt [B, *S, C], t, [] or [B]) -> estimate
+# (xt [B, *S, C], t, [] or [B], or [B, 2] for a network of two times) -> estimate
+Predict = Callable[[jax.Array, jax.Array], Estimate]
 
 # Below this the system (2) is singular: pred and xt hold the same information.
 _SINGULAR = 1e-6
@@ -124,23 +137,31 @@ def estimate(prediction: Prediction, coef: Coefficients, xt: jax.Array, output: 
 
 
 def predictor(denoise: Denoise, path: Path, prediction: Prediction, y: Any = None) -> Predict:
-    """What a sampler calls in each step: (xt [B, *S, C], t, [] or [B]) -> `Estimate`, for the condition y."""
+    """What a sampler calls in each step: (xt [B, *S, C], t) -> `Estimate`, for the condition y.
+
+    t is [] or [B]; or [B, 2] for a network of two times, whose first is that of xt.
+    """
 
     def predict(xt: jax.Array, t: jax.Array) -> Estimate:
-        t = jnp.broadcast_to(t, xt.shape[:1])
-        return estimate(prediction, coefficients(path, t), xt, denoise(xt, t, y))
+        t = t if jnp.ndim(t) == 2 else jnp.broadcast_to(t, xt.shape[:1])
+        return estimate(prediction, coefficients(path, first_time(t)), xt, denoise(xt, t, y))
 
     return predict
 
 
+def first_time(t: jax.Array) -> jax.Array:
+    """The time [B] of xt: t itself, or the first of a network of two times, t [B, 2]."""
+    return t if t.ndim == 1 else t[:, 0]
+
+
 def pred_of(output: Output) -> jax.Array:
     """The prediction alone."""
-    return output.pred if isinstance(output, WithVariance) else output
+    return output.pred if isinstance(output, WithVariance | WithVelocity) else output
 
 
 def replace_pred(output: Output, pred: jax.Array) -> Output:
-    """The output with another prediction and the same learned variance, if there is one."""
-    return output._replace(pred=pred) if isinstance(output, WithVariance) else pred
+    """The output with another prediction and the same learned variance or velocity, if there is one."""
+    return output._replace(pred=pred) if isinstance(output, WithVariance | WithVelocity) else pred
 
 
 def convert(denoise: Denoise, path: Path, source: Prediction, to: Prediction, floor: float = 0.0) -> Denoise:
@@ -153,7 +174,7 @@ def convert(denoise: Denoise, path: Path, source: Prediction, to: Prediction, fl
         raise ValueError(f"floor={floor} must not be negative: it is the smallest divisor, 0 for no bound")
 
     def converted(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
-        coef, output = coefficients(path, t), denoise(xt, t, y)
+        coef, output = coefficients(path, first_time(t)), denoise(xt, t, y)
         return replace_pred(output, target(to, coef, *decode(source, coef, xt, pred_of(output), floor)))
 
     return converted

@@ -8,6 +8,8 @@ from experiments.config import Config
 
 # The paths that are a chain of `config.process.steps` steps.
 CHAINS = ("vp", "geometric")
+# What a network can learn.
+OBJECTIVES = ("denoise", "mean_flow", "progressive", "consistency")
 # What must hold, how it is said, and for which fields; None is no value.
 _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (
@@ -25,17 +27,24 @@ _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (
         lambda v: 0 <= v < float("inf"),
         "must not be negative",
-        "process.vlb_weight condition.noise condition.sample_noise train.warmup train.weight_decay data.shift",
+        "process.vlb_weight objective.feature_weight objective.adaptive_power condition.noise condition.sample_noise "
+        "train.warmup train.weight_decay data.shift",
     ),
     (
         lambda v: 0 <= v <= 1,
         "must lie in [0, 1]",
-        "train.label_drop sample.eta sample.guidance_low sample.guidance_high",
+        "train.label_drop sample.eta sample.guidance_low sample.guidance_high objective.instant objective.to_data "
+        "objective.feature_until objective.guidance_low objective.guidance_high",
     ),
     (lambda v: 0 < v <= 1, "must lie in (0, 1]", "sample.threshold"),
     (lambda v: 0 < v < 1, "must lie in (0, 1)", "process.rate sample.last"),
     (lambda v: 0 <= v < 1, "must lie in [0, 1)", "train.b2 sample.floor"),
-    (lambda v: abs(v) < float("inf"), "must be a finite number", "data.low data.high sample.guidance"),
+    (
+        lambda v: abs(v) < float("inf"),
+        "must be a finite number",
+        "data.low data.high sample.guidance objective.guidance objective.scale_power",
+    ),
+    (lambda v: 1 <= v < float("inf"), "must be at least 1", "objective.scale_max objective.first_steps"),
     (lambda v: v and all(0 <= decay < 1 for decay in v), "must list decays in [0, 1), such as (0.999,)", "train.ema"),
 ]
 
@@ -49,9 +58,10 @@ def check(config: Config) -> None:
             if value is not None and not holds(value):
                 raise ValueError(f"--config.{name}={value} {words}")
     _check_range(config.data.range)
-    for section in ("process", "train", "sample"):
+    for section in ("process", "objective", "train", "sample"):
         for field, needed in without_effect(getattr(config, section)).items():
             _refuse_if_set(config, section, field, f"{section}.{needed}")
+    _check_objective(config)
     p, sized = config.process, bool(config.condition.size)
     uses_steps = p.path in CHAINS or p.times in ("grid", "loss_second_moment")
     for section, field, is_used, needed in (
@@ -71,6 +81,43 @@ def check(config: Config) -> None:
     ):
         if not is_used and hasattr(getattr(config, section), field):
             _refuse_if_set(config, section, field, needed)
+
+
+def _check_objective(config: Config) -> None:
+    """Raises ValueError for what a run that does not learn to denoise cannot be combined with, or lacks."""
+    o, p, c = config.objective, config.process, config.train
+    kind = o.kind
+    if kind not in OBJECTIVES:
+        raise ValueError(f"--config.objective.kind={kind!r} is not one of {', '.join(OBJECTIVES)}")
+    if kind == "denoise":
+        return
+    if o.first_steps > o.last_steps:
+        raise ValueError(f"--config.objective.first_steps={o.first_steps} must not exceed last_steps={o.last_steps}")
+    unused = {
+        "process.snr_splits": p.snr_splits,
+        "process.patches": p.patches,
+        "process.vlb_weight": p.vlb_weight,
+        "condition.size": config.condition.size,
+    }
+    if kind == "mean_flow":
+        unused["process.weighting"] = p.weighting
+        if p.loss_in != "flow":
+            unused["process.loss_in"] = p.loss_in
+    else:
+        unused["train.eval_every"] = c.eval_every
+        if c.init_from is None:
+            raise ValueError(
+                f"--config.objective.kind={kind} learns from a trained run: pass --config.train.init_from=runs/NAME"
+            )
+    if p.times == "loss_second_moment":
+        unused["process.times"] = p.times
+    for name, value in unused.items():
+        if value:
+            raise ValueError(f"--config.{name}={value} cannot be combined with --config.objective.kind={kind}")
+    if kind == "progressive" and config.sample.sampler != "ddim":
+        raise ValueError(
+            f"--config.sample.sampler={config.sample.sampler}: progressive distillation learns steps of ddim"
+        )
 
 
 def _check_range(given: tuple[float, ...] | None) -> None:

@@ -76,6 +76,28 @@ class Process:
 
 
 @dataclass
+class Objective:
+    """What the network learns: to denoise; or to sample in few steps (`diffusion.meanflow`, `diffusion.distill`)."""
+
+    # denoise; mean_flow: in one step or few, from data; progressive, consistency: from the run train.init_from, whose
+    # network it shares; progressive learns the sample.steps of ddim, consistency those of the sampler consistency.
+    kind: str = "denoise"
+    instant: float = _only(0.5, kind="mean_flow")  # share of a batch that learns the instantaneous velocity
+    to_data: float = _only(0.0, kind="mean_flow")  # share of the rest whose interval ends at t = 0, as one step's does
+    scale_max: float = _only(8.0, kind="mean_flow")  # largest guidance scale, of a density scale^-scale_power
+    scale_power: float = _only(1.0, kind="mean_flow")
+    adaptive_power: float = _only(1.0, kind="mean_flow")  # 0: the plain squared error
+    features: str | None = _only(None, kind="mean_flow")  # digits or efficientnet: their error is a term of the loss
+    feature_weight: float = _only(0.4, kind="mean_flow")
+    feature_until: float = _only(0.8, kind="mean_flow")  # time from which on there is no such term
+    guidance: float = _only(1.0, kind=("progressive", "consistency"))  # of the teacher; then sample with guidance 1
+    guidance_low: float = _only(0.0, kind=("progressive", "consistency"))
+    guidance_high: float = _only(1.0, kind=("progressive", "consistency"))
+    first_steps: int = _only(10, kind="consistency")  # steps of the teacher's path at the start of training
+    last_steps: int = _only(1280, kind="consistency")  # and at its end; they double in between
+
+
+@dataclass
 class Condition:
     """A low-resolution image as conditioning input: super-resolution."""
 
@@ -124,7 +146,7 @@ class Sample:
 
     count: int = 1000  # samples at the end of training
     steps: int = _option(50, "Sampler steps.")
-    sampler: str = _option("ddim", "ddim, ancestral, heun or dpmpp_2m.")
+    sampler: str = _option("ddim", "ddim, ancestral, heun, dpmpp_2m, mean_flow or consistency.")
     eta: float = _option(0.0, "ddim: noise added at each step, 0 to 1.", sampler="ddim")
     overstep: float = _option(1.0, "ddim: step size relative to the grid's (the blog's 1.5).", sampler="ddim")
     respacing: str | None = _option(None, "Instead of steps, some steps of the chain: 250, 10,15,20 or ddim25.")
@@ -150,6 +172,7 @@ class Config:
     data: Data = field(default_factory=Data)
     model: AnyNetwork = field(default_factory=ViT)
     process: Process = field(default_factory=Process)
+    objective: Objective = field(default_factory=Objective)
     condition: Condition = field(default_factory=Condition)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)

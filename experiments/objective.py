@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion import guide, superres, times, train
+from diffusion import distill, guide, meanflow, superres, times, train
 from diffusion import loss as losses
-from experiments.parts import Parts, to_float
+from diffusion.predict import Predict, predictor
+from diffusion.process import noise
+from experiments.parts import Consistency, MeanFlow, Parts, Progressive, to_float
 
 
 class Objective(NamedTuple):
@@ -21,6 +23,12 @@ class Objective(NamedTuple):
 
 def objective(parts: Parts, *, training: bool = True) -> Objective:
     """The objective of a run; without `training`: no dropped labels, no dropout, and times that ignore the history."""
+    kinds = {MeanFlow: mean_flow, Progressive: progressive, Consistency: consistency}
+    return kinds.get(type(parts.method), denoising)(parts, training)
+
+
+def denoising(parts: Parts, training: bool) -> Objective:
+    """The weighted squared error of `loss`."""
 
     def draw(key: jax.Array, batch: dict[str, jax.Array], state: train.State | None) -> dict[str, Any]:
         key_loss, key_labels, key_condition = jax.random.split(key, 3)
@@ -63,6 +71,92 @@ def objective(parts: Parts, *, training: bool = True) -> Objective:
     return Objective(draw, loss, report)
 
 
+def mean_flow(parts: Parts, training: bool) -> Objective:
+    """The loss of `meanflow`; without `training` the mean square of V - v_g, since the loss itself hardly changes."""
+
+    def draw(key: jax.Array, batch: dict[str, jax.Array], state: train.State | None) -> dict[str, Any]:
+        del state
+        drawn, drop = _examples(parts, batch), parts.label_drop if training else 0.0
+        return drawn | {"at": meanflow.draw(key, drawn["x0"], parts.times, drop=drop, **parts.method.draw)}
+
+    def loss(params: Any, key: jax.Array, drawn: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        values, aux = meanflow.loss_at(
+            drawn["at"],
+            partial(parts.model.apply, params, key=key if training and parts.dropout else None),
+            parts.path,
+            drawn["x0"],
+            drawn.get("y"),
+            null=parts.spec.num_classes,
+            prediction=parts.prediction,
+            **parts.method.loss,
+        )
+        return (values if training else aux["loss"]).mean(), aux
+
+    def report(aux: dict[str, jax.Array], carry: Any) -> tuple[dict[str, jax.Array], Any]:
+        means = {name: aux[name].mean() for name in ("mse", "velocity_mse")}
+        return by_quartile(aux["t"], aux["loss"]) | means, carry
+
+    return Objective(draw, loss, report)
+
+
+def progressive(parts: Parts, training: bool) -> Objective:
+    """The loss of `denoising` with image and noise of `distill.two_steps`, at the times of the sampling grid."""
+    denoise = denoising(parts, training)
+
+    def draw(key: jax.Array, batch: dict[str, jax.Array], state: train.State) -> dict[str, Any]:
+        drawn, (key_t, key_eps) = _examples(parts, batch), jax.random.split(key)
+        x0, grid = drawn["x0"], jnp.asarray(parts.grid, drawn["x0"].dtype)
+        i = jax.random.randint(key_t, (len(x0),), 0, len(grid) - 1)
+        t, s = grid[i], grid[i + 1]
+        xt = noise(parts.path, x0, t, jax.random.normal(key_eps, x0.shape))
+        found = distill.two_steps(_teacher(parts, state, drawn), parts.path, xt, t, s)
+        return drawn | {"x0": found.x0, "at": losses.Draw(t, found.eps)}
+
+    return denoise._replace(draw=draw)
+
+
+def consistency(parts: Parts, training: bool) -> Objective:
+    """The loss of `distill.consistency_loss_at`."""
+    del training  # there is no validation: it would need the teacher
+
+    def draw(key: jax.Array, batch: dict[str, jax.Array], state: train.State) -> dict[str, Any]:
+        drawn, (key_t, key_eps) = _examples(parts, batch), jax.random.split(key)
+        x0, y = drawn.pop("x0"), drawn.get("y")
+        t, s = distill.consistency_times(state.step, parts.times(key_t, len(x0)), **parts.method.times)
+        xt = noise(parts.path, x0, t, jax.random.normal(key_eps, x0.shape))
+        student = predictor(partial(parts.model.apply, state.params), parts.path, parts.prediction, y)
+        wanted = distill.consistency_target(_teacher(parts, state, drawn), student, parts.path, xt, t, s)
+        return drawn | {"xt": xt, "t": t, "s": s, "wanted": wanted}
+
+    def loss(params: Any, key: jax.Array, drawn: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        denoise = partial(parts.model.apply, params, key=key if parts.dropout else None)
+        given = (drawn[name] for name in ("xt", "t", "s", "wanted"))
+        values, aux = distill.consistency_loss_at(
+            denoise, parts.path, *given, drawn.get("y"), prediction=parts.prediction
+        )
+        return values.mean(), aux
+
+    def report(aux: dict[str, jax.Array], carry: Any) -> tuple[dict[str, jax.Array], Any]:
+        return by_quartile(aux["t"], aux["mse"], "mse") | {"mse": aux["mse"].mean()}, carry
+
+    return Objective(draw, loss, report)
+
+
+def _examples(parts: Parts, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Images {"x0": [B, *S, C]} in the network's range of values, and their labels "y" [B] if it is conditional."""
+    x0 = jnp.repeat(to_float(parts, batch["x"]), parts.repeat, 0)
+    return {"x0": x0} | ({"y": jnp.repeat(batch["y"], parts.repeat, 0)} if parts.spec.num_classes else {})
+
+
+def _teacher(parts: Parts, state: train.State, drawn: dict[str, Any]) -> Predict:
+    """The network whose parameters the state carries, with its guidance and the thresholds of sampling."""
+    denoise = partial(parts.image_model.apply, state.carry)
+    if parts.spec.num_classes:
+        denoise = parts.method.guidance(denoise, parts.spec.num_classes)
+    denoise = denoise if parts.threshold is None else parts.threshold(denoise)
+    return predictor(denoise, parts.path, parts.prediction, drawn.get("y"))
+
+
 def make_step(parts: Parts) -> train.StepFn:
     """(key, state, batch) -> (state, metrics): one step of training."""
     pieces = objective(parts)
@@ -78,10 +172,10 @@ def make_step(parts: Parts) -> train.StepFn:
 
 
 def init_state(parts: Parts, params: Any) -> train.State:
-    """The state before the first of these steps."""
-    return train.init_state(
-        params, parts.optimizer, ema_decay=parts.ema, log2_scale=parts.log2_scale, carry=parts.history
-    )
+    """The state before the first of these steps. In distillation it carries the teacher, which is `params`."""
+    distilled = isinstance(parts.method, Progressive | Consistency)
+    carry = jax.tree.map(jnp.array, params) if distilled else parts.history
+    return train.init_state(params, parts.optimizer, ema_decay=parts.ema, log2_scale=parts.log2_scale, carry=carry)
 
 
 def conditioning(parts: Parts, key: jax.Array, x0: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import experts, grids, guide, loss, optimize, process, sample, superres, times, vlb
+from diffusion import distill, experts, grids, guide, loss, meanflow, optimize, process, sample, superres, times, vlb
 from diffusion.data.values import PLAIN, is_plain
 from diffusion.models import Model, Task, recomposed
 from diffusion.patch import patchify
@@ -60,6 +60,26 @@ class Superres(NamedTuple):
     sample_noise: float  # in sampling
 
 
+class MeanFlow(NamedTuple):
+    """Options of `meanflow.draw` and of `meanflow.loss_at`."""
+
+    draw: dict[str, float]
+    loss: dict[str, Any]
+
+
+class Progressive(NamedTuple):
+    """Progressive distillation: guidance of the teacher."""
+
+    guidance: Callable[[Denoise, Any], Denoise]
+
+
+class Consistency(NamedTuple):
+    """Consistency distillation: guidance of the teacher, and the options of `distill.consistency_times`."""
+
+    guidance: Callable[[Denoise, Any], Denoise]
+    times: dict[str, int]
+
+
 class Parts(NamedTuple):
     """Everything that a config resolves to. Grouped by who uses it."""
 
@@ -76,6 +96,7 @@ class Parts(NamedTuple):
     split: int | None  # which expert this is
     # Training.
     seed: int
+    method: MeanFlow | Progressive | Consistency | None  # None: to denoise
     times: times.Times
     history: times.History | None  # initial value, if times follow the loss
     weight: loss.Weight | None
@@ -123,6 +144,7 @@ def resolve(config: Config, spec: DataSpec) -> Parts:
         spec=spec,
         model=model,
         image_model=image_model,
+        method=_method(config, spec),
         superres=_superres(config, spec),
         value_range=(config.data.low, config.data.high),
         prediction=p.prediction,
@@ -149,7 +171,7 @@ def check(config: Config) -> None:
 def choose(name: str, value: str, options: dict[str, Any]) -> Any:
     """options[value], or an error that names the flag and the choices."""
     if value not in options:
-        raise ValueError(f"--config.{name}={value!r} is not one of {', '.join(options)}")
+        raise ValueError(f"--config.{name}={value!r} is not one of {', '.join(map(str, options))}")
     return options[value]
 
 
@@ -171,8 +193,10 @@ def init_params(parts: Parts) -> Any:
     """Parameters from the config's seed."""
     *size, channels = parts.spec.shape
     xt = jnp.zeros((1, *size, channels + extra_channels(parts)))
-    y = jnp.zeros(1, int) if parts.spec.num_classes else None
-    return jax.jit(parts.model.init)(key(parts.seed, "init"), xt, jnp.zeros(1), y)
+    t, y = jnp.zeros(1), jnp.zeros(1, int) if parts.spec.num_classes else None
+    if isinstance(parts.method, MeanFlow):
+        t, y = jnp.zeros((1, 2)), meanflow.guided(y, 1.0, 0.0, 1.0, xt)
+    return jax.jit(parts.model.init)(key(parts.seed, "init"), xt, t, y)
 
 
 def extra_channels(parts: Parts) -> int:
@@ -244,7 +268,7 @@ def _without_data(config: Config) -> dict[str, Any]:
         "optimizer": _optimizer(config),
         "sampler": _sampler(config),
         "grid": _grid(config, path),
-        "guidance": _guidance(config),
+        "guidance": _sample_guidance(config),
         "threshold": _threshold(config, path),
         "floor": _of_noise(config, config.sample.floor),
     }
@@ -270,21 +294,82 @@ def _models(config: Config, spec: DataSpec, path: process.Path) -> tuple[Model, 
         raise ValueError(f"the network {name} is unconditional: set --noconfig.data.labels")
     if p.patches and not c.returns_tokens:
         raise ValueError(f"--config.process.patches needs a network that predicts patches, such as blog, not {name}")
+    two_times = config.objective.kind == "mean_flow"
     task = Task(
         num_classes=spec.num_classes,
+        scalars=meanflow.SCALARS if two_times else 0,
+        velocity=two_times,
         out_channels=spec.shape[-1],
         learned_variance=_LEARNED.get(p.variance, "none"),
         path=path,
         steps=p.steps if p.path in checks.CHAINS else None,
     )
-    if getattr(c, "times", 1) != 1:
+    if two_times and getattr(c, "times", None) is None:
+        raise ValueError(f"--config.objective.kind=mean_flow needs a network of two times, vit, not {name}")
+    if two_times and c.times != 2:
+        raise ValueError(
+            f"--config.objective.kind=mean_flow passes two times: set --config.model.times=2, not {c.times}"
+        )
+    if not two_times and getattr(c, "times", 1) != 1:
         raise ValueError(f"--config.model.times={c.times}: the losses and samplers of a run pass one time, times=1")
     with named("model"):
         model = c.model(task)
+    if two_times:
+        return model, _told(model)
     if not c.returns_tokens:
         return model, model
     images = recomposed(model, c.patch_size, c.stride)
     return (model if p.patches else images), images
+
+
+def _told(model: Model) -> Model:
+    """A mean-flow network as one of plain conditions, without guidance unless y is `meanflow.Guided`."""
+    return Model(
+        model.init,
+        lambda params, xt, t, y=None, *, key=None: meanflow.told(partial(model.apply, params, key=key))(xt, t, y),
+    )
+
+
+def _method(config: Config, spec: DataSpec) -> MeanFlow | Progressive | Consistency | None:
+    c, p = config.objective, config.process
+    if c.kind == "mean_flow":
+        shares = {name: getattr(c, name) for name in ("instant", "to_data", "scale_max", "scale_power")}
+        used = dict(feature_weight=c.feature_weight, feature_until=c.feature_until) if c.features else {}
+        choose("objective.features", c.features, dict.fromkeys((None, "digits", "efficientnet")))
+        with named("objective.features"):
+            features = _features(config, spec)
+        return MeanFlow(shares, dict(floor=p.loss_floor, power=c.adaptive_power, features=features, **used))
+    guidance = _guidance(c.guidance, c.guidance_low, c.guidance_high, "objective")
+    options = {
+        "denoise": lambda: None,
+        "progressive": lambda: Progressive(guidance),
+        "consistency": lambda: Consistency(
+            guidance, dict(steps=config.train.steps, first=c.first_steps, last=c.last_steps)
+        ),
+    }
+    return options[c.kind]()
+
+
+def _features(config: Config, spec: DataSpec) -> Callable[[jax.Array], jax.Array] | None:
+    """Differentiable features [B, F] of images in the network's range of values, by the name in the config."""
+    from diffusion.metrics.features import digits, efficientnet
+    from diffusion.models import classifier
+    from diffusion.models import efficientnet as network
+
+    name, low, high = config.objective.features, config.data.low, config.data.high
+    if name is None:
+        return None
+    if name == "digits":
+        if spec.shape != classifier.SIZE:
+            raise ValueError(f"digits must have shape {classifier.SIZE}, not {spec.shape}; take efficientnet")
+        params = digits.load_classifier()
+        return lambda x: classifier.apply(params, (x - low) / (high - low))[1]
+    if len(spec.shape) != 3 or spec.shape[-1] not in (1, 3):
+        raise ValueError(f"efficientnet is for images with 1 or 3 channels, not for arrays of shape {spec.shape}")
+    efficientnet.check_installed()
+    weights = efficientnet.load_weights()
+    scaled = lambda x: efficientnet.resized(255 * (x - low) / (high - low))  # noqa: E731
+    return lambda x: network.apply(weights, (scaled(x) - 127) / 128)[0]
 
 
 def _bounds(config: Config, path: process.Path) -> np.ndarray | None:
@@ -426,7 +511,13 @@ def _sampler(config: Config) -> sample.Sampler:
         "ancestral": lambda: sample.ancestral(config.process.variance),
         "heun": sample.heun,
         "dpmpp_2m": sample.dpmpp_2m,
+        "mean_flow": meanflow.sampler,
+        "consistency": distill.consistency,
     }
+    if c.sampler == "mean_flow" and config.objective.kind != "mean_flow":
+        raise ValueError(
+            "--config.sample.sampler=mean_flow needs a network that was trained with --config.objective.kind=mean_flow"
+        )
     with named("sample"):
         return choose("sample.sampler", c.sampler, options)()
 
@@ -448,14 +539,31 @@ def _grid(config: Config, path: process.Path) -> np.ndarray:
         return grids.shifted_grid(c.steps, c.shift, 0.999 if singular else 1.0, c.last)
 
 
-def _guidance(config: Config) -> Callable[[Denoise, Any], Denoise]:
+def _sample_guidance(config: Config) -> Callable[[Denoise, Any], Denoise]:
     c = config.sample
-    scale = c.guidance
-    if scale not in (0, 1) and (c.guidance_low, c.guidance_high, c.guidance_open) != (0, 1, False):
+    if config.objective.kind != "mean_flow":
         # All noise, t = 1, where sampling starts, is no end of an interval that reaches it.
         high = np.inf if c.guidance_open and c.guidance_high == 1 else c.guidance_high
-        with named("sample.guidance_low, guidance_high"):
-            scale = guide.interval(scale, c.guidance_low, high, open_ends=c.guidance_open)
+        return _guidance(c.guidance, c.guidance_low, high, "sample", c.guidance_open)
+    if not 1 <= c.guidance <= config.objective.scale_max:
+        raise ValueError(
+            f"--config.sample.guidance={c.guidance} must lie in [1, {config.objective.scale_max}], the scales that the "
+            "network is trained with, --config.objective.scale_max"
+        )
+    if not c.guidance_low <= 0.5 <= c.guidance_high:
+        raise ValueError(
+            f"--config.sample.guidance_low={c.guidance_low} must be at most 0.5 and guidance_high={c.guidance_high} at "
+            "least 0.5, as the intervals that a mean-flow network is trained with"
+        )
+    return lambda denoise, null: meanflow.told(denoise, c.guidance, c.guidance_low, c.guidance_high)
+
+
+def _guidance(
+    scale: float, low: float, high: float, section: str, open_ends: bool = False
+) -> Callable[[Denoise, Any], Denoise]:
+    if scale not in (0, 1) and ((low, high) != (0, 1) or open_ends):
+        with named(f"{section}.guidance_low, guidance_high"):
+            scale = guide.interval(scale, low, high, open_ends=open_ends)
     return partial(guide.classifier_free, scale=scale)
 
 

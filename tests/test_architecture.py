@@ -40,6 +40,8 @@ ARROWS = {
     "loss": {"predict", "process", "times", "vlb"},
     "experts": {"predict", "process", "times"},
     "asymflow": {"loss", "patch", "predict", "process", "times"},
+    "meanflow": {"guide", "predict", "process", "sample", "times"},
+    "distill": {"predict", "process", "sample"},
     "cpu": {"patch"},
     "patch": {"cpu"},
     "io": set(),

@@ -53,9 +53,11 @@ class Task(NamedTuple):
 
     num_classes: 0 for unconditional; else y [B] lies in 0..num_classes, and num_classes is the null label, which also
       stands in when y is None.
+    scalars: so many further numbers, like times, are a condition: y is then a pair (labels or None, [B, scalars]).
     out_channels: channels of the prediction; None for those of xt. Fewer where the last channels of xt are a condition.
     learned_variance: "none", or apply returns `WithVariance`: with "channels", v, any number, is a second half of the
       last layer's output (DiT, ADM); with "head", v is a sigmoid's, from layers of their own (Patch Diffusion).
+    velocity: apply returns `predict.WithVelocity`, whose second output has a head of its own (`meanflow`).
     path: for networks whose input is alpha(t).
     steps: T of the chain, for networks whose clock is its index.
     """
@@ -63,6 +65,8 @@ class Task(NamedTuple):
     num_classes: int = 0
     out_channels: int | None = None
     learned_variance: LearnedVariance = "none"
+    scalars: int = 0
+    velocity: bool = False
     path: Path | None = None
     steps: int | None = None
 
@@ -83,6 +87,7 @@ class Network(Protocol):
     variances: ClassVar[tuple[str, ...]]  # the values of Task.learned_variance
     dtypes: ClassVar[tuple[str, ...]]  # of its computation
     returns_tokens: ClassVar[bool]  # predictions are tokens [B, N, D]; `recomposed` turns them into images
+    # `scalars: ClassVar[bool] = True` of networks that know Task.scalars and Task.velocity.
 
     def model(self, task: Task = DEFAULT_TASK) -> Model: ...
 
@@ -93,8 +98,10 @@ def from_fields(network: Callable[..., Network], fields: Mapping[str, Any]) -> M
     return network(**{name: value for name, value in fields.items() if name not in task}).model(Task(**task))
 
 
-def from_module(module: nn.Module, *, num_classes: int | None = None, times: int = 1) -> Model:
+def from_module(module: nn.Module, *, num_classes: int | None = None, times: int = 1, scalars: int = 0) -> Model:
     """Model of a Flax module with signature module(xt, t, y, train), which takes `times` times, t [B] or [B, times].
+
+    With `scalars`, y is a pair (labels or None, numbers [B, scalars]).
 
     Calls raise ValueError when they are traced: for images that are not of a floating type and for t of another shape.
     With `num_classes`, y must be labels [B] in 0..num_classes (where they are concrete), or None; with 0 the network is
@@ -107,6 +114,12 @@ def from_module(module: nn.Module, *, num_classes: int | None = None, times: int
         if not hasattr(t, "dtype") or t.shape != shape or not jnp.issubdtype(t.dtype, jnp.floating):
             given = f"{t.dtype} {tuple(t.shape)}" if hasattr(t, "dtype") else repr(t)
             raise ValueError(f"t must be a floating-point array of shape {shape}, not {given}")
+        if scalars:
+            wanted = (xt.shape[0], scalars)
+            if not isinstance(y, tuple) or len(y) != 2 or jnp.shape(y[1]) != wanted:
+                given = [jnp.shape(leaf) for leaf in jax.tree.leaves(y)]
+                raise ValueError(f"y must be a pair (labels or None, numbers {wanted}), not arrays of shapes {given}")
+            y = y[0]
         if y is None or num_classes is None:
             return
         if num_classes == 0:
@@ -151,6 +164,10 @@ def check_names(network: Any, task: Task, **literals: Any) -> None:
     if task.learned_variance not in kind.variances:
         raise ValueError(
             f"learned_variance={task.learned_variance!r} is not one of {kind.variances}, which {kind.__name__} has"
+        )
+    if (task.scalars or task.velocity) and not getattr(kind, "scalars", False):
+        raise ValueError(
+            f"scalars={task.scalars}, velocity={task.velocity}: {kind.__name__} has neither, mean-flow models need ViT"
         )
     if task.num_classes and not kind.conditional:
         raise ValueError(f"num_classes={task.num_classes}: {kind.__name__} is unconditional, use it without labels")

@@ -23,7 +23,7 @@ import numpy as np
 from diffusion.models.base import DEFAULT_TASK, Model, Task, check_names, clock_of, from_fields, from_module
 from diffusion.patch import patchify, unpatchify
 from diffusion.patch.geometry import geometry
-from diffusion.predict import Output, WithVariance
+from diffusion.predict import Output, WithVariance, WithVelocity
 
 Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "swiglu"]
@@ -50,6 +50,8 @@ class ViT:
       dropout: rate of dropout after attention and inside the MLP, before its last matrix.
       attention_dropout: rate of dropout of the attention probabilities; `attention` must be None or "xla".
       dropout_blocks: "all", or "middle" for the blocks depth // 4 to 3 (depth // 4) - 1 (JiT).
+      velocity_depth: of a network with a second output, Task.velocity, this many of the last blocks are doubled, one
+        sequence for each output; 0: only the last layer is.
       dtype: of the computation; parameters, statistics of norms, the softmax and the head are float32.
       remat: recompute blocks in the backward pass to save memory.
       attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn" (a GPU's, in bfloat16).
@@ -61,6 +63,7 @@ class ViT:
     variances: ClassVar[tuple[str, ...]] = ("none", "channels")
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
     returns_tokens: ClassVar[bool] = False
+    scalars: ClassVar[bool] = True
 
     patch_size: int = 4
     stride: int | None = None
@@ -76,6 +79,7 @@ class ViT:
     class_tokens: int = 0
     class_tokens_from: int = 0
     times: int = 1
+    velocity_depth: int = 0
     dropout: float = 0.0
     attention_dropout: float = 0.0
     dropout_blocks: str = "all"
@@ -108,9 +112,15 @@ class ViT:
                 f"attention_dropout={self.attention_dropout}: attention={self.attention!r} never forms the "
                 "probabilities that it drops; pass attention=None"
             )
-        clock = clock_of(self.clock, task.steps)
-        module = _ViT(replace(self), task.num_classes, task.out_channels, task.learned_variance == "channels", clock)
-        return from_module(module, num_classes=task.num_classes, times=self.times)
+        most = self.depth - (self.class_tokens_from if self.class_tokens else 0)
+        if not 0 <= self.velocity_depth <= most:
+            raise ValueError(
+                f"velocity_depth={self.velocity_depth} must lie in [0, {most}], the blocks with class tokens"
+            )
+        if task.velocity and task.learned_variance != "none":
+            raise ValueError(f"learned_variance={task.learned_variance!r} and a velocity head exclude each other")
+        module = _ViT(replace(self), task, clock_of(self.clock, task.steps))
+        return from_module(module, num_classes=task.num_classes, times=self.times, scalars=task.scalars)
 
     def hidden_matrices(self, params: Any) -> Any:
         """Marks the matrices for which `optimize.muon` is made; see the function of this name."""
@@ -128,14 +138,12 @@ JIT = dict(norm="rms", mlp="swiglu", qk_norm=True, positions=("sincos", "rotary"
 
 class _ViT(nn.Module):
     net: ViT
-    num_classes: int
-    out_channels: int | None
-    learned_variance: bool
+    task: Task
     clock: Callable[[jax.Array], jax.Array]
 
     @nn.compact
-    def __call__(self, xt: jax.Array, t: jax.Array, y: jax.Array | None, train: bool) -> Output:
-        net, dtype = self.net, jnp.dtype(self.net.dtype)
+    def __call__(self, xt: jax.Array, t: jax.Array, y: Any, train: bool) -> Output:
+        net, task, dtype = self.net, self.task, jnp.dtype(self.net.dtype)
         _, *size, channels = xt.shape
         shape = geometry(size, net.patch_size, net.stride)
         z = patchify(xt, net.patch_size, net.stride).astype(dtype)  # (B, N, D)
@@ -152,15 +160,24 @@ class _ViT(nn.Module):
         else:
             c = _Clock(net.width, dtype, name="clock_embed")(self.clock(t[:, 0]))
             c = c + _Clock(net.width, dtype, name="second_clock_embed")(self.clock(t[:, 1]))
-        class_tokens = net.class_tokens if self.num_classes else 0
-        if self.num_classes:
-            y = jnp.full(xt.shape[:1], self.num_classes) if y is None else y
-            label = nn.Embed(self.num_classes + 1, net.width, dtype=dtype, embedding_init=_NORMAL, name="classes")(y)
+        if task.scalars:
+            y, numbers = y
+            for i in range(task.scalars):
+                c = c + _Clock(net.width, dtype, name=f"scalar_embed_{i}")(self.clock(numbers[:, i]))
+        class_tokens = net.class_tokens if task.num_classes else 0
+        if task.num_classes:
+            y = jnp.full(xt.shape[:1], task.num_classes) if y is None else y
+            label = nn.Embed(task.num_classes + 1, net.width, dtype=dtype, embedding_init=_NORMAL, name="classes")(y)
             c = c + label
         rotation = rotary_angles(shape.grid, net.width // net.heads) if "rotary" in net.positions else None
 
         block = nn.remat(_Block, static_argnums=(4,)) if net.remat else _Block
         undropped, quarter = replace(net, dropout=0.0, attention_dropout=0.0), net.depth // 4
+
+        def of(layer: int) -> ViT:
+            """The arguments of a block, which may be one without dropout."""
+            return net if net.dropout_blocks == "all" or quarter <= layer < 3 * quarter else undropped
+
         prefix = 0
         for layer in range(net.depth):
             if class_tokens and layer == net.class_tokens_from:
@@ -170,16 +187,31 @@ class _ViT(nn.Module):
                 if rotation is not None:
                     # Class tokens have no place in the image: they are not rotated.
                     rotation = np.concatenate([np.zeros((prefix, rotation.shape[1]), np.float32), rotation])
-            dropped = net.dropout_blocks == "all" or quarter <= layer < 3 * quarter
-            z = block(net if dropped else undropped, name=f"block_{layer}")(z, c, rotation, train)
+            if layer == net.depth - net.velocity_depth:
+                z_velocity = z
+            z = block(of(layer), name=f"block_{layer}")(z, c, rotation, train)
 
-        shift, scale = _gates(c, 2, net.width, dtype, "head_gates")
-        z = _modulate(_norm(net.norm, dtype, "head_norm", affine=net.norm == "rms")(z[:, prefix:]), shift, scale)
-        channels = channels if self.out_channels is None else self.out_channels
-        width = _prod(shape.patch) * channels * (1 + self.learned_variance)
-        z = nn.Dense(width, kernel_init=_ZERO, name="head")(z.astype(jnp.float32))  # (B, N, D)
-        pred = unpatchify(z, size, net.patch_size, net.stride)
-        return WithVariance(*jnp.split(pred, 2, -1)) if self.learned_variance else pred
+        learned_variance = task.learned_variance == "channels"
+        channels = channels if task.out_channels is None else task.out_channels
+        width = _prod(shape.patch) * channels * (1 + learned_variance)
+
+        def head(z: jax.Array, name: str) -> jax.Array:
+            shift, scale = _gates(c, 2, net.width, dtype, f"{name}_gates")
+            z = _modulate(_norm(net.norm, dtype, f"{name}_norm", affine=net.norm == "rms")(z[:, prefix:]), shift, scale)
+            z = nn.Dense(width, kernel_init=_ZERO, name=name)(z.astype(jnp.float32))  # (B, N, D)
+            return unpatchify(z, size, net.patch_size, net.stride)
+
+        pred = head(z, "head")
+        if learned_variance:
+            return WithVariance(*jnp.split(pred, 2, -1))
+        if not task.velocity:
+            return pred
+        if net.velocity_depth:
+            z = z_velocity
+            for layer in range(net.velocity_depth):
+                here = of(net.depth - net.velocity_depth + layer)
+                z = block(here, name=f"velocity_block_{layer}")(z, c, rotation, train)
+        return WithVelocity(pred, head(z, "velocity_head"))
 
 
 class _Block(nn.Module):
@@ -251,7 +283,7 @@ def hidden_matrices(params: Any) -> Any:
 
     def is_hidden(path: tuple, _: jax.Array) -> bool:
         names = [getattr(key, "key", None) for key in path]
-        inside = len(names) == 3 and str(names[0]).startswith("block_")
+        inside = len(names) == 3 and str(names[0]).startswith(("block_", "velocity_block_"))
         return inside and names[1] in ("qkv", "out", "up", "down") and names[2] == "kernel"
 
     return jax.tree_util.tree_map_with_path(is_hidden, params)

@@ -32,6 +32,8 @@ def vit_flops(size: Sequence[int], channels: int, **fields: Any) -> int:
     products = n * (values * width if f.bottleneck is None else f.bottleneck * (values + width))
     for layer in range(f.depth):
         tokens = n + (f.class_tokens if task.num_classes and layer >= f.class_tokens_from else 0)
-        products += tokens * (4 * width**2 + feed) + 2 * tokens**2 * width + 6 * width**2
-    products += f.times * (256 * width + width**2) + 2 * width**2 + n * width * outward
+        times = 1 + (task.velocity and layer >= f.depth - f.velocity_depth)
+        products += times * (tokens * (4 * width**2 + feed) + 2 * tokens**2 * width + 6 * width**2)
+    products += (f.times + task.scalars) * (256 * width + width**2)
+    products += (1 + task.velocity) * (2 * width**2 + n * width * outward)
     return 2 * products

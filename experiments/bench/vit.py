@@ -50,6 +50,8 @@ KNOWN = {
     "model.attention_dropout": 0,
     "model.remat": False,
     "model.times": 1,
+    "model.velocity_depth": 0,
+    "objective.kind": "denoise",
     "process.path": "linear",
     "process.noise_scale": 1.0,
     "process.prediction": "x0",

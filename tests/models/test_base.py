@@ -45,6 +45,11 @@ def test_wrong_inputs_are_refused(network):
     assert jax.eval_shape(unconditional.apply, params, image, t).shape == (2, 8, 8, 1)
 
 
+def test_a_network_without_further_numbers_says_so():
+    with pytest.raises(ValueError, match="scalars=3, velocity=True: UNet has neither, mean-flow models need ViT"):
+        unet(**FIELDS[unet], scalars=3, velocity=True)
+
+
 def test_the_null_label_and_traced_labels_pass():
     model = vit(**FIELDS[vit], num_classes=3)
     params, xt, t, _ = ready(model, (2, 8, 8, 1), 3)

@@ -235,6 +235,12 @@ def test_published_sizes():
         ({"dropout_blocks": "first"}, r"dropout_blocks='first' is not one of \('all', 'middle'\)"),
         ({"attention_dropout": 1.0}, r"attention_dropout=1.0 must lie in \[0, 1\)"),
         ({"attention_dropout": 0.1, "attention": "cudnn"}, "attention='cudnn' never forms the probabilities"),
+        ({"velocity_depth": 3}, r"velocity_depth=3 must lie in \[0, 2\]"),
+        (
+            {"velocity_depth": 2, "class_tokens": 2, "class_tokens_from": 1, "num_classes": 3},
+            r"velocity_depth=2 must lie in \[0, 1\], the blocks with class tokens",
+        ),
+        ({"velocity": True, "learned_variance": "channels"}, "a velocity head exclude each other"),
         ({"dtype": "float16"}, r"dtype='float16' is not one of \('float32', 'bfloat16'\)"),
         ({"dtype": "half a float"}, "dtype='half a float' is not one of"),
         ({"learned_variance": "head"}, r"learned_variance='head' is not one of \('none', 'channels'\), which ViT has"),
@@ -303,9 +309,53 @@ def test_the_function_takes_the_fields_of_the_dataclass():
     assert ready(model, (1, 8, 8, 1))[0]["embed"]["kernel"].shape == (16, 32)
 
 
+@pytest.mark.parametrize("depth", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_further_numbers_and_a_second_output(depth):
+    """Each number moves the prediction; the second output has a head, and blocks, of its own."""
+    more = dict(scalars=2, velocity=True, velocity_depth=depth)
+    plain, model = vit(**SMALL, num_classes=3), vit(**SMALL, num_classes=3, **more)
+    inputs = jax.random.key(0), jnp.ones((2, 8, 8, 1)), jnp.ones(2)
+    shapes = (
+        jax.eval_shape(plain.init, *inputs),
+        jax.eval_shape(model.init, *inputs, (None, jnp.ones((2, 2)))),
+    )
+    names = {name: jax.tree.map(jnp.shape, params) for name, params in zip(("plain", "more"), shapes, strict=True)}
+    assert {k: v for k, v in names["more"].items() if k in names["plain"]} == names["plain"]
+    added = {"scalar_embed_0", "scalar_embed_1", "velocity_head", "velocity_head_gates"}
+    assert set(names["more"]) - set(names["plain"]) == added | ({"velocity_block_0"} if depth else set())
+
+    rng, xt, t = np.random.default_rng(0), jnp.ones((2, 8, 8, 1)), jnp.ones(2)
+    params = jax.tree.map(lambda shape: 0.3 * rng.standard_normal(shape, np.float32), names["more"], is_leaf=_is_shape)
+    apply, y = jax.jit(model.apply), jnp.array([0, 1])
+    out = apply(params, xt, t, (y, jnp.float32([[0.1, 0.7], [0.1, 0.7]])))
+    for column in (0, 1):
+        numbers = jnp.float32([[0.1, 0.7], [0.1, 0.7]]).at[0, column].add(0.2)
+        moved = apply(params, xt, t, (y, numbers))
+        assert jnp.abs(moved.pred - out.pred)[0].max() > 1e-4 and jnp.abs(moved.v - out.v)[0].max() > 1e-4
+        np.testing.assert_array_equal(moved.pred[1], out.pred[1])
+    for owner, same, other in (("head", "v", "pred"), ("velocity_head", "pred", "v")):
+        changed = apply(params | {owner: jax.tree.map(lambda p: 2 * p, params[owner])}, xt, t, (y, numbers))
+        np.testing.assert_array_equal(getattr(changed, same), getattr(moved, same))
+        assert jnp.abs(getattr(changed, other) - getattr(moved, other)).max() > 1e-4
+    for wrong in (y, (y, numbers[:, :1]), None):
+        with pytest.raises(ValueError, match=r"y must be a pair \(labels or None, numbers \(2, 2\)\), not arrays of"):
+            model.apply(params, xt, t, wrong)
+
+
+def _is_shape(value):
+    return isinstance(value, tuple)
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"learned_variance": "channels"}, {"times": 2}, {"out_channels": 1}, {"mlp": "swiglu", "bottleneck": 8}],
+    [
+        {},
+        {"learned_variance": "channels"},
+        {"times": 2},
+        {"out_channels": 1},
+        {"mlp": "swiglu", "bottleneck": 8},
+        {"scalars": 3, "velocity": True, "velocity_depth": 1},
+    ],
 )
 def test_operations_are_those_that_xla_counts(fields):
     """XLA counts a few per cent more: norms, activations, additions; also of what a field adds or saves."""
@@ -314,7 +364,8 @@ def test_operations_are_those_that_xla_counts(fields):
         fields = dict(patch_size=4, width=64, depth=2, heads=2, num_classes=5) | fields
         model = vit(**fields)
         t = jnp.ones((1, 2)) if fields.get("times") == 2 else jnp.ones(1)
-        inputs = jnp.ones((1, 16, 16, 3)), t, jnp.zeros(1, int)
+        y, scalars = jnp.zeros(1, int), fields.get("scalars", 0)
+        inputs = jnp.ones((1, 16, 16, 3)), t, (y, jnp.ones((1, scalars))) if scalars else y
         params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
         counted = jax.jit(model.apply).lower(params, *inputs).cost_analysis()["flops"]
         return vit_flops((16, 16), 3, **fields), counted

@@ -1,0 +1,129 @@
+"""Quality against the number of evaluations of the network: trained runs beside each other.
+
+    python -m experiments.bench.steps --runs=runs/mnist_onestep,runs/mnist
+    python -m experiments.bench.steps --runs=runs/mnist --sampler=ddim --evaluations=4,10 --num_samples=500
+
+Every run makes the same number of samples with its own sampler, or with --sampler if it learned to denoise, in so many
+evaluations of the guided denoiser. Where guidance is not learned (`meanflow`) or distilled, each of them is two passes
+through the network, which the table counts. Agreement is the share of samples that a classifier reads as their label
+(digits only), ratio the Frechet distance over that of as many real images, as `experiments.evaluate` prints them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import command, inputs, report, sampling
+from experiments.bench import commands, tables, timing
+from experiments.config import Config, Sample
+from experiments.paths import define_path
+from experiments.run_dir import trained
+
+# Samplers with two evaluations a step, but one on the last.
+TWICE = ("heun",)
+
+
+def define_flags(argv: list[str]) -> None:
+    """Defines --runs, --evaluations, --num_samples, --sampler and --json."""
+    del argv
+    define_path("json", None, "Also write the result to this file.")
+    flags.DEFINE_list("runs", ["runs/mnist_onestep", "runs/mnist"], "Work directories of trained runs.")
+    flags.DEFINE_list("evaluations", ["1", "2", "4", "10", "100"], "Evaluations of the guided denoiser per sample.")
+    flags.DEFINE_integer("num_samples", 1000, "Samples of each run and number of evaluations.", lower_bound=20)
+    flags.DEFINE_string("sampler", None, "Of runs that learned to denoise; default: each run's own.")
+
+
+def main(argv: Sequence[str]) -> None:
+    command.start()
+    values = flags.FLAGS
+    wrong = [each for each in values.evaluations if not each.strip().isdecimal() or not int(each)]
+    if wrong:
+        raise ValueError(f"--evaluations={','.join(values.evaluations)}: {wrong} are not numbers from 1 up")
+    commands.perform(
+        argv,
+        partial(
+            run,
+            [Path(each).expanduser() for each in values.runs],
+            [int(each) for each in values.evaluations],
+            values.num_samples,
+            values.sampler,
+        ),
+        table,
+    )
+
+
+def run(workdirs: Sequence[Path], evaluations: Sequence[int], count: int, sampler: str | None = None) -> dict[str, Any]:
+    """A row of numbers for each run and number of evaluations, ready for JSON.
+
+    Raises:
+      FileNotFoundError: there is no such run.
+      ValueError: the sampler is unknown, or a run is one of arrays without features.
+    """
+    runs = [trained([workdir]) for workdir in workdirs]
+    configs = [[with_evaluations(each.config, n, sampler) for n in evaluations] for each in runs]
+    for each, changed in zip(runs, configs, strict=True):  # what is wrong fails before anything is sampled
+        for config in changed:
+            each._replace(config=config).parts()
+        report.features_for(each.config, each.spec.shape)
+    rows = [
+        {"run": str(workdir), "evaluations": n, **measured(each._replace(config=config), count)}
+        for workdir, each, changed in zip(workdirs, runs, configs, strict=True)
+        for n, config in zip(evaluations, changed, strict=True)
+    ]
+    return {"machine": timing.machine(), "samples": count, "rows": rows}
+
+
+def with_evaluations(config: Config, evaluations: int, sampler: str | None = None) -> Config:
+    """The config with steps for so many evaluations, or one less where a step takes two."""
+    c = config.sample
+    if sampler is not None and config.objective.kind == "denoise":
+        plain = {f.name: f.default for f in dataclasses.fields(Sample) if "sampler" in f.metadata.get("only", {})}
+        c = dataclasses.replace(c, **plain, sampler=sampler)
+    steps = (evaluations + 1) // 2 if c.sampler in TWICE else evaluations
+    last = c.last if steps > 1 else None
+    return dataclasses.replace(config, sample=dataclasses.replace(c, steps=steps, respacing=None, last=last))
+
+
+def measured(run: Any, count: int) -> dict[str, Any]:
+    """The numbers of samples of one run, and the seconds that they took, compilation left out."""
+    (parts, _), c = run.parts(), run.config
+    labels = inputs.equal_shares(count, run.spec.num_classes)
+    sample = sampling.sample_fn(parts, finite=True)
+    size = min(c.sample.batch_size, count)
+    jax.block_until_ready(sample(run.params, np.arange(size), np.resize(labels, size)))  # compiles
+    images, seconds, finite = report.collect(sample, run.params, labels, size)
+    features = report.features_for(c, run.spec.shape)
+    found = report.quality(c, images, labels if run.spec.num_classes else None, features)
+    steps = len(parts.grid) - 1
+    evaluated = 2 * steps - 1 if c.sample.sampler in TWICE else steps
+    guided = c.objective.kind != "mean_flow" and run.spec.num_classes and c.sample.guidance not in (0, 1)
+    names = ("agreement", "distance", "ratio", "precision", "recall")
+    return {
+        "sampler": c.sample.sampler,
+        "passes": evaluated * (2 if guided else 1),
+        "seconds": seconds,
+        "non_finite": int((~finite).sum()),
+        **{name: found[name] for name in names if found.get(name) is not None},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """One table of all rows."""
+    rows = []
+    for row in result["rows"]:
+        agreement = f"{row['agreement']:.1%}" if "agreement" in row else "-"
+        numbers = [f"{row['evaluations']}", f"{row['passes']}", agreement, f"{row['ratio']:.2f} x"]
+        numbers += [f"{row['precision']:.2f}", f"{row['recall']:.2f}", f"{row['seconds']:.1f} s"]
+        rows.append([f"{row['run']} ({row['sampler']})", *numbers])
+    heads = ["evaluations", "passes", "agreement", "ratio", "precision", "recall", f"{result['samples']} samples"]
+    return f"{tables.where(result['machine'])}\n\n{tables.table('run (sampler)', heads, rows)}"
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags)
