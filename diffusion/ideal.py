@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.predict import Denoise
-from diffusion.process import Path, expand
+from diffusion.process import Path
 
 # Keeps (1) finite at sigma = 0, where the nearest image has all of the posterior.
 _LEAST = 1e-20
