@@ -99,10 +99,9 @@ def data_posterior(
         images = jax.lax.dynamic_slice_in_dim(data, first, block)
         x = (images if decode is None else decode(images)).reshape(block, -1).astype(xt.dtype)
         inner = jnp.matmul(flat, x.T, precision=jax.lax.Precision.HIGHEST)
-        # sigma^2 l + const(xt). Rounded once, for the maximum and for the weights: at little noise 1 / sigma^2 is large.
-        scores = jax.lax.optimization_barrier(
-            alpha[:, None] * (inner - alpha[:, None] * jnp.square(x).sum(1)[None] / 2)
-        )
+        scores = alpha[:, None] * (inner - alpha[:, None] * jnp.square(x).sum(1)[None] / 2)  # sigma^2 l + const(xt)
+        # Rounded once for the maximum and for the weights, which small differences over a small sigma^2 would change.
+        scores = jax.lax.optimization_barrier(scores)
         counts = (first + jnp.arange(block) >= number * block)[None]
         if labels is not None:
             own = jax.lax.dynamic_slice_in_dim(jnp.asarray(labels), first, block)[None] == y[:, None]

@@ -14,18 +14,21 @@ them explains
     r_b = v' M^-1 v,    v_j = E sum_(k in b) m_jk x0_k,    M_ij = E sum_(k in b) m_ik m_jk         (3)
 
 of the energy sum_(k in b) E x0_k^2, with equality if E[x0 | xt] is such a combination. With m = xt alone (3) is the
-Wiener filter. The detail that patches of P lose is the share
+Wiener filter. What a grid of patches of P loses is the share
 
-    lost(P) = sum_(b >= n / P) r_b / sum_b r_b                                                     (4)
+    lost(P) = sum_(b >= n / P) r_b / sum_b E_b,    E_b = sum_(k in b) E x0_k^2                     (4)
 
-of what can be recovered. Luhman & Luhman 2022 (2207.04316) argue that it is small at most noise levels. A network on
-patches still sees and predicts every pixel, in its channels; (4) is what its grid of positions is too coarse for.
+of the energy of images, or, with r_b for E_b, of what can be recovered. That the former is small at most noise levels
+is the argument of Luhman & Luhman 2022 (2207.04316): the best prediction of x0 is blurry there. A network on patches
+still sees and predicts every pixel, in its channels; (4) is what its grid of positions alone is too coarse for.
+
+NumPy functions in float64, whose arrays may be JAX's.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -53,24 +56,29 @@ def bands(size: tuple[int, ...]) -> np.ndarray:
     return np.max(np.meshgrid(*(np.arange(s) * n // s for s in size), indexing="ij"), axis=0)
 
 
-def cosines(x: jax.Array) -> jax.Array:
-    """Coefficients [B, *S, C] of images [B, *S, C], or of arrays with more axes before them, as `bands` has them."""
-    return jax.scipy.fft.dctn(x, axes=range(1, x.ndim - 1), norm="ortho")
+def cosines(x: np.ndarray) -> np.ndarray:
+    """Coefficients [B, *S, C] of images [B, *S, C]."""
+    return _transformed(x, lambda basis: basis)
 
 
-def power(x: jax.Array) -> np.ndarray:
+def images(c: np.ndarray) -> np.ndarray:
+    """Images [B, *S, C] from coefficients [B, *S, C]: the inverse of `cosines`."""
+    return _transformed(c, np.transpose)
+
+
+def power(x: np.ndarray) -> np.ndarray:
     """Mean energy of one coefficient in each band, [n], over images [B, *S, C] and channels: white noise has 1."""
     where = bands(x.shape[1:-1])
-    energy = np.square(np.asarray(cosines(x), np.float64)).mean((0, -1))
+    energy = np.square(cosines(x)).mean((0, -1))
     return np.bincount(where.ravel(), energy.ravel()) / np.bincount(where.ravel())
 
 
-def moments(x0: jax.Array, estimates: list[jax.Array]) -> Moments:
+def moments(x0: np.ndarray, estimates: Sequence[np.ndarray]) -> Moments:
     """The sums of eq. (3) for images x0 [B, *S, C] and K estimates of them, all without their common mean image."""
     b, *size, _ = x0.shape
     where = bands(tuple(size))
     n, index = min(size), np.repeat(where.ravel(), x0.shape[-1])
-    truth, *found = (np.asarray(cosines(x), np.float64).reshape(b, -1) for x in (x0, *estimates))
+    truth, *found = (cosines(x).reshape(b, -1) for x in (x0, *estimates))
 
     def summed(a: np.ndarray, c: np.ndarray) -> np.ndarray:
         return np.bincount(index, np.einsum("bi,bi->i", a, c), minlength=n)
@@ -88,13 +96,10 @@ def gains(found: Moments) -> np.ndarray:
     return np.einsum("nij,nj->ni", np.linalg.pinv(found.gram, rcond=1e-10, hermitian=True), found.cross)
 
 
-def combined(weights: np.ndarray, estimates: list[jax.Array]) -> jax.Array:
+def combined(weights: np.ndarray, estimates: Sequence[np.ndarray]) -> np.ndarray:
     """The images [B, *S, C] that combine the estimates with `gains` [n, K]."""
-    x = estimates[0]
-    axes, where = range(1, x.ndim - 1), bands(x.shape[1:-1])
-    each = [jnp.asarray(weights[where, j], x.dtype)[..., None] for j in range(len(estimates))]
-    mixed = sum(w[None] * cosines(m) for w, m in zip(each, estimates, strict=True))
-    return jax.scipy.fft.idctn(mixed, axes=axes, norm="ortho")
+    each = weights[bands(estimates[0].shape[1:-1])]  # [*S, K]
+    return images(sum(each[..., j, None] * cosines(m) for j, m in enumerate(estimates)))
 
 
 def recoverable(found: Moments) -> np.ndarray:
@@ -102,14 +107,26 @@ def recoverable(found: Moments) -> np.ndarray:
     return np.maximum(np.einsum("ni,ni->n", gains(found), found.cross), 0) / found.count
 
 
-def lost(energy: np.ndarray, patch_size: int) -> float:
-    """The share of the energy [n] of bands that a grid of patches of `patch_size` cannot carry, eq. (4).
+def lost(recovered: np.ndarray, patch_size: int, of: np.ndarray | None = None) -> float:
+    """The share of the energy `of` [n] that is recoverable, `recovered` [n], and finer than the patches, eq. (4).
+
+    `of` is the energy of images; by default it is what can be recovered.
 
     Raises:
       ValueError: `patch_size` does not divide the number of bands.
     """
-    n = len(energy)
+    n = len(recovered)
     if patch_size < 1 or n % patch_size:
         raise ValueError(f"patch_size={patch_size} must divide the shortest side, {n}")
-    total = energy.sum()
-    return float(energy[n // patch_size :].sum() / total) if total > 0 else 0.0
+    total = (recovered if of is None else of).sum()
+    return float(recovered[n // patch_size :].sum() / total) if total > 0 else 0.0
+
+
+def _transformed(x: np.ndarray, direction: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    for axis in range(1, x.ndim - 1):
+        n = x.shape[axis]
+        basis = np.cos(np.pi / n * np.arange(n)[:, None] * (np.arange(n) + 0.5)) * math.sqrt(2 / n)
+        basis[0] /= math.sqrt(2)
+        x = np.moveaxis(np.tensordot(x, direction(basis), (axis, 1)), -1, axis)
+    return x
