@@ -128,10 +128,9 @@ def _write(path: Path, stored: Mapping[str, Any]) -> None:
 
 
 def _row(rows: Sequence[Row], cell: Cell) -> Row | None:
+    """The row of a cell, whose values compare as JSON stores them."""
     wanted = json.loads(json.dumps(dict(cell)))
-    return next(
-        (row for row in rows if all(name in row and row[name] == value for name, value in wanted.items())), None
-    )
+    return next((row for row in rows if {name: row.get(name) for name in wanted} == wanted), None)
 
 
 def _finite(value: Any) -> Any:
