@@ -186,6 +186,7 @@ def measure(
         given = {"labels": classes, "y": y} if labels else {}
         return ideal.data_posterior(images, xt, alpha, sigma, decode=to_float, block_size=options.block_size, **given)
 
+    means = _mean_images(images, classes, posterior, noised.labels if labels else None)
     times = process.times_of_snr(path, options.snr)
     rows, shown = [], {"truth": None, "noised": [], "ideal": [], "combined": [], "network": []}
     with Bar(2 * len(options.snr), "measuring", "level") as bar:
@@ -193,7 +194,9 @@ def measure(
             row = {"snr": snr, "times": weight}
             for name, source in (("held_out", noised), ("finite", finite)):
                 own = network if name == "held_out" else None
-                truth, estimates, entropy = _estimates(source, path, t, to_float, posterior, images, own, options)
+                truth, estimates, entropy = _estimates(
+                    source, path, t, to_float, posterior, images, means, own, options
+                )
                 row[name] = _numbers(truth, estimates, entropy, patch_sizes)
                 if name == "held_out":
                     for kind, image in _shown(truth, estimates, row[name]["gains"]).items():
@@ -268,6 +271,23 @@ def _rows(source: Source, most: int) -> Source:
     return source._replace(images=np.asarray(source.images[chosen]), labels=np.asarray(source.labels[chosen]))
 
 
+def _mean_images(
+    images: jax.Array, classes: jax.Array, posterior: Callable[..., Any], held_out: np.ndarray | None
+) -> jax.Array:
+    """The mean training image of each class [classes, *S, C], or of all [1, *S, C]: E[x0 | xt] at alpha = 0.
+
+    Raises:
+      ValueError: there are no training images of a class that is held out.
+    """
+    n = 1
+    if held_out is not None:
+        if missing := sorted(set(held_out.tolist()) - set(np.asarray(classes).tolist())):
+            raise ValueError(f"there are no training images of the held-out classes {missing}: pass --nolabels")
+        n = int(max(classes.max(), held_out.max())) + 1
+    nothing = jnp.zeros((n, *images.shape[1:]))
+    return posterior(images, nothing, jnp.zeros(n), jnp.ones(n), jnp.arange(n))[0]
+
+
 def _estimates(
     source: Source,
     path: process.Path,
@@ -275,6 +295,7 @@ def _estimates(
     to_float: Callable[[jax.Array], jax.Array],
     posterior: Callable[..., ideal.DataPosterior],
     images: jax.Array,
+    means: jax.Array,
     network: Network | None,
     options: Options,
 ) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
@@ -289,7 +310,7 @@ def _estimates(
         times = jnp.full(size, t, jnp.float32)
         xt, (alpha, sigma) = process.noise(path, x0, times, eps), path(times)
         mean, entropy = posterior(images, xt, alpha, sigma, y)
-        common, _ = posterior(images, jnp.zeros_like(xt), jnp.zeros(size), jnp.ones(size), y)
+        common = means[y if len(means) > 1 else jnp.zeros_like(y)]
         found = {"truth": x0, "noised": xt / process.expand(alpha, xt), "ideal": mean}
         if network:
             found["network"] = network.x0_hat(xt, times, y)

@@ -42,6 +42,7 @@ def text(found: Mapping[str, Any]) -> str:
             ]
         )
     shape = "x".join(map(str, found["size"]))
+    and_network = " and the network's prediction" if found["network"] else ""
     own = ", with the class known" if found["conditional"] else ""
     return (
         f"{found['data']}: {found['held_out']:,} held-out images of {shape}, noised; posterior over {found['train']:,} "
@@ -50,8 +51,8 @@ def text(found: Mapping[str, Any]) -> str:
         + "\n\ntimes: share of the training times near this SNR. known: share of the image's energy, without the mean "
         "image, that\ncan be recovered. error: mean square error of a value, in [-1, 1]; ideal: of the posterior mean "
         "over the training images;\ncombined: of its best linear combination, frequency by frequency, with the noised "
-        "image. images: how many training\nimages share the posterior, exp(entropy). P=...: what can be recovered and "
-        f"is finer\nthan a grid of PxP patches, as a share of {OF[found['of']]}. largest: that loses less than "
+        f"image{and_network}. images: how many training\nimages share the posterior, exp(entropy). P=...: what can "
+        f"be recovered and is finer\nthan a grid of PxP patches, as a share of {OF[found['of']]}. largest: that loses less than "
         f"{found['share']:.0%}.\n\n" + "\n\n".join(advice(found, int(n)) for n in found["advice"])
     )
 
