@@ -31,6 +31,14 @@ def define_flags(argv: Sequence[str]) -> None:
     del argv
     flags.DEFINE_string("name", None, "A data set of TFDS, folder:PATH, array:PATH or datasets:PATH.")
     flags.DEFINE_string("split", "train", "Which split: train, test, for folders and arrays also all and validation.")
+    define_reading_flags()
+    define_path("out", None, "Also write a grid of images to this file, a row for each class.")
+    flags.DEFINE_integer("columns", 8, "Images in a row of it.", lower_bound=1)
+    flags.DEFINE_integer("rows", 20, "Rows of it, at most.", lower_bound=1)
+
+
+def define_reading_flags() -> None:
+    """The flags that say how a data set is read, for `opened`; also those of other commands on data sets."""
     flags.DEFINE_list("size", None, "Height and width, or one number for both, as --config.data.size.")
     flags.DEFINE_enum("crop", "center", data.CROPS, "What to do with images of another size.")
     flags.DEFINE_integer("channels", None, "1, 3, or 4 with transparency; default: the images' own. Of arrays: theirs.")
@@ -38,9 +46,6 @@ def define_flags(argv: Sequence[str]) -> None:
     flags.DEFINE_enum("class_names_in", "folders", data.CLASS_NAMES_IN, "Where a folder has the names of its classes.")
     flags.DEFINE_enum("bad_files", "raise", data.BAD_FILES, "What to do with files of a folder that cannot be read.")
     define_path("data_dir", None, "Where TFDS keeps its data sets.")
-    define_path("out", None, "Also write a grid of images to this file, a row for each class.")
-    flags.DEFINE_integer("columns", 8, "Images in a row of it.", lower_bound=1)
-    flags.DEFINE_integer("rows", 20, "Rows of it, at most.", lower_bound=1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,6 +58,23 @@ def main(argv: Sequence[str]) -> None:
         if Path(f.out).suffix.lower() not in (".png", ".webp"):
             raise ValueError(f"--out={f.out} must end in .png or .webp")
         files.check_writable(Path(f.out).parent)
+    source = opened(f.name, f.split)
+    print(data.describe(source))
+    if f.out:
+        picked = examples(source, f.rows, f.columns)
+        image_files.save(Path(f.out), sheet(source, picked))
+        of = f" of {source.num_classes:,} classes" if source.num_classes > len(picked) else ""
+        part = display.note(source.images.shape[1:])
+        print(f"{f.out}: {sum(map(len, picked))} images, {len(picked)} rows{of}{f'; they show {part}' if part else ''}")
+
+
+def opened(name: str, split: str) -> data.Source:
+    """A split of a data set, read as the flags say.
+
+    Raises:
+      ValueError: a flag has a wrong value, or the data set cannot be read; the message names the flag.
+    """
+    f = flags.FLAGS
     options: dict[str, Any] = {name: f[name].value for name in _OPTIONS}
     if f["range"].value is not None:
         options["value_range"] = value_range(f["range"].value)
@@ -65,16 +87,9 @@ def main(argv: Sequence[str]) -> None:
     if options["size"] and len(options["size"]) == 1:
         options["size"] *= 2
     try:
-        source = inputs.load(f.name, f.split, memory_limit=0, **options)
+        return inputs.load(name, split, memory_limit=0, **options)
     except ValueError as e:  # fields of a config are flags here
         raise ValueError(str(e).replace("--config.data.held_out", "--split").replace("--config.data.", "--")) from e
-    print(data.describe(source))
-    if f.out:
-        picked = examples(source, f.rows, f.columns)
-        image_files.save(Path(f.out), sheet(source, picked))
-        of = f" of {source.num_classes:,} classes" if source.num_classes > len(picked) else ""
-        part = display.note(source.images.shape[1:])
-        print(f"{f.out}: {sum(map(len, picked))} images, {len(picked)} rows{of}{f'; they show {part}' if part else ''}")
 
 
 def value_range(given: Sequence[str]) -> tuple[float, ...]:

@@ -34,6 +34,8 @@ ARROWS = {
     "grids": {"process"},
     "posterior": {"predict", "process"},
     "guide": {"predict", "process"},
+    "ideal": {"predict", "process"},
+    "spectrum": set(),
     "superres": {"predict"},
     "sample": {"posterior", "predict", "process"},
     "vlb": {"posterior", "predict", "process", "sample"},
