@@ -9,9 +9,11 @@ from typing import Any
 
 _MODULES = (
     "asymflow",
+    "cfg",
     "cpu",
     "data",
     "distill",
+    "edm",
     "experts",
     "grids",
     "guide",
@@ -28,6 +30,7 @@ _MODULES = (
     "pretrained",
     "process",
     "sample",
+    "solvers",
     "spectrum",
     "superres",
     "times",
