@@ -8,9 +8,12 @@ import importlib
 from typing import Any
 
 _MODULES = (
+    "averages",
     "cpu",
     "data",
+    "edit",
     "experts",
+    "flow_likelihood",
     "grids",
     "guide",
     "io",
@@ -28,6 +31,7 @@ _MODULES = (
     "times",
     "train",
     "vlb",
+    "windows",
 )
 
 

@@ -73,13 +73,19 @@ def make_step(parts: Parts) -> train.StepFn:
         draw=pieces.draw,
         report=pieces.report,
         microbatch=parts.microbatch,
+        gammas=parts.gammas,
     )
 
 
 def init_state(parts: Parts, params: Any) -> train.State:
     """The state before the first of these steps."""
     return train.init_state(
-        params, parts.optimizer, ema_decay=parts.ema, log2_scale=parts.log2_scale, carry=parts.history
+        params,
+        parts.optimizer,
+        ema_decay=parts.ema,
+        log2_scale=parts.log2_scale,
+        carry=parts.history,
+        gammas=parts.gammas,
     )
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import experts, grids, guide, loss, optimize, process, sample, superres, times, vlb
+from diffusion import averages, experts, grids, guide, loss, optimize, process, sample, superres, times, vlb
 from diffusion.data.values import PLAIN, is_plain
 from diffusion.models import Model, Task, recomposed
 from diffusion.patch import patchify
@@ -86,6 +86,7 @@ class Parts(NamedTuple):
     label_drop: float
     dropout: bool
     ema: tuple[float, ...]
+    gammas: tuple[float, ...]  # of power-function averages
     microbatch: int | None
     log2_scale: float | None
     # Sampling.
@@ -126,6 +127,7 @@ def resolve(config: Config, spec: DataSpec) -> Parts:
         label_drop=c.label_drop,
         dropout=getattr(config.model, "dropout", 0.0) > 0,
         ema=c.ema,
+        gammas=tuple(map(averages.gamma_of, c.ema_power)),
         microbatch=c.microbatch,
         log2_scale=_LOG2_SCALE if getattr(config.model, "dtype", "float32") == "float16" else None,
         sample_seed=config.sample.seed,
