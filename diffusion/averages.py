@@ -49,7 +49,7 @@ def sigma_rel_of(gamma: float) -> float:
 
 
 def power_share(gamma: float, step: jax.Array) -> jax.Array:
-    """1 - d of eq. (2), the share of the new parameters, for the update after `step` steps, that is with n = step + 1."""
+    """1 - d of eq. (2), the share of the new parameters, for the update after `step` steps: n = step + 1."""
     # Near 1 the decay itself would lose the digits of this share.
     return -jnp.expm1((gamma + 1) * jnp.log1p(-1 / (step + 1)))
 

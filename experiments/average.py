@@ -120,7 +120,7 @@ def write(folder: RunDir, outdir: RunDir, found: Reconstruction) -> None:
 def like_network(run: parts.Parts, params: Any) -> Any:
     """Parameters in the types of the network's averages."""
     like = jax.eval_shape(lambda: objective.init_state(run, parts.init_params(run)).ema[0])
-    return jax.tree.map(lambda p, l: jnp.asarray(p, l.dtype), params, like)
+    return jax.tree.map(lambda p, shape: jnp.asarray(p, shape.dtype), params, like)
 
 
 if __name__ == "__main__":

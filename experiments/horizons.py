@@ -3,9 +3,9 @@
     python -m experiments.train --config.train.ema_power="(0.05, 0.1)" --workdir=runs/mnist
     python -m experiments.horizons --workdir=runs/mnist
 
-For each width the average is made from the run's snapshots (`experiments.average`), as many samples are made of it as at
-the end of the training, from the same noise, and measured as there. Writes horizons.json and horizons.png into --outdir;
-called again, it measures only the widths that the file lacks.
+For each width the average is made from the run's snapshots (`experiments.average`), as many samples are made of it as
+at the end of the training, from the same noise, and measured as there. Writes horizons.json and horizons.png into
+--outdir; called again, it measures only the widths that the file lacks.
 """
 
 import dataclasses
