@@ -4,9 +4,10 @@
     python -m experiments.likelihood --workdir=runs/unet_split0,runs/unet_split1 --num_samples=100 --respacing=100
     python -m experiments.likelihood --workdir=runs/mnist --ode --num_samples=100
 
-For a run on a chain it is an upper bound, step by step. Every step of the chain is evaluated on every image, in the order of the data set, as it is: nothing is mirrored or
-moved. Writes likelihood.json, likelihood.npz (total, prior [N]; terms, x0_mse, eps_mse [T, N]; labels [N]) and
-likelihood.png, the bits of each step, into --outdir. Image i's bits depend on the seed and i alone.
+For a run on a chain it is an upper bound, step by step. Every step of the chain is evaluated on every image, in the
+order of the data set, as it is: nothing is mirrored or moved. Writes likelihood.json, likelihood.npz (total, prior
+[N]; terms, x0_mse, eps_mse [T, N]; labels [N]) and likelihood.png, the bits of each step, into --outdir. Image i's bits
+depend on the seed and i alone.
 
 With --ode, for a run on any path, they are those of the deterministic sampler's density (`diffusion.flow_likelihood`),
 of images with uniform noise of the width of a level, whose mean is a bound too; no guidance, no clipping. The number is
