@@ -19,6 +19,7 @@ from PIL import Image
 
 T = TypeVar("T")
 
+SAMPLED = 16  # images that tell how many bits their values have
 WORKERS = min(8, os.cpu_count() or 1)
 # What Pillow opens and has no pixels of its own: drawings, tables, films.
 NO_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF")
@@ -145,6 +146,26 @@ def refuse(encoded: Encoded, bad: Sequence[Bad], n: int, remedy: str | None = No
 def described(encoded: Encoded, bad: Sequence[Bad]) -> list[str]:
     """Each of these images and why it cannot be read."""
     return [f"{encoded.describe(i)} ({why})" for i, why in bad]
+
+
+def depth_notes(encoded: Encoded) -> tuple[str, ...]:
+    """A note if the 16-bit images among some of them hold values of 12 bits or less, and so are nearly black."""
+    ids = np.unique(np.linspace(0, encoded.n - 1, min(encoded.n, SAMPLED)).astype(int)).tolist()
+    most: list[int] = []
+
+    def write(row: int, data: bytes) -> None:
+        image = Image.open(io.BytesIO(data))
+        if image.mode.startswith("I"):
+            most.append(int(np.asarray(image).max()))
+
+    _each(encoded, ids, write)  # those that cannot be read are named elsewhere
+    if not most or not 0 < max(most) < 1 << 12:
+        return ()
+    return (
+        f"16-bit images are scaled from 0 .. 65535, but of {len(most)} of them the largest value is {max(most)}, so "
+        f"they are nearly black: multiply them by {(1 << 16) // (1 << max(most).bit_length())}, or save them as an "
+        f'array and state its range, --config.data.range="(0, {(1 << max(most).bit_length()) - 1})"',
+    )
 
 
 @functools.cache
