@@ -9,12 +9,15 @@ from typing import Any
 
 _MODULES = (
     "asymflow",
+    "averages",
     "cfg",
     "cpu",
     "data",
     "distill",
+    "edit",
     "edm",
     "experts",
+    "flow_likelihood",
     "grids",
     "guide",
     "ideal",
@@ -36,6 +39,7 @@ _MODULES = (
     "times",
     "train",
     "vlb",
+    "windows",
 )
 
 

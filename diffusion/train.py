@@ -4,7 +4,8 @@
     ema    <- d ema + (1 - d) params,    d = min(decay, (1 + step) / (10 + step))                   (1)
 
 The average follows the *new* parameters, and its horizon grows with the step so that it soon forgets the initial
-parameters; without this warm-up d = decay. `step` is pure: the caller jits it, donates the state and places the arrays.
+parameters; without this warm-up d = decay. `averages` has others, whose horizon is chosen after training. `step` is
+pure: the caller jits it, donates the state and places the arrays.
 
 An update with a non-finite loss or gradient is skipped: parameters, averages and optimiser stay as they were. In
 float16 a gradient may overflow, which is expected: the loss is multiplied by 2^floor(log2_scale) before it is
@@ -18,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffusion.averages import power_share
+
 Params = Any
 
 
@@ -29,6 +32,7 @@ class State(NamedTuple):
     ema: the averaged parameters; a tuple of them for a list of decays.
     log2_scale: of the loss, eq. (2); None for no scaling.
     carry: what the loss keeps between steps, such as a `times.History`; None for nothing.
+    power: the averages of `averages`, one for each gamma.
     """
 
     step: jax.Array
@@ -37,6 +41,7 @@ class State(NamedTuple):
     opt: optax.OptState
     log2_scale: jax.Array | None = None
     carry: Any = None
+    power: tuple[Params, ...] = ()
 
 
 LossFn = Callable[[Params, jax.Array, Any], tuple[jax.Array, Any]]
@@ -52,6 +57,7 @@ def init_state(
     ema_decay: float | Sequence[float] = 0.999,
     log2_scale: float | None = None,
     carry: Any = None,
+    gammas: Sequence[float] = (),
 ) -> State:
     """State before the first step; every average starts at the parameters, in float32 if they are in less.
 
@@ -59,11 +65,13 @@ def init_state(
       ema_decay: that of `make_step`; here only the number of averages matters.
       log2_scale: where loss scaling begins, for networks that compute in float16: 20 is usual. None for no scaling.
       carry: see `State`.
+      gammas: those of `make_step`; here only their number matters.
     """
     averages = tuple(jax.tree.map(_average, params) for _ in _listed(ema_decay))
     ema = averages[0] if _is_one(ema_decay) else averages
     scale = None if log2_scale is None else jnp.asarray(log2_scale, jnp.float32)
-    return State(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), scale, carry)
+    power = tuple(jax.tree.map(_average, params) for _ in gammas)
+    return State(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), scale, carry, power)
 
 
 def make_step(
@@ -76,6 +84,7 @@ def make_step(
     report: ReportFn | None = None,
     microbatch: int | None = None,
     scale_growth: float = 1e-3,
+    gammas: Sequence[float] = (),
 ) -> StepFn:
     """step(key, state, batch) -> (state, metrics) for loss_fn(params, key, batch) -> (scalar, aux).
 
@@ -92,6 +101,7 @@ def make_step(
       microbatch: examples to differentiate at a time; gradients are added up. Scalars of aux are averaged, arrays, one
         value per example, are put together again.
       scale_growth: of log2_scale per step, eq. (2), if the state has one.
+      gammas: powers of averages to track in `State.power`, see `averages`.
 
     Raises:
       ValueError: an argument is out of range; on a call, the batch is not a multiple of `microbatch`, or the state
@@ -102,6 +112,8 @@ def make_step(
         raise ValueError(f"ema_decay={ema_decay} must lie in [0, 1), each one of a list")
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch={microbatch} must be at least 1")
+    if not all(gamma >= 0 for gamma in gammas):
+        raise ValueError(f"gammas={gammas} must not be negative; see `averages.gamma_of`")
     if not scale_growth >= 0:
         raise ValueError(f"scale_growth={scale_growth} must not be negative")
 
@@ -125,6 +137,8 @@ def make_step(
         averages = (state.ema,) if _is_one(ema_decay) else state.ema
         if [jax.tree.structure(ema) for ema in averages] != [jax.tree.structure(state.params)] * len(decays):
             raise ValueError(f"the averages of the state are not those of ema_decay={ema_decay}; see `init_state`")
+        if len(state.power) != len(gammas):
+            raise ValueError(f"the state has {len(state.power)} averages for gammas={gammas}; see `init_state`")
         metrics, carry = (aux, state.carry) if report is None else report(aux, state.carry)
 
         def take() -> tuple[Any, ...]:
@@ -134,12 +148,18 @@ def make_step(
                 optax.incremental_update(params, ema, 1 - (warm_decay(decay, state.step) if ema_warmup else decay))
                 for ema, decay in zip(averages, decays, strict=True)
             )
-            return params, after[0] if _is_one(ema_decay) else after, opt, carry
+            power = tuple(
+                optax.incremental_update(params, average, power_share(gamma, state.step))
+                for average, gamma in zip(state.power, gammas, strict=True)
+            )
+            return params, after[0] if _is_one(ema_decay) else after, opt, carry, power
 
         norm = optax.tree.norm(grads)
         usable = jnp.isfinite(value) & jnp.isfinite(norm)
         # A branch, not jnp.where: that would read and write every parameter once more.
-        params, ema, opt, carry = jax.lax.cond(usable, take, lambda: (state.params, state.ema, state.opt, state.carry))
+        params, ema, opt, carry, power = jax.lax.cond(
+            usable, take, lambda: (state.params, state.ema, state.opt, state.carry, state.power)
+        )
         # Of the whole batch; aux may have another "loss", one per example.
         own = {"loss": value, "grad_norm": norm}
         metrics = own | metrics | own
@@ -150,7 +170,7 @@ def make_step(
             scale = state.log2_scale + jnp.where(usable, scale_growth, jnp.where(overflow, -1.0, 0.0))
             metrics["log2_scale"] = scale
             taken |= overflow
-        return State(state.step + taken.astype(state.step.dtype), params, ema, opt, scale, carry), metrics
+        return State(state.step + taken.astype(state.step.dtype), params, ema, opt, scale, carry, power), metrics
 
     return step
 

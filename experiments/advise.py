@@ -37,6 +37,7 @@ from diffusion import ideal, predict, process, spectrum
 from diffusion.data import Source
 from diffusion.io import files
 from experiments import advise_report, command, data, inputs, sampling
+from experiments.checks import without_guidance
 from experiments.paths import define_path
 from experiments.progress import Bar
 from experiments.run_dir import Trained, trained
@@ -144,7 +145,7 @@ def of_run(run: Trained) -> Network:
     Raises:
       ValueError: it is one of super-resolution.
     """
-    plain = dataclasses.replace(run.config.sample, clip=False, threshold=None, guidance=1.0)
+    plain = dataclasses.replace(without_guidance(run.config.sample), clip=False, threshold=None, floor=0.0)
     run = run._replace(config=dataclasses.replace(run.config, sample=plain))
     parts, members = run.parts()
     if parts.superres:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from diffusion.averages import gamma_of
 from experiments.config import Config, Sample
 
 # The paths that are a chain of `config.process.steps` steps.
@@ -16,8 +17,8 @@ _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
         lambda v: v >= 1,
         "must be at least 1",
         "process.steps train.steps train.batch_size train.microbatch train.repeat train.log_every train.sample_every "
-        "train.save_every train.eval_every train.eval_count train.patience sample.count sample.steps sample.batch_size "
-        "sample.order",
+        "train.save_every train.snapshot_every train.eval_every train.eval_count train.patience sample.count "
+        "sample.steps sample.batch_size sample.order",
     ),
     (
         lambda v: 0 < v < float("inf"),
@@ -35,8 +36,8 @@ _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (
         lambda v: 0 <= v <= 1,
         "must lie in [0, 1]",
-        "train.label_drop sample.eta sample.guidance_low sample.guidance_high sample.guidance_rescale objective.instant "
-        "objective.to_data objective.feature_until objective.guidance_low objective.guidance_high",
+        "train.label_drop sample.eta sample.guidance_low sample.guidance_high sample.guidance_rescale "
+        "objective.instant objective.to_data objective.feature_until objective.guidance_low objective.guidance_high",
     ),
     (lambda v: 0 < v <= 1, "must lie in (0, 1]", "sample.threshold"),
     (lambda v: 0 < v < 1, "must lie in (0, 1)", "process.rate sample.last"),
@@ -61,6 +62,7 @@ def check(config: Config) -> None:
             if value is not None and not holds(value):
                 raise ValueError(f"--config.{name}={value} {words}")
     _check_range(config.data.range)
+    _check_power(config.train.ema_power)
     for section in ("process", "objective", "train", "sample"):
         for field, needed in without_effect(getattr(config, section)).items():
             _refuse_if_set(config, section, field, f"{section}.{needed}")
@@ -71,6 +73,7 @@ def check(config: Config) -> None:
         ("process", "steps", uses_steps, f"process.path={CHAINS[0]}"),
         ("process", "loss_in", p.weighting is None, "process.weighting=None"),
         ("process", "loss_floor", p.weighting is None and p.loss_in is not None, "process.loss_in"),
+        ("train", "snapshot_every", bool(config.train.ema_power), 'train.ema_power="(0.05, 0.1)"'),
         ("condition", "noise", sized, "condition.size"),
         ("condition", "sample_noise", sized, "condition.size"),
         ("sample", "steps", config.sample.respacing is None, "sample.respacing=None"),
@@ -131,6 +134,16 @@ def _check_range(given: tuple[float, ...] | None) -> None:
             f'--config.data.range="{tuple(given)}" must be the smallest and the largest value of the arrays, as in '
             '--config.data.range="(0.0, 1.0)"'
         )
+
+
+def _check_power(given: tuple[float, ...]) -> None:
+    for sigma_rel in given:
+        try:
+            gamma_of(sigma_rel)
+        except ValueError as e:
+            raise ValueError(f"--config.train.ema_power={tuple(given)}: {e}") from None
+    if len(set(given)) < len(given):
+        raise ValueError(f"--config.train.ema_power={tuple(given)} lists a width twice")
 
 
 def without_effect(section: Any) -> dict[str, str]:

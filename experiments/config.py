@@ -125,6 +125,9 @@ class Train:
     clip: float | None = 1.0  # largest norm of the gradient
     ema: tuple[float, ...] = (0.995,)  # decay of the averaged weights, or several; the first is sampled from
     ema_warmup: bool = True  # the decay grows at first; published programs mostly have it constant
+    # Widths of power-function averages, such as (0.05, 0.1), stored for `experiments.average` to choose any later.
+    ema_power: tuple[float, ...] = ()
+    snapshot_every: int = 100  # steps between those that are stored, each as large as the network; used with ema_power
     label_drop: float = 0.1  # share of labels replaced by the null label, for guidance
     init_from: str | None = _path()  # work directory of a run whose averaged weights are the initial weights
     log_every: int = 20

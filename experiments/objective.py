@@ -168,14 +168,21 @@ def make_step(parts: Parts) -> train.StepFn:
         draw=pieces.draw,
         report=pieces.report,
         microbatch=parts.microbatch,
+        gammas=parts.gammas,
     )
 
 
 def init_state(parts: Parts, params: Any) -> train.State:
     """The state before the first of these steps. In distillation it carries the teacher, which is `params`."""
     distilled = isinstance(parts.method, Progressive | Consistency)
-    carry = jax.tree.map(jnp.array, params) if distilled else parts.history
-    return train.init_state(params, parts.optimizer, ema_decay=parts.ema, log2_scale=parts.log2_scale, carry=carry)
+    return train.init_state(
+        params,
+        parts.optimizer,
+        ema_decay=parts.ema,
+        log2_scale=parts.log2_scale,
+        carry=jax.tree.map(jnp.array, params) if distilled else parts.history,
+        gammas=parts.gammas,
+    )
 
 
 def conditioning(parts: Parts, key: jax.Array, x0: jax.Array) -> jax.Array:

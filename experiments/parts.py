@@ -16,8 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import cfg, distill, experts, grids, guide, loss, meanflow, optimize, process
-from diffusion import sample, solvers, superres, times, vlb
+from diffusion import (
+    averages,
+    cfg,
+    distill,
+    experts,
+    grids,
+    guide,
+    loss,
+    meanflow,
+    optimize,
+    process,
+    sample,
+    solvers,
+    superres,
+    times,
+    vlb,
+)
 from diffusion.data.values import PLAIN, is_plain
 from diffusion.models import Model, Task, recomposed
 from diffusion.patch import patchify
@@ -109,6 +124,7 @@ class Parts(NamedTuple):
     dropout: bool
     ema: tuple[float, ...]
     ema_warmup: bool
+    gammas: tuple[float, ...]  # of power-function averages
     microbatch: int | None
     log2_scale: float | None
     # Sampling.
@@ -160,6 +176,7 @@ def resolve(config: Config, spec: DataSpec) -> Parts:
         dropout=any(getattr(config.model, name, 0.0) > 0 for name in ("dropout", "attention_dropout")),
         ema=c.ema,
         ema_warmup=c.ema_warmup,
+        gammas=tuple(map(averages.gamma_of, c.ema_power)),
         microbatch=c.microbatch,
         log2_scale=_LOG2_SCALE if getattr(config.model, "dtype", "float32") == "float16" else None,
         sample_seed=config.sample.seed,

@@ -33,6 +33,11 @@ class RunDir(NamedTuple):
         return self.path / "best"
 
     @property
+    def averages(self) -> Path:
+        """Snapshots of the power-function averages, by step."""
+        return self.path / "averages"
+
+    @property
     def metrics(self) -> Path:
         """The log, JSON lines."""
         return self.path / "metrics.jsonl"

@@ -6,6 +6,7 @@
     python -m experiments.sample --workdir=runs/large --base_samples=runs/small/samples.npz    super-resolution
     python -m experiments.sample --workdir=runs/mnist --sampler=unipc --steps=12               another sampler
     python -m experiments.sample --workdir=runs/large --guide_workdir=runs/small --guidance=2  autoguidance
+    python -m experiments.sample --workdir=runs/mine --sample_size=128,192 --window_stride=32  larger than in training
 
 Writes samples.npz (arr_0 [N, *S, C] of the data's type, uint8 of images, arr_1 labels) and samples.png; with
 --trajectory also a film strip and an animation from noise to sample. Sample i depends on the seed and its number i
@@ -17,6 +18,7 @@ import contextlib
 import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +26,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from diffusion import data
+from diffusion import data, windows
 from experiments import command, figures, image_files, inputs, report, sampling
 from experiments.checks import without_effect, without_guidance
 from experiments.config import Config, Sample
@@ -53,6 +55,12 @@ _GUIDE_AVERAGE = flags.DEFINE_integer(
     "Autoguidance: which of the averages of the run (or of --guide_workdir), by its number from 0, is the weaker one.",
     lower_bound=0,
 )
+_SAMPLE_SIZE = flags.DEFINE_list(
+    "sample_size", None, "Size H,W of samples larger than the images of the training, by overlapping windows."
+)
+_WINDOW_STRIDE = flags.DEFINE_integer(
+    "window_stride", None, "With --sample_size: pixels between windows; default: half a window.", lower_bound=1
+)
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Also show how the first samples emerge from noise.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Allow writing over earlier samples in --outdir.")
 
@@ -72,7 +80,7 @@ def _define_sample_flags() -> dict[str, flags.FlagHolder]:
     return holders
 
 
-_SAMPLE_FLAGS = _define_sample_flags()
+SAMPLE_FLAGS = _define_sample_flags()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -84,10 +92,10 @@ def main(argv: Sequence[str]) -> None:
     weaker = weaker_run(run, workdirs)
     run = run._replace(config=overridden(run.config, run.spec, autoguided=weaker is not None))
     with flags_of_sample():
-        parts, members = run.parts()
+        parts, members = larger(*run.parts())
     weak = None
     if weaker is not None:
-        weak, run = weaker.parts()[0], run._replace(params=(run.params, weaker.params))
+        weak, run = larger(weaker.parts()[0], ())[0], run._replace(params=(run.params, weaker.params))
     low, labels = base_samples(run.config, run.spec)
     sample = sampling.sample_fn(parts, members=members, finite=True, weak=weak)
     few = [a[:1] for a in (labels, labels, low) if a is not None]
@@ -95,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
     outdir = command.output_folder(workdirs[0] / "samples", "samples.npz", _OUTDIR.value, _OVERWRITE.value)
     print(f"making {len(labels)} samples from step {run.step} of {' and '.join(map(str, workdirs))}")
     images, seconds, finite = report.collect(sample, run.params, labels, run.config.sample.batch_size, low)
-    report.save(outdir / "samples.npz", outdir / "samples.png", images, labels, run.spec)
+    report.save(outdir / "samples.npz", outdir / "samples.png", images, labels, parts.spec)
     if _TRAJECTORY.value:
         trajectory(run, parts, members, labels, low, outdir, weak)
     print(f"{report.minutes(seconds)}; written to {outdir}: {', '.join(sorted(p.name for p in outdir.iterdir()))}")
@@ -145,7 +153,7 @@ def overridden(config: Config, spec: DataSpec, autoguided: bool = False) -> Conf
     Raises:
       ValueError: a flag is out of range, or belongs to another kind of run.
     """
-    given = {name: holder.value for name, holder in _SAMPLE_FLAGS.items() if holder.value is not None}
+    given = {name: holder.value for name, holder in SAMPLE_FLAGS.items() if holder.value is not None}
     if "steps" in given and "respacing" in given:
         raise ValueError(f"--steps={given['steps']} and --respacing={given['respacing']} exclude each other: pass one")
     guided = [name for name in given if name.startswith("guidance")]
@@ -187,6 +195,47 @@ def overridden(config: Config, spec: DataSpec, autoguided: bool = False) -> Conf
         raise ValueError(f"--condition_noise={_CONDITION_NOISE.value} belongs to a super-resolution run; this is none")
     noise = dataclasses.replace(config.condition, sample_noise=_CONDITION_NOISE.value)
     return dataclasses.replace(config, condition=noise)
+
+
+def larger(parts: Parts, members: Sequence[Parts]) -> tuple[Parts, Sequence[Parts]]:
+    """The parts of the run and of its experts, for samples of --sample_size, if it is given.
+
+    Raises:
+      ValueError: windows do not tile this size, or the run is one of super-resolution.
+    """
+    given, stride, size = _SAMPLE_SIZE.value, _WINDOW_STRIDE.value, parts.spec.shape[:-1]
+    if given is None:
+        if stride is not None:
+            raise ValueError(f"--window_stride={stride} needs --sample_size=H,W, the size of samples")
+        return parts, members
+    flag = f"--sample_size={','.join(given)}"
+    if parts.superres:
+        raise ValueError(f"{flag}: a super-resolution run enlarges images to the size of its own")
+    whole = tuple(int(n) for n in given if n.strip().isdecimal())
+    if len(whole) != len(given) or len(whole) != len(size):
+        raise ValueError(f"{flag} must be {len(size)} numbers of pixels, as in {','.join(str(2 * n) for n in size)}")
+    strides = tuple(stride or max(n // 2, 1) for n in size)
+    for n, p, s in zip(whole, size, strides, strict=True):
+        if s > p:
+            raise ValueError(
+                f"--window_stride={s} leaves pixels between windows of {p}: pass at most {p}, better {p // 2}"
+            )
+        if n < p or (n - p) % s:
+            least = p + max(n - p, 0) // s * s
+            raise ValueError(
+                f"{flag}: windows of {p} pixels every {s} do not tile {n}; {least} and {least + s} they do, or pass "
+                "another --window_stride"
+            )
+
+    def cut(each: Parts) -> Parts:
+        model, spec = each.image_model, each.spec._replace(shape=(*whole, each.spec.shape[-1]))
+
+        def apply(params: Any, xt: jax.Array, t: jax.Array, y: Any = None, *, key: jax.Array | None = None) -> Any:
+            return windows.windows(partial(model.apply, params, key=key), size, strides)(xt, t, y)
+
+        return each._replace(image_model=model._replace(apply=apply), spec=spec)
+
+    return cut(parts), tuple(map(cut, members))
 
 
 def base_samples(config: Config, spec: DataSpec) -> tuple[np.ndarray | None, np.ndarray]:

@@ -21,7 +21,7 @@ import jax
 from absl import app, flags
 
 from diffusion import data
-from diffusion.io import checkpoint
+from diffusion.io import checkpoint, snapshots
 from experiments import command, hooks, inputs, objective, parts, preflight, report, signals, trackers
 from experiments.command_line import define_config, given_config
 from experiments.config import Config, Train, to_dict
@@ -84,6 +84,7 @@ class Due(NamedTuple):
     validate: bool
     save: bool
     preview: bool
+    snapshot: bool = False
 
 
 def due(c: Train, step: int) -> Due:
@@ -94,6 +95,7 @@ def due(c: Train, step: int) -> Due:
         validate=bool(c.eval_every) and (step % c.eval_every == 0 or last),
         save=step % c.save_every == 0 or last,
         preview=step % c.sample_every == 0,
+        snapshot=bool(c.ema_power) and (step % c.snapshot_every == 0 or last),
     )
 
 
@@ -128,6 +130,8 @@ def fit(
                 hooks.check_finite(done, state.step, metrics, folder)
             if now.log:
                 log_step(done, metrics, bar, log, c.batch_size * c.repeat)
+            if now.snapshot:
+                snapshots.save(folder.averages, done, state.power)
             if now.validate:
                 validation.validate(done, state)
             over = done == c.steps or (now.validate and validation.should_stop())

@@ -46,3 +46,24 @@ def test_likelihood_needs_a_chain(chain_run, tmp_path):
     c.model.clock, c.sample.respacing = "1000 t", None
     with pytest.raises(ValueError, match=r"--config\.process\.path is not a chain of steps.*: set it to vp"):
         likelihood.measure(run, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_flow_gives_bits_for_a_run_on_any_path_and_says_how_the_steps_matter(run, tmp_path):
+    options = {"count": 3, "steps": 4, "split": "test"}
+    values = likelihood.measure_flow(trained([run.workdir]), tmp_path / "a", batch_size=3, **options)
+    again = likelihood.measure_flow(trained([run.workdir]), tmp_path / "b", batch_size=2, **options)
+    assert values["bits_per_dim"] == pytest.approx(again["bits_per_dim"], rel=1e-4)
+    assert json.loads((tmp_path / "a" / "likelihood.json").read_text()) == values
+    with np.load(tmp_path / "a" / "likelihood.npz") as file:
+        assert file["total"].shape == file["halved"].shape == (3,) and np.isfinite(file["total"]).all()
+        assert values["largest_change_when_halved"] == pytest.approx(np.abs(file["total"] - file["halved"]).max())
+        # The level of 256 values is the rest.
+        np.testing.assert_allclose(file["prior"] + file["change"] - np.log2(2 / 255), file["total"], rtol=1e-4)
+
+
+def test_the_flow_refuses_what_it_cannot_do(run, tmp_path):
+    with pytest.raises(ValueError, match="--ode_steps=3 must be even"):
+        likelihood.measure_flow(trained([run.workdir]), tmp_path, steps=3)
+    with pytest.raises(ValueError, match=r"--first=2 must lie between 0 and 1\.0"):
+        likelihood.measure_flow(trained([run.workdir]), tmp_path, first=2)

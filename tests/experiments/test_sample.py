@@ -239,3 +239,33 @@ def test_directories_that_are_not_runs_are_refused(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         call(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_samples_of_the_size_of_the_training_by_windows_are_those_without(run, tmp_path):
+    call(run.workdir, f"--outdir={tmp_path / 'a'}", "--num_samples=2")
+    call(run.workdir, f"--outdir={tmp_path / 'b'}", "--num_samples=2", "--sample_size=28,28")
+    np.testing.assert_array_equal(samples(tmp_path / "a")[0], samples(tmp_path / "b")[0])
+
+
+def test_samples_can_be_larger_than_the_images_of_the_training(run, tmp_path):
+    call(run.workdir, f"--outdir={tmp_path}", "--num_samples=2", "--sample_size=28,42", "--window_stride=14")
+    images, labels = samples(tmp_path)
+    assert images.shape == (2, 28, 42, 1) and labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--window_stride=4"], "--window_stride=4 needs --sample_size=H,W"),
+        (["--sample_size=30"], "--sample_size=30 must be 2 numbers of pixels, as in 56,56"),
+        (["--sample_size=a,b"], "--sample_size=a,b must be 2 numbers"),
+        (["--sample_size=28,30"], "windows of 28 pixels every 14 do not tile 30; 28 and 42 they do"),
+        (["--sample_size=14,28"], "windows of 28 pixels every 14 do not tile 14; 28 and 42 they do"),
+        (["--sample_size=28,60", "--window_stride=32"], "--window_stride=32 leaves pixels between windows of 28"),
+    ],
+)
+def test_sizes_that_windows_do_not_tile_are_refused(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(report, "collect", lambda *_: pytest.fail("it sampled"))
+    with pytest.raises(ValueError, match=message):
+        call(run.workdir, *arguments, f"--outdir={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,117 @@
+"""Averages after the fact: snapshots of a training, experiments.average and experiments.horizons."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from diffusion import averages
+from diffusion.io import snapshots
+from experiments import average, horizons, preflight, report
+from experiments.run_dir import RunDir
+from tests.experiments import runs
+from tests.experiments.runs import call, tiny
+
+
+@pytest.fixture(scope="module")
+def power_run(quick, tmp_path_factory):
+    """A training with two power-function averages, stored after every other step."""
+    config = tiny()
+    config.train.ema_power, config.train.snapshot_every = (0.05, 0.2), 2
+    return runs.trained(config, tmp_path_factory.mktemp("power") / "run")
+
+
+@pytest.fixture
+def defined():
+    """Makes a command's own flags known, which it defines when it runs."""
+    with flagsaver.flagsaver():
+        before = set(flags.FLAGS)
+        yield lambda command: command.define_flags([])
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+
+
+def test_snapshots_are_stored_and_nothing_else_of_the_training_changes(run, power_run):
+    folder = RunDir(power_run.workdir)
+    assert snapshots.steps(folder.averages) == [2, 4, 6]
+    assert {p.name for p in folder.averages.iterdir()} == {"0000002.npz", "0000004.npz", "0000006.npz"}
+    assert not RunDir(run.workdir).averages.exists()
+    plain, power = (runs.state(r.config, r.workdir) for r in (run, power_run))
+    assert plain.power == () and len(power.power) == 2
+    runs.assert_same_state(plain, power._replace(power=()))
+    stored = snapshots.read(folder.averages, 6, 1)
+    jax.tree.map(np.testing.assert_array_equal, stored, jax.tree.map(np.asarray, power.power[1]))
+
+
+def test_what_was_tracked_is_reconstructed(power_run):
+    found = average.reconstruct(RunDir(power_run.workdir), 0.2)
+    tracked = snapshots.read(RunDir(power_run.workdir).averages, 6, 1)
+    assert (found.step, found.count) == (6, 6) and found.error < 1e-6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found.params, tracked)
+    earlier = average.reconstruct(RunDir(power_run.workdir), 0.05, 4)
+    tracked = snapshots.read(RunDir(power_run.workdir).averages, 4, 0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), earlier.params, tracked)
+
+
+def test_written_averages_can_be_sampled_from(power_run, tmp_path, defined):
+    defined(average)
+    printed = call(power_run.workdir, "--sigma_rel=0.1", f"--outdir={tmp_path / 'run'}", command=average)
+    assert "the average of width 0.1 after step 6, from 6 stored ones" in printed
+    params, _ = RunDir(tmp_path / "run").weights()
+    wanted = average.reconstruct(RunDir(power_run.workdir), 0.1).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, wanted)
+    with pytest.raises(ValueError, match="holds a run already; pass another --outdir"):
+        call(power_run.workdir, "--sigma_rel=0.1", f"--outdir={tmp_path / 'run'}", command=average)
+    call(tmp_path / "run", "--num_samples=2", f"--outdir={tmp_path / 'samples'}")
+    assert len(runs.samples(tmp_path / "samples")[0]) == 2
+
+
+def test_what_cannot_be_averaged_is_refused(run, power_run, tmp_path, defined):
+    defined(average)
+    for workdir, arguments, message in (
+        (power_run.workdir, [], "--sigma_rel is missing: pass the width"),
+        (power_run.workdir, ["--sigma_rel=0.5"], r"sigma_rel=0\.5 must lie in \(0, 0\.289\]"),
+        (power_run.workdir, ["--sigma_rel=0.1", "--step=7"], "--step=7: .* has snapshots of the steps 2 to 6"),
+        (run.workdir, ["--sigma_rel=0.1"], "stored no averages to combine: train with --config.train.ema_power="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(workdir, *arguments, f"--outdir={tmp_path / 'out'}", command=average)
+    assert not (tmp_path / "out").exists()
+    for power, every, message in (
+        ((0.4,), 100, r"--config.train.ema_power=\(0\.4,\): sigma_rel=0\.4 must lie in"),
+        ((0.1, 0.1), 100, "lists a width twice"),
+        ((), 5, "--config.train.snapshot_every=5 has no effect on this run"),
+    ):
+        config = tiny()
+        config.train.ema_power, config.train.snapshot_every = power, every
+        with pytest.raises(ValueError, match=message):
+            preflight.check(config)
+
+
+def test_a_study_of_horizons_is_one_file_and_one_figure_and_goes_on(power_run, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(report, "quality", lambda *_: measured.append(1) or {"ratio": 2.0 - 0.1 * len(measured)})
+    folder = RunDir(power_run.workdir)
+    horizons.study(folder, tmp_path, [0.05, 0.1], count=4)
+    rows = horizons.study(folder, tmp_path, [0.2, 0.05], count=4)
+    assert len(measured) == 3, "what the file has is not measured again"
+    assert [row["sigma_rel"] for row in rows] == [0.05, 0.1, 0.2]
+    stored = json.loads((tmp_path / "horizons.json").read_text())
+    assert stored["rows"] == rows and (stored["step"], stored["count"]) == (6, 4)
+    assert (tmp_path / "horizons.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="is of step 6 with 4 samples, .* asked for are step 6 and 5 samples"):
+        horizons.study(folder, tmp_path, [0.05], count=5)
+    (tmp_path / "horizons.json").write_text("{")
+    with pytest.raises(ValueError, match=r"horizons.json is damaged .*: delete it"):
+        horizons.study(folder, tmp_path, [0.05], count=4)
+    assert horizons.widths(["0.1", "0.2"]) == [0.1, 0.2]
+    with pytest.raises(ValueError, match="--sigma_rel=0.1,x must list numbers"):
+        horizons.widths(["0.1", "x"])
+
+
+def test_widths_resolve_to_powers(power_run):
+    _, gammas = average.stored(RunDir(power_run.workdir))
+    assert gammas == [averages.gamma_of(0.05), averages.gamma_of(0.2)]

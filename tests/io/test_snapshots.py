@@ -1,0 +1,41 @@
+"""Snapshots of averages: what is read is what was saved, and damage is noticed."""
+
+import numpy as np
+import pytest
+
+from diffusion.io import snapshots
+
+
+def test_averages_are_read_one_by_one(tmp_path):
+    trees = [
+        {"a": {"w": np.arange(3.0), "b": np.float32(2)}, "c": np.ones((2, 2), np.float32)},
+        {"a": {"w": np.zeros(2)}},
+    ]
+    for step in (20, 5):
+        snapshots.save(tmp_path / "averages", step, trees)
+    assert snapshots.steps(tmp_path / "averages") == [5, 20] and snapshots.steps(tmp_path / "none") == []
+    for i, tree in enumerate(trees):
+        found = snapshots.read(tmp_path / "averages", 20, i)
+        assert found.keys() == tree.keys()
+        np.testing.assert_array_equal(found["a"]["w"], tree["a"]["w"])
+    assert snapshots.read(tmp_path / "averages", 5, 0)["c"].dtype == np.float32
+    assert {p.name for p in (tmp_path / "averages").iterdir()} == {"0000005.npz", "0000020.npz"}
+
+
+def test_damaged_and_missing_ones_are_named(tmp_path):
+    snapshots.save(tmp_path, 3, [{"w": np.arange(1000.0)}])
+    with pytest.raises(FileNotFoundError, match=r"0000004.npz; there are those of the steps \[3\]"):
+        snapshots.read(tmp_path, 4, 0)
+    with pytest.raises(ValueError, match="has no average number 1"):
+        snapshots.read(tmp_path, 3, 1)
+    path = tmp_path / "0000003.npz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="0000003.npz is damaged .*: delete it"):
+        snapshots.read(tmp_path, 3, 0)
+    path.write_bytes(data[:100])
+    with pytest.raises(ValueError, match="is damaged"):
+        snapshots.read(tmp_path, 3, 0)
+    with pytest.raises(ValueError, match="has a slash in it"):
+        snapshots.save(tmp_path, 4, [{"a/b": np.ones(1)}])
