@@ -32,6 +32,7 @@ from diffusion import data, flow_likelihood, grids, vlb
 from diffusion.io import files
 from diffusion.sample import sample_keys
 from experiments import command, inputs, sampling
+from experiments.checks import without_guidance
 from experiments.parts import Parts, chain_of, key, to_float
 from experiments.paths import define_path
 from experiments.progress import Bar

@@ -534,13 +534,13 @@ def _sampler(config: Config) -> sample.Sampler:
         "ancestral": lambda: sample.ancestral(config.process.variance),
         "heun": sample.heun,
         "dpmpp_2m": sample.dpmpp_2m,
-        "mean_flow": meanflow.sampler,
-        "consistency": distill.consistency,
         "euler": solvers.euler,
         "unipc": lambda: solvers.unipc(c.order),
         "adams_bashforth": lambda: solvers.adams_bashforth(c.order),
         "dpmpp_2m_sde": solvers.dpmpp_2m_sde,
         "edm": lambda: _edm(config),
+        "mean_flow": meanflow.sampler,
+        "consistency": distill.consistency,
     }
     if c.sampler == "mean_flow" and config.objective.kind != "mean_flow":
         raise ValueError(
