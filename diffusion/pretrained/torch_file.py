@@ -159,7 +159,7 @@ class _Machine:
                     stack[-2:] = [self._call(*stack[-2:])]
                 case "NEWOBJ":
                     if stack[-2:] != [_NAMESPACE, ()] or not isinstance(stack[-2], _Name):
-                        raise _Unsupported(f"makes an object of {stack[-2]!r:.80}")
+                        raise _Unsupported("uses the pickle instruction NEWOBJ")
                     stack[-2:] = [{}]
                 case "BUILD":
                     # The version numbers that a state dict has as attributes, or the content of a Namespace.
