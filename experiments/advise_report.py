@@ -52,8 +52,8 @@ def text(found: Mapping[str, Any]) -> str:
         "image, that\ncan be recovered. error: mean square error of a value, in [-1, 1]; ideal: of the posterior mean "
         "over the training images;\ncombined: of its best linear combination, frequency by frequency, with the noised "
         f"image{and_network}. images: how many training\nimages share the posterior, exp(entropy). P=...: what can "
-        f"be recovered and is finer\nthan a grid of PxP patches, as a share of {OF[found['of']]}. largest: that loses "
-        f"less than {found['share']:.0%}.\n\n" + "\n\n".join(advice(found, int(n)) for n in found["advice"])
+        f"be recovered and is finer\nthan a grid of PxP patches, as a share of {OF[found['of']]}. largest: that "
+        f"loses less than {found['share']:.0%}.\n\n" + "\n\n".join(advice(found, int(n)) for n in found["advice"])
     )
 
 
