@@ -8,22 +8,15 @@ import importlib
 from typing import Any
 
 _MODULES = (
-    "asymflow",
     "averages",
-    "cfg",
     "cpu",
     "data",
-    "distill",
-    "edit",
-    "edm",
     "experts",
-    "flow_likelihood",
     "grids",
     "guide",
-    "ideal",
     "io",
     "loss",
-    "meanflow",
+    "methods",
     "metrics",
     "models",
     "optimize",
@@ -34,12 +27,10 @@ _MODULES = (
     "process",
     "sample",
     "solvers",
-    "spectrum",
     "superres",
     "times",
     "train",
     "vlb",
-    "windows",
 )
 
 

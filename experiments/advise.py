@@ -6,8 +6,8 @@
 
 Patch Diffusion's argument (Luhman & Luhman 2022, 2207.04316): the best prediction of x0 is blurry at most noise levels,
 so a grid with one position for each patch is fine enough there. Held-out images are noised to several SNRs, and the
-exact posterior mean over the training images (`diffusion.ideal`) is compared with them, frequency by frequency
-(`diffusion.spectrum`). At little noise that mean is one training image, since held-out images are not among them; what
+exact posterior mean over the training images (`diffusion.methods.ideal`) is compared with them, frequency by frequency
+(`diffusion.methods.spectrum`). At little noise that mean is one training image, since held-out images are not among them; what
 can be recovered is therefore measured as what the best combination of the mean, the noised image itself and, with
 --workdir, the network's prediction explains of the image, which is a lower bound. "finite" numbers are those of noised
 training images instead, for which the mean is exact.
@@ -33,9 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from diffusion import ideal, predict, process, spectrum
+from diffusion import predict, process
 from diffusion.data import Source
 from diffusion.io import files
+from diffusion.methods import ideal, spectrum
 from experiments import advise_report, command, data, inputs, sampling
 from experiments.checks import without_guidance
 from experiments.paths import define_path

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from diffusion import spectrum
+from diffusion.methods import spectrum
 from experiments import display
 from experiments.bench.tables import table
 

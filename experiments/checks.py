@@ -1,7 +1,8 @@
 """What the fields of a config must satisfy before anything is opened: ranges, and an effect on the run."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusion.averages import gamma_of
@@ -171,3 +172,19 @@ def _refuse_if_set(config: Config, section: str, field: str, needed: str) -> Non
             f"--config.{section}.{field}={value} has no effect on this run: leave it at {default}, or set "
             f"--config.{needed}"
         )
+
+
+def choose(name: str, value: str, options: dict[str, Any]) -> Any:
+    """options[value], or an error that names the flag and the choices."""
+    if value not in options:
+        raise ValueError(f"--config.{name}={value!r} is not one of {', '.join(map(str, options))}")
+    return options[value]
+
+
+@contextmanager
+def named(flag: str) -> Iterator[None]:
+    """Puts the name of a flag, or of a section of flags, before the message of a ValueError of the library."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"--config.{flag}: {e}") from e

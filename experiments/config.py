@@ -77,7 +77,7 @@ class Process:
 
 @dataclass
 class Objective:
-    """What the network learns: to denoise; or to sample in few steps (`diffusion.meanflow`, `diffusion.distill`)."""
+    """What the network learns: to denoise, or to sample in few steps (`meanflow`, `distill` of `diffusion.methods`)."""
 
     # denoise; mean_flow: in one step or few, from data; progressive, consistency: from the run train.init_from, whose
     # network it shares; progressive learns the sample.steps of ddim, consistency those of the sampler consistency.

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import edit
 from diffusion import sample as samplers
+from diffusion.methods import edit
 from diffusion.process import expand
 from experiments import sampling
 from experiments.parts import DataSpec, Parts, key, to_float

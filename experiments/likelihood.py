@@ -9,8 +9,8 @@ order of the data set, as it is: nothing is mirrored or moved. Writes likelihood
 [N]; terms, x0_mse, eps_mse [T, N]; labels [N]) and likelihood.png, the bits of each step, into --outdir. Image i's bits
 depend on the seed and i alone.
 
-With --ode, for a run on any path, they are those of the deterministic sampler's density (`diffusion.flow_likelihood`),
-of images with uniform noise of the width of a level, whose mean is a bound too; no guidance, no clipping. The number is
+With --ode, for a run on any path, they are those of the deterministic sampler's density
+(`diffusion.methods.flow_likelihood`), of images with uniform noise of the width of a level, whose mean is a bound too; no guidance, no clipping. The number is
 computed a second time with half as many steps; how much it changes bounds the error of the steps (of fourth order:
 about 15 times). likelihood.npz then holds total, prior, change and halved [N].
 """
@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from diffusion import data, flow_likelihood, grids, vlb
+from diffusion import data, grids, vlb
 from diffusion.io import files
+from diffusion.methods import flow_likelihood
 from diffusion.sample import sample_keys
 from experiments import command, inputs, sampling
 from experiments.checks import without_guidance

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion import distill, guide, meanflow, superres, times, train
+from diffusion import guide, superres, times, train
 from diffusion import loss as losses
+from diffusion.methods import distill, meanflow
 from diffusion.predict import Predict, predictor
 from diffusion.process import noise
-from experiments.parts import Consistency, MeanFlow, Parts, Progressive, to_float
+from experiments.methods import Consistency, MeanFlow, Progressive
+from experiments.parts import Parts, to_float
 
 
 class Objective(NamedTuple):

@@ -6,8 +6,7 @@ parts and no config.
 """
 
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
@@ -16,29 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import (
-    averages,
-    cfg,
-    distill,
-    experts,
-    grids,
-    guide,
-    loss,
-    meanflow,
-    optimize,
-    process,
-    sample,
-    solvers,
-    superres,
-    times,
-    vlb,
-)
+from diffusion import averages, experts, grids, guide, loss, optimize, process, sample, solvers, superres, times, vlb
 from diffusion.data.values import PLAIN, is_plain
+from diffusion.methods import distill, meanflow
 from diffusion.models import Model, Task, recomposed
 from diffusion.patch import patchify
 from diffusion.posterior import Variance
 from diffusion.predict import Denoise, Prediction
-from experiments import checks
+from experiments import checks, guidance, methods
+from experiments.checks import choose, named
 from experiments.config import Config, network_name
 
 # Where float16's loss scaling begins, log2.
@@ -76,26 +61,6 @@ class Superres(NamedTuple):
     sample_noise: float  # in sampling
 
 
-class MeanFlow(NamedTuple):
-    """Options of `meanflow.draw` and of `meanflow.loss_at`."""
-
-    draw: dict[str, float]
-    loss: dict[str, Any]
-
-
-class Progressive(NamedTuple):
-    """Progressive distillation: guidance of the teacher."""
-
-    guidance: Callable[[Denoise, Any], Denoise]
-
-
-class Consistency(NamedTuple):
-    """Consistency distillation: guidance of the teacher, and the options of `distill.consistency_times`."""
-
-    guidance: Callable[[Denoise, Any], Denoise]
-    times: dict[str, int]
-
-
 class Parts(NamedTuple):
     """Everything that a config resolves to. Grouped by who uses it."""
 
@@ -112,7 +77,7 @@ class Parts(NamedTuple):
     split: int | None  # which expert this is
     # Training.
     seed: int
-    method: MeanFlow | Progressive | Consistency | None  # None: to denoise
+    method: methods.Method | None  # None: to denoise
     times: times.Times
     history: times.History | None  # initial value, if times follow the loss
     weight: loss.Weight | None
@@ -164,7 +129,7 @@ def resolve(config: Config, spec: DataSpec) -> Parts:
         spec=spec,
         model=model,
         image_model=image_model,
-        method=_method(config, spec),
+        method=methods.method(config, spec.shape),
         superres=_superres(config, spec),
         value_range=(config.data.low, config.data.high),
         prediction=p.prediction,
@@ -189,25 +154,9 @@ def check(config: Config) -> None:
     _without_data(config)
 
 
-def choose(name: str, value: str, options: dict[str, Any]) -> Any:
-    """options[value], or an error that names the flag and the choices."""
-    if value not in options:
-        raise ValueError(f"--config.{name}={value!r} is not one of {', '.join(map(str, options))}")
-    return options[value]
-
-
 def key(seed: int, use: str) -> jax.Array:
     """The key for one use of a seed, such as "init", "train" or "sample": uses share no random numbers."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode()))
-
-
-@contextmanager
-def named(flag: str) -> Iterator[None]:
-    """Puts the name of a flag, or of a section of flags, before the message of a ValueError of the library."""
-    try:
-        yield
-    except ValueError as e:
-        raise ValueError(f"--config.{flag}: {e}") from e
 
 
 def init_params(parts: Parts) -> Any:
@@ -215,7 +164,7 @@ def init_params(parts: Parts) -> Any:
     *size, channels = parts.spec.shape
     xt = jnp.zeros((1, *size, channels + extra_channels(parts)))
     t, y = jnp.zeros(1), jnp.zeros(1, int) if parts.spec.num_classes else None
-    if isinstance(parts.method, MeanFlow):
+    if isinstance(parts.method, methods.MeanFlow):
         t, y = jnp.zeros((1, 2)), meanflow.guided(y, 1.0, 0.0, 1.0, xt)
     return jax.jit(parts.model.init)(key(parts.seed, "init"), xt, t, y)
 
@@ -289,9 +238,9 @@ def _without_data(config: Config) -> dict[str, Any]:
         "optimizer": _optimizer(config),
         "sampler": _sampler(config),
         "grid": (grid := _grid(config, path)),
-        "guidance": _guidance(config, path, grid),
-        "guidance_scale": _guidance_scale(config),
-        "guided_sampler": _guided_sampler(config),
+        "guidance": guidance.guidance(config, path, grid),
+        "guidance_scale": guidance.scale(config),
+        "guided_sampler": guidance.guided_sampler(config),
         "threshold": _threshold(config, path),
         "floor": _of_noise(config, config.sample.floor),
     }
@@ -351,48 +300,6 @@ def _told(model: Model) -> Model:
         model.init,
         lambda params, xt, t, y=None, *, key=None: meanflow.told(partial(model.apply, params, key=key))(xt, t, y),
     )
-
-
-def _method(config: Config, spec: DataSpec) -> MeanFlow | Progressive | Consistency | None:
-    c, p = config.objective, config.process
-    if c.kind == "mean_flow":
-        shares = {name: getattr(c, name) for name in ("instant", "to_data", "scale_max", "scale_power")}
-        used = dict(feature_weight=c.feature_weight, feature_until=c.feature_until) if c.features else {}
-        choose("objective.features", c.features, dict.fromkeys((None, "digits", "efficientnet")))
-        with named("objective.features"):
-            features = _features(config, spec)
-        return MeanFlow(shares, dict(floor=p.loss_floor, power=c.adaptive_power, features=features, **used))
-    guidance = _teacher_guidance(config)
-    options = {
-        "denoise": lambda: None,
-        "progressive": lambda: Progressive(guidance),
-        "consistency": lambda: Consistency(
-            guidance, dict(steps=config.train.steps, first=c.first_steps, last=c.last_steps)
-        ),
-    }
-    return options[c.kind]()
-
-
-def _features(config: Config, spec: DataSpec) -> Callable[[jax.Array], jax.Array] | None:
-    """Differentiable features [B, F] of images in the network's range of values, by the name in the config."""
-    from diffusion.metrics.features import digits, efficientnet
-    from diffusion.models import classifier
-    from diffusion.models import efficientnet as network
-
-    name, low, high = config.objective.features, config.data.low, config.data.high
-    if name is None:
-        return None
-    if name == "digits":
-        if spec.shape != classifier.SIZE:
-            raise ValueError(f"digits must have shape {classifier.SIZE}, not {spec.shape}; take efficientnet")
-        params = digits.load_classifier()
-        return lambda x: classifier.apply(params, (x - low) / (high - low))[1]
-    if len(spec.shape) != 3 or spec.shape[-1] not in (1, 3):
-        raise ValueError(f"efficientnet is for images with 1 or 3 channels, not for arrays of shape {spec.shape}")
-    efficientnet.check_installed()
-    weights = efficientnet.load_weights()
-    scaled = lambda x: efficientnet.resized(255 * (x - low) / (high - low))  # noqa: E731
-    return lambda x: network.apply(weights, (scaled(x) - 127) / 128)[0]
 
 
 def _bounds(config: Config, path: process.Path) -> np.ndarray | None:
@@ -584,103 +491,6 @@ def _grid(config: Config, path: process.Path) -> np.ndarray:
         singular = config.process.prediction == "eps" and float(path(jnp.ones(()))[0]) < 1e-6
     with named("sample"):
         return grids.shifted_grid(c.steps, c.shift, 0.999 if singular else 1.0, c.last)
-
-
-def _guidance_scale(config: Config) -> guide.Scale:
-    return _scale(config, config.sample.guidance)
-
-
-def _scale(config: Config, scale: guide.Scale) -> guide.Scale:
-    """The scale, inside the interval of `config.sample` only."""
-    c = config.sample
-    whole = (c.guidance_low, c.guidance_high, c.guidance_open) == (0, 1, False)
-    if whole or (isinstance(scale, float | int) and scale in (0, 1)):
-        return scale
-    # All noise, t = 1, where sampling starts, is no end of an interval that reaches it.
-    high = np.inf if c.guidance_open and c.guidance_high == 1 else c.guidance_high
-    with named("sample.guidance_low, guidance_high"):
-        return guide.interval(scale, c.guidance_low, high, open_ends=c.guidance_open)
-
-
-def _guidance(config: Config, path: process.Path, grid: np.ndarray) -> Callable[[Denoise, Any], Denoise]:
-    c, scale = config.sample, _guidance_scale(config)
-    about = {"path": path, "prediction": config.process.prediction}
-    if config.objective.kind == "mean_flow":
-        return _told_guidance(config)
-    options = {
-        "classifier_free": lambda: partial(guide.classifier_free, scale=scale),
-        "rescale": lambda: partial(cfg.rescale, scale=scale, phi=c.guidance_rescale),
-        "cfg_zero": lambda: partial(cfg.zero, scale=scale, still_above=_time_after(config, grid), **about),
-        "apg": lambda: partial(cfg.apg, scale=scale, eta=c.guidance_parallel, radius=c.guidance_radius, **about),
-        "cfg_plus_plus": lambda: partial(guide.classifier_free, scale=_plus_plus(config, path, grid)),
-    }
-    return choose("sample.guidance_kind", c.guidance_kind, options)()
-
-
-def _told_guidance(config: Config) -> Callable[[Denoise, Any], Denoise]:
-    """Guidance of a mean-flow network, which is told the scale and the interval."""
-    c = config.sample
-    if c.guidance_kind != "classifier_free" or c.guidance_open:
-        raise ValueError(
-            f"--config.sample.guidance_kind={c.guidance_kind} and guidance_open={c.guidance_open}: a mean-flow network "
-            "is its own guided version; leave them at classifier_free and False"
-        )
-    if not 1 <= c.guidance <= config.objective.scale_max:
-        raise ValueError(
-            f"--config.sample.guidance={c.guidance} must lie in [1, {config.objective.scale_max}], the scales that the "
-            "network is trained with, --config.objective.scale_max"
-        )
-    if not c.guidance_low <= 0.5 <= c.guidance_high:
-        raise ValueError(
-            f"--config.sample.guidance_low={c.guidance_low} must be at most 0.5 and guidance_high={c.guidance_high} at "
-            "least 0.5, as the intervals that a mean-flow network is trained with"
-        )
-    return lambda denoise, null: meanflow.told(denoise, c.guidance, c.guidance_low, c.guidance_high)
-
-
-def _teacher_guidance(config: Config) -> Callable[[Denoise, Any], Denoise]:
-    c, scale = config.objective, config.objective.guidance
-    if scale not in (0, 1) and (c.guidance_low, c.guidance_high) != (0, 1):
-        with named("objective.guidance_low, guidance_high"):
-            scale = guide.interval(scale, c.guidance_low, c.guidance_high)
-    return partial(guide.classifier_free, scale=scale)
-
-
-def _time_after(config: Config, grid: np.ndarray) -> float:
-    """The time after the first steps, in which CFG-Zero* stands still."""
-    steps = config.sample.guidance_zero_steps
-    if steps >= len(grid) - 1:
-        raise ValueError(f"--config.sample.guidance_zero_steps={steps} must be fewer than the {len(grid) - 1} steps")
-    # A little later, so that the rounding of the grid to float32 does not make a step of it.
-    return float(grid[steps] + 1e-3 * (grid[steps] - grid[steps + 1])) if steps else float("inf")
-
-
-def _plus_plus(config: Config, path: process.Path, grid: np.ndarray) -> guide.Scale:
-    c = config.sample
-    if (c.sampler, c.eta, c.overstep) != ("ddim", 0, 1):
-        raise ValueError(
-            "--config.sample.guidance_kind=cfg_plus_plus is a step of DDIM without noise: set "
-            f"--config.sample.sampler=ddim, with eta=0.0 and overstep=1.0, not sampler={c.sampler}"
-        )
-    if not 0 <= c.guidance <= 1:
-        raise ValueError(
-            f"--config.sample.guidance={c.guidance} must lie in [0, 1] for guidance_kind=cfg_plus_plus, such as 0.6"
-        )
-    return _scale(config, cfg.plus_plus(c.guidance, path, grid))
-
-
-def _guided_sampler(config: Config) -> Callable[[sample.Sampler, Denoise, Any], sample.Sampler] | None:
-    c = config.sample
-    if not c.guidance_momentum:
-        return None
-    if c.clip or c.threshold is not None or c.floor:
-        raise ValueError(
-            f"--config.sample.guidance_momentum={c.guidance_momentum} acts after estimates are clipped, and undoes it: "
-            "leave out sample.clip, sample.threshold and sample.floor, or the momentum"
-        )
-    options = {"momentum": c.guidance_momentum, "eta": c.guidance_parallel, "radius": c.guidance_radius}
-    scale, prediction = _guidance_scale(config), config.process.prediction
-    return lambda sampler, denoise, null: cfg.apg_momentum(sampler, denoise, null, scale, prediction, **options)
 
 
 def _threshold(config: Config, path: process.Path) -> Callable[[Denoise], Denoise] | None:

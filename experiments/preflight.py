@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion import data
 from diffusion.patch.geometry import geometry
-from experiments import display, inputs, objective, parts, report, sampling
+from experiments import checks, display, inputs, objective, parts, report, sampling
 from experiments.config import Config, network_name, to_dict
 from experiments.run_dir import RunDir
 
@@ -43,7 +43,7 @@ def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> Non
     """
     c, shape = config.data, run.spec.shape
     if c.flip or c.shift:
-        with parts.named("data.flip, data.shift"):
+        with checks.named("data.flip, data.shift"):
             data.check_augmentation(shape, c.flip, c.shift)
     params = jax.eval_shape(partial(parts.init_params, run))
     state = jax.eval_shape(partial(objective.init_state, run), params)

@@ -26,7 +26,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from diffusion import data, windows
+from diffusion import data
+from diffusion.methods import windows
 from experiments import command, figures, image_files, inputs, report, sampling
 from experiments.checks import without_effect, without_guidance
 from experiments.config import Config, Sample

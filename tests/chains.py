@@ -12,7 +12,7 @@ from diffusion.grids import respaced_grid
 from diffusion.predict import WithVariance
 from diffusion.process import VP, named_betas
 
-FILES = sorted((Path(__file__).parent / "data").glob("*_maths_*.npz"))
+FILES = sorted((Path(__file__).parent / "data").glob("[as]*_maths_*.npz"))
 PREDICTIONS = {"EPSILON": "eps", "START_X": "x0", "V": "v"}
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
-from diffusion import edm as karras
 from diffusion import sample as sampling
 from diffusion import solvers
 from diffusion.grids import karras_grid, logsnr_grid, rho_grid, uniform_grid
+from diffusion.methods import edm as karras
 from diffusion.predict import Estimate, predictor
 from diffusion.process import VP, Cosine, Linear, expand, linear_betas
 from diffusion.sample import ddim, dpmpp_2m, heun, initial_noise, invert, sample, sample_keys

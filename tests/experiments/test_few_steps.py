@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import meanflow
+from diffusion.methods import meanflow
 from diffusion.models.unet import UNet
 from diffusion.models.vit import ViT
 from experiments import config as configs

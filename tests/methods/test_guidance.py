@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import cfg, guide
+from diffusion import guide
 from diffusion.grids import shifted_grid, uniform_grid
+from diffusion.methods import guidance
 from diffusion.predict import WithVariance, convert
 from diffusion.process import Cosine, Linear
 from diffusion.sample import ddim, dpmpp_2m, heun, sample
@@ -38,9 +39,11 @@ def pair(inputs):
 
 
 KINDS = {
-    "rescale": lambda scale, path, prediction, d=denoise: cfg.rescale(d, NULL, scale),
-    "zero": lambda scale, path, prediction, d=denoise: cfg.zero(d, NULL, scale, path, prediction),
-    "apg": lambda scale, path, prediction, d=denoise: cfg.apg(d, NULL, scale, path, prediction, eta=0.3, radius=0.7),
+    "rescale": lambda scale, path, prediction, d=denoise: guidance.rescale(d, NULL, scale),
+    "zero": lambda scale, path, prediction, d=denoise: guidance.zero(d, NULL, scale, path, prediction),
+    "apg": lambda scale, path, prediction, d=denoise: guidance.apg(
+        d, NULL, scale, path, prediction, eta=0.3, radius=0.7
+    ),
 }
 
 
@@ -73,12 +76,14 @@ def test_rescaling_is_the_papers_formula_and_gives_the_conditional_deviation(inp
     guided = negative + 3.0 * (positive - negative)
     axes, keep = (1, 2), {"keepdims": True}
     rescaled = guided * positive.std(axes, **keep) / guided.std(axes, **keep)
-    found = cfg.rescale(denoise, NULL, 3.0, phi=0.7)(*inputs)
+    found = guidance.rescale(denoise, NULL, 3.0, phi=0.7)(*inputs)
     np.testing.assert_allclose(found, 0.7 * rescaled + 0.3 * guided, rtol=1e-4, atol=1e-5)
-    whole = np.asarray(cfg.rescale(denoise, NULL, 3.0, phi=1.0)(*inputs))
+    whole = np.asarray(guidance.rescale(denoise, NULL, 3.0, phi=1.0)(*inputs))
     np.testing.assert_allclose(whole.std(axes), positive.std(axes), rtol=1e-4)
     np.testing.assert_allclose(
-        cfg.rescale(denoise, NULL, 3.0, phi=0.0)(*inputs), guide.classifier_free(denoise, NULL, 3.0)(*inputs), atol=1e-5
+        guidance.rescale(denoise, NULL, 3.0, phi=0.0)(*inputs),
+        guide.classifier_free(denoise, NULL, 3.0)(*inputs),
+        atol=1e-5,
     )
 
 
@@ -87,18 +92,20 @@ def test_cfg_zero_is_the_papers_formula_on_velocities(inputs, pair):
     fitted = (positive * negative).sum((1, 2)) / (negative**2).sum((1, 2))
     fitted = fitted[:, None, None]
     expected = (1 - 2.5) * fitted * negative + 2.5 * positive
-    found = cfg.zero(denoise, NULL, 2.5, Linear(), "flow")(*inputs)
+    found = guidance.zero(denoise, NULL, 2.5, Linear(), "flow")(*inputs)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     # The fit leaves no part of the conditional velocity along the unconditional one.
     np.testing.assert_allclose(((positive - fitted * negative) * negative).sum((1, 2)), 0, atol=1e-9)
     # A network that predicts x0 is guided in its velocity too.
     other = convert(
-        cfg.zero(convert(denoise, Linear(), "flow", "x0"), NULL, 2.5, Linear(), "x0"), Linear(), "x0", "flow"
+        guidance.zero(convert(denoise, Linear(), "flow", "x0"), NULL, 2.5, Linear(), "x0"), Linear(), "x0", "flow"
     )
     np.testing.assert_allclose(other(*inputs), expected, rtol=1e-3, atol=1e-4)
     # Where the unconditional velocity is a multiple of the conditional one there is nothing to guide.
     parallel = lambda xt, t, y: xt * (1 + y[:, None, None])  # noqa: E731
-    np.testing.assert_allclose(cfg.zero(parallel, NULL, 5.0, Linear(), "flow")(*inputs), parallel(*inputs), rtol=1e-4)
+    np.testing.assert_allclose(
+        guidance.zero(parallel, NULL, 5.0, Linear(), "flow")(*inputs), parallel(*inputs), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("prediction", ["x0", "flow"])
@@ -106,7 +113,7 @@ def test_cfg_zero_stands_still_in_the_first_steps(key, inputs, prediction):
     """At times above that of step 2 the velocity is 0: two steps return the noise itself."""
     xt, _, y = inputs
     grid = uniform_grid(5)
-    guided = cfg.zero(denoise, NULL, 2.0, Linear(), prediction, still_above=grid[2])
+    guided = guidance.zero(denoise, NULL, 2.0, Linear(), prediction, still_above=grid[2])
     run = partial(sample, key, guided, Linear(), xt, y=y, prediction=prediction)
     np.testing.assert_allclose(run(times=grid[:3]), xt, atol=1e-6)
     assert np.abs(run(times=grid[:4]) - xt).max() > 0.01
@@ -125,14 +132,14 @@ def published_apg(c, u, w, eta, radius, momentum=0.0, before=0.0):
 
 @pytest.mark.parametrize(("eta", "radius"), [(0.0, None), (0.4, 0.5), (1.0, 100.0)])
 def test_apg_is_the_papers_algorithm(inputs, pair, eta, radius):
-    found = cfg.apg(denoise, NULL, 4.0, Linear(), "x0", eta=eta, radius=radius)(*inputs)
+    found = guidance.apg(denoise, NULL, 4.0, Linear(), "x0", eta=eta, radius=radius)(*inputs)
     expected = np.stack([published_apg(c, u, 4.0, eta, radius)[0] for c, u in zip(*pair, strict=True)])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     if eta == 1.0:
         np.testing.assert_allclose(found, guide.classifier_free(denoise, NULL, 4.0)(*inputs), rtol=1e-4, atol=1e-5)
     # In x0, whatever the network predicts.
     other = convert(
-        cfg.apg(convert(denoise, Linear(), "x0", "v"), NULL, 4.0, Linear(), "v", eta=eta, radius=radius),
+        guidance.apg(convert(denoise, Linear(), "x0", "v"), NULL, 4.0, Linear(), "v", eta=eta, radius=radius),
         Linear(),
         "v",
         "x0",
@@ -142,11 +149,11 @@ def test_apg_is_the_papers_algorithm(inputs, pair, eta, radius):
 
 def test_apg_changes_the_prediction_across_itself_and_no_further_than_the_radius(inputs, pair):
     positive, _ = pair
-    change = np.asarray(cfg.apg(denoise, NULL, 3.0, Linear(), "x0", radius=0.5)(*inputs)) - positive
+    change = np.asarray(guidance.apg(denoise, NULL, 3.0, Linear(), "x0", radius=0.5)(*inputs)) - positive
     np.testing.assert_allclose((change * positive).sum((1, 2)), 0, atol=1e-5)
     assert (np.linalg.norm(change.reshape(4, -1), axis=1) <= 2 * 0.5 + 1e-5).all()
     nothing = lambda xt, t, y: jnp.zeros_like(xt)  # noqa: E731
-    assert (cfg.apg(nothing, NULL, 3.0, Linear(), "x0", radius=0.5)(*inputs) == 0).all()
+    assert (guidance.apg(nothing, NULL, 3.0, Linear(), "x0", radius=0.5)(*inputs) == 0).all()
 
 
 def test_momentum_is_carried_from_step_to_step(key, inputs):
@@ -161,7 +168,9 @@ def test_momentum_is_carried_from_step_to_step(key, inputs):
         made = [published_apg(c[i], u[i], scales[i], momentum=-0.6, before=before[i], **options) for i in range(4)]
         x0, before = (np.stack(each) for each in zip(*made, strict=True))
         x = (1 - s) * x0 + s * (x - (1 - t) * x0) / t
-    guided = cfg.apg_momentum(ddim(), denoise, NULL, jnp.asarray(scales, jnp.float32), "x0", momentum=-0.6, **options)
+    guided = guidance.apg_momentum(
+        ddim(), denoise, NULL, jnp.asarray(scales, jnp.float32), "x0", momentum=-0.6, **options
+    )
     found = sample(key, denoise, path, xt, grid, y, prediction="x0", sampler=guided)
     np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-4)
 
@@ -171,11 +180,11 @@ def test_without_momentum_the_wrapped_sampler_is_apg(key, inputs, make):
     xt, _, y = inputs
     run = partial(sample, key, path=Cosine(), x1=xt, times=uniform_grid(4, 0.95), y=y, prediction="v")
     options = {"eta": 0.2, "radius": 0.8}
-    wrapped = cfg.apg_momentum(make(), denoise, NULL, 3.0, "v", momentum=0.0, **options)
+    wrapped = guidance.apg_momentum(make(), denoise, NULL, 3.0, "v", momentum=0.0, **options)
     found = jax.jit(lambda: run(denoise, sampler=wrapped))()
-    expected = run(cfg.apg(denoise, NULL, 3.0, Cosine(), "v", **options), sampler=make())
+    expected = run(guidance.apg(denoise, NULL, 3.0, Cosine(), "v", **options), sampler=make())
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-    moved = cfg.apg_momentum(make(), denoise, NULL, 3.0, "v", momentum=-0.75, **options)
+    moved = guidance.apg_momentum(make(), denoise, NULL, 3.0, "v", momentum=-0.75, **options)
     assert np.abs(run(denoise, sampler=moved) - expected).max() > 0.01
 
 
@@ -192,14 +201,14 @@ def test_cfg_plus_plus_is_the_papers_two_lines(key, inputs, path, scale):
             c, u = (np.asarray(denoise(jnp.asarray(x), jnp.full(4, t), n)) for n in (y, jnp.full_like(y, NULL)))
             x0 = (x - sigma * (u + scale * (c - u))) / alpha
             x = alpha_s * x0 + sigma_s * u
-        guided = guide.classifier_free(denoise, NULL, cfg.plus_plus(scale, path, grid))
+        guided = guide.classifier_free(denoise, NULL, guidance.plus_plus(scale, path, grid))
         found = sample(key, guided, path, jnp.asarray(np.float64(xt)), grid, y, prediction="eps")
     np.testing.assert_allclose(found, x, rtol=1e-9, atol=1e-9)
 
 
 def test_cfg_plus_plus_from_where_there_is_no_signal(inputs):
     """There, and on the step to the data, its scale is w itself; in short steps it is large."""
-    scale = cfg.plus_plus(0.6, Linear(), np.array([1.0, 0.5, 0.45, 0.0]))
+    scale = guidance.plus_plus(0.6, Linear(), np.array([1.0, 0.5, 0.45, 0.0]))
     np.testing.assert_allclose(scale(jnp.array([1.0, 0.45])), 0.6, rtol=1e-5)
     np.testing.assert_allclose(scale(jnp.array([0.5])), 0.6 * 0.55 * 0.5 / (0.55 * 0.5 - 0.5 * 0.45), rtol=1e-4)
 
@@ -207,10 +216,13 @@ def test_cfg_plus_plus_from_where_there_is_no_signal(inputs):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: cfg.rescale(denoise, NULL, 2.0, phi=1.5), r"phi=1.5 must lie in \[0, 1\]"),
-        (lambda: cfg.apg(denoise, NULL, 2.0, Linear(), "x0", radius=0.0), "radius=0.0 must be positive"),
-        (lambda: cfg.apg_momentum(ddim(), denoise, NULL, 2.0, "x0", momentum=-1.0), "momentum=-1.0 must lie between"),
-        (lambda: cfg.plus_plus(0.5, Linear(), [0.0, 1.0]), r"at least two falling values, got shape \(2,\)"),
+        (lambda: guidance.rescale(denoise, NULL, 2.0, phi=1.5), r"phi=1.5 must lie in \[0, 1\]"),
+        (lambda: guidance.apg(denoise, NULL, 2.0, Linear(), "x0", radius=0.0), "radius=0.0 must be positive"),
+        (
+            lambda: guidance.apg_momentum(ddim(), denoise, NULL, 2.0, "x0", momentum=-1.0),
+            "momentum=-1.0 must lie between",
+        ),
+        (lambda: guidance.plus_plus(0.5, Linear(), [0.0, 1.0]), r"at least two falling values, got shape \(2,\)"),
     ],
 )
 def test_impossible_settings_are_refused(make, message):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from diffusion.grids import uniform_grid
+from diffusion.methods.windows import windows
 from diffusion.models.vit import vit
 from diffusion.predict import WithVariance
 from diffusion.process import Linear
 from diffusion.sample import ddim, sample
-from diffusion.windows import windows
 
 SIZES = {1: ((8,), (4,), (20,)), 2: ((4, 6), (2, 3), (8, 12)), 3: ((4, 2, 4), (2, 1, 4), (6, 3, 8))}
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import meanflow
 from diffusion.guide import clip
+from diffusion.methods import meanflow
 from diffusion.models.vit import vit
 from diffusion.predict import WithVelocity, convert
 from diffusion.process import Cosine, Linear, coefficients, noise
@@ -18,7 +18,7 @@ from diffusion.times import logit_normal_times
 from tests.test_distill import flow
 from tests.test_sample import MEAN, SCALE, exact_flow, gaussian_denoiser
 
-PUBLISHED = Path(__file__).parent / "data" / "pmf_loss.npz"
+PUBLISHED = Path(__file__).parents[1] / "data" / "pmf_loss.npz"
 PATHS = {"linear": Linear(), "cosine": Cosine()}
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import grids, ideal, predict, process, sample
+from diffusion import grids, predict, process, sample
+from diffusion.methods import ideal
 
 PATH = process.Linear()
 

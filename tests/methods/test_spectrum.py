@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.fft
 
-from diffusion import spectrum
+from diffusion.methods import spectrum
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import edm, loss
+from diffusion import loss
 from diffusion.grids import karras_grid, rho_grid
+from diffusion.methods import edm
 from diffusion.predict import WithVariance, decode
 from diffusion.process import Cosine, Linear, coefficients, noise
 from diffusion.sample import heun, initial_noise, sample, sample_keys

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import distill
 from diffusion.loss import Draw, loss_at
+from diffusion.methods import distill
 from diffusion.predict import convert, predictor
 from diffusion.process import Cosine, Linear, expand, noise
 from diffusion.sample import ddim, heun, sample

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from diffusion import edit, superres
+from diffusion import superres
 from diffusion.grids import uniform_grid
+from diffusion.methods import edit
 from diffusion.predict import predictor
 from diffusion.process import Cosine, Linear
 from diffusion.sample import ancestral, ddim, dpmpp_2m, heun, initial_noise, sample, sample_keys

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import asymflow, grids, loss, predict, sample
+from diffusion import grids, loss, predict, sample
+from diffusion.methods import asymflow
 from diffusion.patch import patchify
 from diffusion.predict import WithVariance, convert
 from diffusion.process import Cosine, Linear, coefficients, noise

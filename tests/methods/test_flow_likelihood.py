@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.flow_likelihood import bits_per_dim, log_density, rising_times
+from diffusion.methods.flow_likelihood import bits_per_dim, log_density, rising_times
 from diffusion.process import Linear
 from diffusion.sample import sample_keys
 from tests.gaussians import COVARIANCE, MEAN, ROOT, correlated

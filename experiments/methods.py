@@ -1,0 +1,90 @@
+"""What a run learns, by `config.objective`: to denoise, or a method that samples in few steps, and its options."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from diffusion import guide
+from diffusion.predict import Denoise
+from experiments.checks import choose, named
+from experiments.config import Config
+
+
+class MeanFlow(NamedTuple):
+    """Options of `meanflow.draw` and of `meanflow.loss_at`."""
+
+    draw: dict[str, float]
+    loss: dict[str, Any]
+
+
+class Progressive(NamedTuple):
+    """Progressive distillation: guidance of the teacher."""
+
+    guidance: Callable[[Denoise, Any], Denoise]
+
+
+class Consistency(NamedTuple):
+    """Consistency distillation: guidance of the teacher, and the options of `distill.consistency_times`."""
+
+    guidance: Callable[[Denoise, Any], Denoise]
+    times: dict[str, int]
+
+
+Method = MeanFlow | Progressive | Consistency
+
+
+def method(config: Config, shape: tuple[int, ...]) -> Method | None:
+    """What a run on images of `shape` [H, W, C] learns; None: to denoise.
+
+    Raises:
+      ValueError: features that the loss would need are not there, or are not for such images.
+    """
+    c, p = config.objective, config.process
+    if c.kind == "mean_flow":
+        shares = {name: getattr(c, name) for name in ("instant", "to_data", "scale_max", "scale_power")}
+        used = dict(feature_weight=c.feature_weight, feature_until=c.feature_until) if c.features else {}
+        choose("objective.features", c.features, dict.fromkeys((None, "digits", "efficientnet")))
+        with named("objective.features"):
+            features = _features(config, shape)
+        return MeanFlow(shares, dict(floor=p.loss_floor, power=c.adaptive_power, features=features, **used))
+    guidance = _guidance(config)
+    options = {
+        "denoise": lambda: None,
+        "progressive": lambda: Progressive(guidance),
+        "consistency": lambda: Consistency(
+            guidance, dict(steps=config.train.steps, first=c.first_steps, last=c.last_steps)
+        ),
+    }
+    return options[c.kind]()
+
+
+def _features(config: Config, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array] | None:
+    """Differentiable features [B, F] of images in the network's range of values, by the name in the config."""
+    from diffusion.metrics.features import digits, efficientnet
+    from diffusion.models import classifier
+    from diffusion.models import efficientnet as network
+
+    name, low, high = config.objective.features, config.data.low, config.data.high
+    if name is None:
+        return None
+    if name == "digits":
+        if shape != classifier.SIZE:
+            raise ValueError(f"digits must have shape {classifier.SIZE}, not {shape}; take efficientnet")
+        params = digits.load_classifier()
+        return lambda x: classifier.apply(params, (x - low) / (high - low))[1]
+    if len(shape) != 3 or shape[-1] not in (1, 3):
+        raise ValueError(f"efficientnet is for images with 1 or 3 channels, not for arrays of shape {shape}")
+    efficientnet.check_installed()
+    weights = efficientnet.load_weights()
+    scaled = lambda x: efficientnet.resized(255 * (x - low) / (high - low))  # noqa: E731
+    return lambda x: network.apply(weights, (scaled(x) - 127) / 128)[0]
+
+
+def _guidance(config: Config) -> Callable[[Denoise, Any], Denoise]:
+    c, scale = config.objective, config.objective.guidance
+    if scale not in (0, 1) and (c.guidance_low, c.guidance_high) != (0, 1):
+        with named("objective.guidance_low, guidance_high"):
+            scale = guide.interval(scale, c.guidance_low, c.guidance_high)
+    return partial(guide.classifier_free, scale=scale)
