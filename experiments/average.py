@@ -43,16 +43,24 @@ def main(argv: Sequence[str]) -> None:
     f = flags.FLAGS
     if f.sigma_rel is None:
         raise ValueError("--sigma_rel is missing: pass the width of the average, such as --sigma_rel=0.1")
-    folder = RunDir(command.workdir())
-    outdir = RunDir(Path(f.outdir) if f.outdir else folder.averages / f"sigma_rel_{f.sigma_rel:g}")
-    if outdir.is_run:
-        raise ValueError(f"{outdir.path} holds a run already; pass another --outdir")
-    found = reconstruct(folder, f.sigma_rel, f.step)
-    write(folder, outdir, found)
-    print(
-        f"{outdir.path}: the average of width {f.sigma_rel:g} after step {found.step}, from {found.count} stored ones, "
+    print(make(RunDir(command.workdir()), f.sigma_rel, f.step, Path(f.outdir) if f.outdir else None))
+
+
+def make(folder: RunDir, sigma_rel: float, step: int | None = None, outdir: Path | None = None) -> str:
+    """Writes the average of a width as a run in `outdir`, default averages/sigma_rel_SIGMA_REL; says what it wrote.
+
+    Raises:
+      FileNotFoundError, ValueError: see `reconstruct`; or `outdir` holds a run.
+    """
+    target = RunDir(outdir or folder.averages / f"sigma_rel_{sigma_rel:g}")
+    if target.is_run:
+        raise ValueError(f"{target.path} holds a run already; pass another --outdir")
+    found = reconstruct(folder, sigma_rel, step)
+    write(folder, target, found)
+    return (
+        f"{target.path}: the average of width {sigma_rel:g} after step {found.step}, from {found.count} stored ones, "
         f"whose weights over the steps differ from the wanted ones by {found.error:.2%} (root mean square).\n"
-        f"Next: python -m experiments.sample --workdir={outdir.path}"
+        f"Next: python -m experiments.sample --workdir={target.path}"
     )
 
 

@@ -51,7 +51,7 @@ def read(directory: str | os.PathLike, step: int, number: int) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no snapshot {path}; there are those of the steps {steps(directory)}")
     try:
-        with np.load(path) as file:
+        with zipfile.ZipFile(path), np.load(path) as file:  # the first because NumPy leaves what is no zip open
             found = {name: file[name] for name in file.files if name.startswith(f"{number}/")}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"{path} is damaged ({e}): delete it, and other snapshots take its place") from e

@@ -5,8 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from diffusion import averages
 from diffusion.io import snapshots
@@ -22,16 +20,6 @@ def power_run(quick, tmp_path_factory):
     config = tiny()
     config.train.ema_power, config.train.snapshot_every = (0.05, 0.2), 2
     return runs.trained(config, tmp_path_factory.mktemp("power") / "run")
-
-
-@pytest.fixture
-def defined():
-    """Makes a command's own flags known, which it defines when it runs."""
-    with flagsaver.flagsaver():
-        before = set(flags.FLAGS)
-        yield lambda command: command.define_flags([])
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
 
 
 def test_snapshots_are_stored_and_nothing_else_of_the_training_changes(run, power_run):
@@ -56,29 +44,27 @@ def test_what_was_tracked_is_reconstructed(power_run):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), earlier.params, tracked)
 
 
-def test_written_averages_can_be_sampled_from(power_run, tmp_path, defined):
-    defined(average)
-    printed = call(power_run.workdir, "--sigma_rel=0.1", f"--outdir={tmp_path / 'run'}", command=average)
+def test_written_averages_can_be_sampled_from(power_run, tmp_path):
+    folder = RunDir(power_run.workdir)
+    printed = average.make(folder, 0.1, outdir=tmp_path / "run")
     assert "the average of width 0.1 after step 6, from 6 stored ones" in printed
     params, _ = RunDir(tmp_path / "run").weights()
-    wanted = average.reconstruct(RunDir(power_run.workdir), 0.1).params
+    wanted = average.reconstruct(folder, 0.1).params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, wanted)
     with pytest.raises(ValueError, match="holds a run already; pass another --outdir"):
-        call(power_run.workdir, "--sigma_rel=0.1", f"--outdir={tmp_path / 'run'}", command=average)
+        average.make(folder, 0.1, outdir=tmp_path / "run")
     call(tmp_path / "run", "--num_samples=2", f"--outdir={tmp_path / 'samples'}")
     assert len(runs.samples(tmp_path / "samples")[0]) == 2
 
 
-def test_what_cannot_be_averaged_is_refused(run, power_run, tmp_path, defined):
-    defined(average)
+def test_what_cannot_be_averaged_is_refused(run, power_run, tmp_path):
     for workdir, arguments, message in (
-        (power_run.workdir, [], "--sigma_rel is missing: pass the width"),
-        (power_run.workdir, ["--sigma_rel=0.5"], r"sigma_rel=0\.5 must lie in \(0, 0\.289\]"),
-        (power_run.workdir, ["--sigma_rel=0.1", "--step=7"], "--step=7: .* has snapshots of the steps 2 to 6"),
-        (run.workdir, ["--sigma_rel=0.1"], "stored no averages to combine: train with --config.train.ema_power="),
+        (power_run.workdir, (0.5,), r"sigma_rel=0\.5 must lie in \(0, 0\.289\]"),
+        (power_run.workdir, (0.1, 7), "--step=7: .* has snapshots of the steps 2 to 6"),
+        (run.workdir, (0.1,), "stored no averages to combine: train with --config.train.ema_power="),
     ):
         with pytest.raises(ValueError, match=message):
-            call(workdir, *arguments, f"--outdir={tmp_path / 'out'}", command=average)
+            average.make(RunDir(workdir), *arguments, outdir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     for power, every, message in (
         ((0.4,), 100, r"--config.train.ema_power=\(0\.4,\): sigma_rel=0\.4 must lie in"),
