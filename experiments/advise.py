@@ -7,10 +7,10 @@
 Patch Diffusion's argument (Luhman & Luhman 2022, 2207.04316): the best prediction of x0 is blurry at most noise levels,
 so a grid with one position for each patch is fine enough there. Held-out images are noised to several SNRs, and the
 exact posterior mean over the training images (`diffusion.methods.ideal`) is compared with them, frequency by frequency
-(`diffusion.methods.spectrum`). At little noise that mean is one training image, since held-out images are not among them; what
-can be recovered is therefore measured as what the best combination of the mean, the noised image itself and, with
---workdir, the network's prediction explains of the image, which is a lower bound. "finite" numbers are those of noised
-training images instead, for which the mean is exact.
+(`diffusion.methods.spectrum`). At little noise that mean is one training image, since held-out images are not among
+them; what can be recovered is therefore measured as what the best combination of the mean, the noised image itself and,
+with --workdir, the network's prediction explains of the image, which is a lower bound. "finite" numbers are those of
+noised training images instead, for which the mean is exact.
 
 Patches lose what can be recovered and is finer than their grid, as a share of the energy of the image without the mean
 image (--of=recoverable: of what can be recovered, which stays the same when little can be known). A network on patches

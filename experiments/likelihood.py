@@ -10,9 +10,9 @@ order of the data set, as it is: nothing is mirrored or moved. Writes likelihood
 depend on the seed and i alone.
 
 With --ode, for a run on any path, they are those of the deterministic sampler's density
-(`diffusion.methods.flow_likelihood`), of images with uniform noise of the width of a level, whose mean is a bound too; no guidance, no clipping. The number is
-computed a second time with half as many steps; how much it changes bounds the error of the steps (of fourth order:
-about 15 times). likelihood.npz then holds total, prior, change and halved [N].
+(`diffusion.methods.flow_likelihood`), of images with uniform noise of the width of a level, whose mean is a bound too;
+no guidance, no clipping. The number is computed a second time with half as many steps; how much it changes bounds the
+error of the steps (of fourth order: about 15 times). likelihood.npz then holds total, prior, change and halved [N].
 """
 
 import dataclasses
