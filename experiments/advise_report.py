@@ -88,10 +88,8 @@ def _flags(found: Mapping[str, Any], patch_size: int) -> str:
     resized = ""
     if name != "mnist5k":
         resized = f' --config.data.name={name} --config.data.size="{tuple(found["size"])}"' * (len(found["size"]) == 2)
-    return (
-        "python -m experiments.train --config=experiments/configs/patch_unet_mnist.py"
-        f"{resized} --config.model.patch_size={patch_size}"
-    )
+    command = "experiments.train --config=experiments/configs/patch_unet_mnist.py"
+    return f"python -m {command}{resized} --config.model.patch_size={patch_size}"
 
 
 def figure(found: Mapping[str, Any], shown: Mapping[str, Any]) -> Figure:

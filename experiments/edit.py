@@ -6,8 +6,8 @@
     python -m experiments.edit --workdir=runs/mnist --init_images=digit.png --labels=3 --invert
 
 One of four (`diffusion.methods.edit`). --strength noises images to that share of the time and samples from there
-(SDEdit): a small one keeps most of the image. --mask makes anew what is black in it (RePaint), pixels under white stay exactly as
-they are. --measure takes from each image only what is measured of it, and samples images that would be measured alike
+(SDEdit): a small one keeps most of the image. --mask makes anew what is black in it (RePaint), pixels under white stay
+exactly as they are. --measure takes from each image only what is measured of it, and samples images that would be measured alike
 (posterior sampling): downscale:FACTOR, blur:PIXELS, or mask with --mask. --invert computes the noise of which images
 are the samples, and the samples of it, whose difference from the images is the error of the inversion.
 

@@ -50,7 +50,7 @@ def sdedit(parts: Parts, strength: float) -> Edit:
 
     def do(keys, denoise, x0, y):
         x0_hat = edit.sdedit(
-            keys, denoise, parts.path, x0, times, y, prediction=parts.prediction, sampler=parts.sampler
+            keys, denoise, parts.path, x0, times, y, prediction=parts.denoiser_prediction, sampler=parts.sampler
         )
         alpha, sigma = (expand(a, x0) for a in parts.path(jnp.full(len(x0), times[0], jnp.float32)))
         return x0, alpha * x0 + sigma * samplers.initial_noise(keys, x0.shape[1:]), x0_hat
@@ -63,7 +63,7 @@ def inpainting(parts: Parts, mask: np.ndarray, jump: int, resamples: int) -> Edi
     times, grey = edit.repaint_times(parts.grid, jump, resamples), sum(parts.value_range) / 2
 
     def do(keys, denoise, x0, y):
-        options = {"prediction": parts.prediction, "sampler": parts.sampler}
+        options = {"prediction": parts.denoiser_prediction, "sampler": parts.sampler}
         return x0, jnp.where(mask, x0, grey), edit.repaint(keys, denoise, parts.path, x0, mask, times, y, **options)
 
     def numbers(stages: Sequence[np.ndarray]) -> dict[str, float]:
@@ -82,7 +82,7 @@ def inversion(parts: Parts, first: float) -> Edit:
 
     def do(keys, denoise, x0, y):
         del keys
-        options = {"prediction": parts.prediction, "sampler": parts.sampler}
+        options = {"prediction": parts.denoiser_prediction, "sampler": parts.sampler}
         return x0, *edit.round_trip(denoise, parts.path, x0, times, y, **options)
 
     def numbers(stages: Sequence[np.ndarray]) -> dict[str, float]:
@@ -116,12 +116,14 @@ def restoration(parts: Parts, measure: edit.Operator, deviation: float, scale: f
     def do(keys, denoise, x0, y):
         z = samplers.normal(jax.vmap(lambda k: jax.random.fold_in(k, 2**31 - 3))(keys), jax.eval_shape(measure, x0))
         measured = measure(x0) + noise * z
-        x1, sampler = samplers.initial_noise(keys, x0.shape[1:]), parts.sampler
+        x1, sampler = sampling.initial_noise(parts, keys), parts.sampler
         if scale is None:
-            denoise = edit.given(denoise, parts.path, parts.prediction, measure, measured, noise=noise, spread=spread)
+            denoise = edit.given(
+                denoise, parts.path, parts.denoiser_prediction, measure, measured, noise=noise, spread=spread
+            )
         else:
             sampler = edit.dps(sampler, measure, measured, scale)
-        options = {"prediction": parts.prediction, "sampler": sampler}
+        options = {"prediction": parts.denoiser_prediction, "sampler": sampler}
         x0_hat = samplers.sample(keys, denoise, parts.path, x1, grid, y, **options)
         return x0, _enlarged(measured, x0.shape), x0_hat
 

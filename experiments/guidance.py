@@ -95,15 +95,19 @@ def _plus_plus(config: Config, path: process.Path, grid: np.ndarray) -> guide.Sc
     return _scale(config, variants.plus_plus(c.guidance, path, grid))
 
 
-def guided_sampler(config: Config) -> Callable[[sample.Sampler, Denoise, Any], sample.Sampler] | None:
+def guided_sampler(config: Config) -> Callable[..., sample.Sampler] | None:
+    """(sampler, denoiser, null condition, prediction=) -> sampler with guidance that remembers; None for no such.
+
+    Raises:
+      ValueError: estimates are clipped, which such guidance would undo.
+    """
     c = config.sample
     if not c.guidance_momentum:
         return None
-    if c.clip or c.threshold is not None or c.floor:
+    if c.clip or c.threshold is not None:
         raise ValueError(
             f"--config.sample.guidance_momentum={c.guidance_momentum} acts after estimates are clipped, and undoes it: "
-            "leave out sample.clip, sample.threshold and sample.floor, or the momentum"
+            "leave out sample.clip and sample.threshold, or the momentum"
         )
     options = {"momentum": c.guidance_momentum, "eta": c.guidance_parallel, "radius": c.guidance_radius}
-    factor, prediction = scale(config), config.process.prediction
-    return lambda sampler, denoise, null: variants.apg_momentum(sampler, denoise, null, factor, prediction, **options)
+    return partial(variants.apg_momentum, scale=scale(config), **options)

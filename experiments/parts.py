@@ -98,8 +98,8 @@ class Parts(NamedTuple):
     grid: np.ndarray  # [steps + 1]
     guidance: Callable[[Denoise, Any], Denoise]  # (denoiser, null condition) -> denoiser; of conditional networks
     guidance_scale: guide.Scale
-    # (sampler, denoiser, null condition) -> sampler: in place of `guidance`, where it has a memory.
-    guided_sampler: Callable[[sample.Sampler, Denoise, Any], sample.Sampler] | None
+    # (sampler, denoiser, null condition, prediction=) -> sampler: in place of `guidance`, where that has a memory.
+    guided_sampler: Callable[..., sample.Sampler] | None
     threshold: Callable[[Denoise], Denoise] | None
     floor: float  # of the divisor in the velocity, 0 for none
     sample_seed: int

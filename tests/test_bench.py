@@ -373,6 +373,7 @@ def test_another_published_network_is_not_timed(tmp_path):
     amounts = {"batch_size": 2, "steps": 1, "sample_steps": 2}
     with pytest.raises(ValueError, match="does not fit this network"):
         patch_size_cases.compared(torch_unet, str(tmp_path), case, fields, "float32", ("eager",), **amounts)
+    torch_unet.torch.manual_seed(0)
     module = torch_unet.network(str(tmp_path), size=8, patch_size=2, channels=3, fields=fields)
     before = [p.detach().clone() for p in module.parameters()]
     settings = {"mode": "eager", "dtype": "float32"}

@@ -79,7 +79,8 @@ def test_a_field_of_another_network_is_refused_with_the_fields_of_the_one_there_
 
 def test_a_config_file_that_does_not_exist_names_those_that_do():
     with pytest.raises(
-        FileNotFoundError, match="mnst.py.*blog, ffhq1024, imagenet256, jit, lsun, mnist, patch_unet_mnist, smoke"
+        FileNotFoundError,
+        match="mnst.py.*blog, ffhq1024, imagenet256, jit, lsun, mnist, mnist_onestep, patch_unet_mnist, smoke",
     ):
         command_line.define_config(["train", "--config=mnst.py"])
 

@@ -148,7 +148,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tmp_path
     broken["blocks.0.attn.proj.bias"] = broken["blocks.0.attn.proj.bias"] * [np.inf, np.nan, *[1] * 6]
     np.savez(tmp_path / "broken.npz", **broken)
     refused(r"broken\.npz: 2 values are NaN or infinite, in block_0/.*bias: download", source=tmp_path / "broken.npz")
-    refused("sample.sampler='euler'", change=lambda c: setattr(c.sample, "sampler", "euler"))
+    refused("sample.sampler='rk4'", change=lambda c: setattr(c.sample, "sampler", "rk4"))
     workdir.mkdir(exist_ok=True)
     (workdir / stored_config.CONFIG).write_text(json.dumps({}))
     with pytest.raises(ValueError, match="holds a run already; pass another --workdir"):

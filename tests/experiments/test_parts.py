@@ -124,7 +124,7 @@ def test_resolving_leaves_the_config_alone():
         ),
         (
             {"sample.guidance_kind": "apg", "sample.guidance_momentum": -0.5},
-            "leave out sample.clip, sample.threshold and sample.floor",
+            "leave out sample.clip and sample.threshold",
         ),
         ({"sample.order": 3}, "order=3 has no effect on this run"),
         ({"sample.sampler": "unipc", "sample.order": 4}, r"--config\.sample: order=4 must be a whole number in 1\.\.3"),

@@ -44,6 +44,7 @@ def measured(key, path, x0, grid, prediction="x0", **options):
 
 GRIDS = {
     "linear": rising_times(100),
+    "linear, scale 2": rising_times(100),
     "cosine": rising_times(100),
     "geometric": rising_times(200),
     # Chains have kinks between their steps: steps of the solver are theirs, or parts of them.

@@ -15,7 +15,7 @@ from diffusion.predict import WithVelocity, convert
 from diffusion.process import Cosine, Linear, coefficients, noise
 from diffusion.sample import heun, sample
 from diffusion.times import logit_normal_times
-from tests.test_distill import flow
+from tests.methods.test_distill import flow
 from tests.test_sample import MEAN, SCALE, exact_flow, gaussian_denoiser
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "pmf_loss.npz"
