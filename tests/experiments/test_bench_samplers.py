@@ -46,7 +46,7 @@ def test_results_of_other_sizes_are_not_mixed(tmp_path):
     path = str(tmp_path / "found.json")
     samplers.commands.write_json(path, samplers.opened(path, None, {"mixture_samples": 64}))
     assert samplers.opened(path, None, {"mixture_samples": 64})["mixture"] == {}
-    with pytest.raises(ValueError, match="holds results for mixture_samples=64, not 32: pass another file"):
+    with pytest.raises(ValueError, match="holds results of mixture_samples=64, not 32: pass another file"):
         samplers.opened(path, None, {"mixture_samples": 32})
 
 
