@@ -20,7 +20,8 @@ from PIL import Image
 T = TypeVar("T")
 
 SAMPLED = 16  # images that tell how many bits their values have
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = min(8, os.cpu_count() or 1) + 1  # one waits for Python's lock, or for a file
+CHUNK = 8  # images of a task: few, so that the threads end together
 # What Pillow opens and has no pixels of its own: drawings, tables, films.
 NO_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF")
 ORIENTATION = 0x0112  # the EXIF tag
@@ -208,7 +209,7 @@ def _each(
 ) -> list[tuple[int, str]]:
     """Calls use(row, bytes of image ids[row]) for every row, on threads; the rows for which it failed, and why."""
     bad: list[tuple[int, str]] = []
-    chunk = max(1, min(64, -(-len(ids) // WORKERS)))
+    chunk = max(1, min(CHUNK, -(-len(ids) // WORKERS)))
 
     def tried(rows: Sequence[int]) -> None:
         try:
@@ -319,6 +320,8 @@ def _plain(image: Image.Image, channels: int) -> Image.Image:
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     if channels == 4:
         return image.convert("RGBA")
+    if image.mode == {1: "L", 3: "RGB"}[channels] and not image.has_transparency_data:
+        return image  # which `convert` would copy
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
