@@ -55,7 +55,7 @@ def define_flags(argv: Sequence[str]) -> None:
     flags.DEFINE_float("measurement_noise", 0.05, "With --measure: standard deviation of noise on it, white being 1.")
     flags.DEFINE_float("dps_scale", None, "With --measure: step of the published DPS; default: the variance of data.")
     flags.DEFINE_bool("invert", False, "Noise of which the images are samples, and back.")
-    flags.DEFINE_float("first", 0.02, "With --invert: the time from which on noise is computed, a little above 0.")
+    flags.DEFINE_float("first", 0.05, "With --invert: the time from which on noise is computed, a little above 0.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,7 +5,8 @@
 P cuts xt into windows of the training size, `patch.patchify`, and P^T / P^T 1 averages them where they overlap,
 `patch.unpatchify`. This is MultiDiffusion, Bar-Tal et al. 2023 (2302.08113), with equal weights: it averages the steps
 of all windows, and at a fixed xt the DDIM and the ancestral step are affine in the prediction, so their average is the
-step of the average.
+step of the average. It suits data whose parts look like the data, such as textures and landscapes: where each image has
+one thing in its centre, as digits do, overlapping windows disagree, and little but their outer borders is left.
 """
 
 from collections.abc import Sequence

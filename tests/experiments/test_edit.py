@@ -53,14 +53,13 @@ def edited(run, given, outdir, *arguments, images="three.npz"):
     return *samples(outdir), json.loads((outdir / "edit.json").read_text()), printed
 
 
-def test_strength_changes_images_and_full_strength_is_sampling(run, given, tmp_path):
+def test_full_strength_is_sampling_and_less_is_not(run, given, tmp_path):
     before = np.load(given / "three.npz")["arr_0"]
     little, labels, numbers, printed = edited(run, given, tmp_path / "a", "--strength=0.01", "--seed=5")
     assert little.shape == before.shape and labels.tolist() == [0, 1, 2]
     assert "rows of edit.png: image, noised, result" in printed
-    whole, _, more, _ = edited(run, given, tmp_path / "b", "--strength=1", "--seed=5", "--batch_size=2")
-    assert 0 < numbers["difference"] != more["difference"] > 0
-    assert (little != whole).any() and (little != before).any()
+    whole, _, _, _ = edited(run, given, tmp_path / "b", "--strength=1", "--seed=5", "--batch_size=2")
+    assert numbers["difference"] > 0 and (little != whole).any((1, 2, 3)).all()
     call(run.workdir, "--num_samples=3", "--seed=5", f"--outdir={tmp_path / 'c'}")
     np.testing.assert_array_equal(whole, samples(tmp_path / "c")[0])
 
@@ -74,13 +73,8 @@ def test_known_pixels_are_exactly_those_of_the_image(run, given, tmp_path):
 
 
 def test_inversion_reports_its_error_and_takes_a_sampler_without_noise(run, given, tmp_path):
-    errors = []
-    for steps in (6, 24):
-        arguments = ["--invert", f"--steps={steps}", "--first=0.3", "--sampler=heun", "--guidance=1"]
-        _, _, numbers, printed = edited(run, given, tmp_path / str(steps), *arguments)
-        errors.append(numbers["reconstruction_error"])
-    # How it falls with steps is that of `invert`, tested on normal data; this network has hardly learned.
-    assert 0 < errors[0] != errors[1] > 0 and numbers["noise_deviation"] > 0
+    _, _, numbers, printed = edited(run, given, tmp_path, "--invert", "--steps=3", "--first=0.3", "--guidance=1")
+    assert 0 < numbers["reconstruction_error"] < numbers["largest_error"] and numbers["noise_deviation"] > 0
     assert "reconstruction error: " in printed
     with pytest.raises(ValueError, match="this sampler adds noise, which cannot be inverted"):
         edited(run, given, tmp_path / "b", "--invert", "--sampler=ancestral")
