@@ -86,6 +86,13 @@ def test_batches_add_up(rng):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
+def test_what_is_lost_begins_at_the_band_of_the_limit():
+    """Of 8 bands, patches of 2 carry the first 4 and patches of 4 the first 2; patches of 1 carry all."""
+    recovered, energy = np.arange(8.0), np.full(8, 7.0)
+    assert [spectrum.lost(recovered, p) for p in (1, 2, 4, 8)] == [0, 22 / 28, 27 / 28, 1]
+    assert spectrum.lost(recovered, 4, energy) == 27 / 56
+
+
 def test_a_patch_size_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="patch_size=3 must divide the shortest side, 8"):
         spectrum.lost(np.ones(8), 3)
