@@ -7,9 +7,9 @@
 
 One of four (`diffusion.methods.edit`). --strength noises images to that share of the time and samples from there
 (SDEdit): a small one keeps most of the image. --mask makes anew what is black in it (RePaint), pixels under white stay
-exactly as they are. --measure takes from each image only what is measured of it, and samples images that would be measured alike
-(posterior sampling): downscale:FACTOR, blur:PIXELS, or mask with --mask. --invert computes the noise of which images
-are the samples, and the samples of it, whose difference from the images is the error of the inversion.
+exactly as they are. --measure takes from each image only what is measured of it, and samples images that would be
+measured alike (posterior sampling): downscale:FACTOR, blur:PIXELS, or mask with --mask. --invert computes the noise of
+which images are the samples, and the samples of it, whose difference from the images is the error of the inversion.
 
 --init_images is an image, a folder of images, or a file like samples.npz, of the size and channels of the run. A run
 with labels needs those of the images, in turn (--labels), unless the file has them. With --num_samples above their

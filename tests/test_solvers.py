@@ -348,6 +348,7 @@ def test_exact_gaussian_denoiser_recovers_mean_and_variance(key, sampler):
     assert abs(x0.mean() - MEAN) < 0.02 and abs(x0.std() - SCALE) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_grid_per_example_gives_what_each_example_gives_alone(key, sampler):
     """Also where there are as many channels as examples; where a grid begins without signal or ends before the data."""

@@ -13,6 +13,8 @@ from experiments.run_dir import RunDir
 from tests.experiments import runs
 from tests.experiments.runs import call, tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def power_run(quick, tmp_path_factory):

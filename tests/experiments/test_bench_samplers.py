@@ -10,6 +10,7 @@ from experiments.bench import samplers
 from experiments.run_dir import trained
 
 
+@pytest.mark.slow
 def test_the_study_of_a_run_is_resumed_told_and_drawn(run, tmp_path):
     found, names, kept = samplers.opened(None, None, {}), ["euler", "dpmpp_2m_sde"], []
     samplers.mixture(found, names, [4, 16], 64, lambda result: kept.append(json.dumps(result)))

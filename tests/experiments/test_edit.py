@@ -11,6 +11,8 @@ from PIL import Image
 from experiments import edit, edits
 from tests.experiments.runs import call, samples
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def defined():

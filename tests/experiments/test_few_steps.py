@@ -19,6 +19,8 @@ from experiments.run_dir import RunDir, trained
 from tests.experiments import runs
 from tests.experiments.runs import call, samples
 
+pytestmark = pytest.mark.slow
+
 SPEC = DataSpec((8, 8, 1), ("a", "b", "c"))
 
 

@@ -22,6 +22,7 @@ def sampled(outdir, *arguments):
     return samples(outdir)
 
 
+@pytest.mark.slow
 def test_an_expert_shows_what_it_denoises_and_says_how_to_go_on(expert_runs):
     workdirs, printed = expert_runs
     for workdir, words in zip(workdirs, printed, strict=True):
@@ -186,6 +187,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_every_kind_of_guidance_reaches_the_samples_and_each_is_another():
     config = tiny_chain()
     config.process, config.model = configs.Process(), ViT(patch_size=8, width=4, depth=1, heads=1)
@@ -202,6 +204,7 @@ def test_every_kind_of_guidance_reaches_the_samples_and_each_is_another():
     assert (np.abs(stacked[:, None] - stacked[None]).sum((2, 3, 4, 5)) > 0).sum() == len(KINDS) * (len(KINDS) - 1)
 
 
+@pytest.mark.slow
 def test_autoguidance_leads_away_from_the_weaker_run(chain_run, tmp_path):
     """The second average of the run, or that of another run; with itself it changes nothing."""
     arguments = [f"--workdir={chain_run}", "--num_samples=3", "--guidance=3"]
@@ -223,6 +226,7 @@ def test_autoguidance_leads_away_from_the_weaker_run(chain_run, tmp_path):
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_a_run_on_other_data_or_another_path_cannot_guide(chain_run, expert_runs, run):
     for weaker, message in (
         (run.workdir, "was trained on other data or on another path"),

@@ -107,6 +107,7 @@ def test_values_that_are_equally_likely_need_eight_bits(key):
     np.testing.assert_allclose(found.total, 8, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_likelihood_of_an_image_does_not_depend_on_its_batch(key, x0):
     path, images = Linear(), jnp.asarray(x0, jnp.float32)[..., None]
     run = partial(bits_per_dim, denoise=correlated(path, "x0"), path=path, times=rising_times(5), prediction="x0")

@@ -79,6 +79,7 @@ def test_ends_of_the_path_are_the_image_itself_and_the_mean_of_the_data(key, dat
     np.testing.assert_allclose(found.entropy, [0, 0, np.log(23), np.log(23)], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_samples_of_a_gaussian_give_its_linear_denoiser(key):
     """x0 ~ N(1, 4): E[x0 | xt] = 1 + 4 alpha (xt - alpha) / (4 alpha^2 + sigma^2)."""
     data = 1 + 2 * jax.scipy.special.ndtri((jnp.arange(4000) + 0.5) / 4000).reshape(-1, 1, 1)

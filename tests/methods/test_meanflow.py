@@ -125,6 +125,7 @@ def test_a_network_of_one_time_is_left(key):
     np.testing.assert_allclose(x0, jnp.clip(exact_flow(path, x1), 0.6, 0.8), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["x0", "v", "flow"])
 def test_predictions_become_velocities_with_a_bounded_divisor(key, prediction):
     path, t = Cosine(), jnp.float32([0.9, 0.5, 0.1, 0.01])
@@ -170,6 +171,7 @@ def test_targets_and_the_time_derivative_have_no_gradient(key):
     assert abs(found) > 1e-3
 
 
+@pytest.mark.slow
 def test_without_adaptive_weight_the_loss_is_a_sum_of_squares(key):
     sampled, x0 = drawn(key)
     value, aux = meanflow.loss_at(sampled, exact_network(Linear()), Linear(), x0, prediction="flow", power=0.0)
@@ -191,6 +193,7 @@ def test_features_are_compared_below_a_time_only(key):
     assert (sampled.t < 0.6).any() and (sampled.t >= 0.6).any()
 
 
+@pytest.mark.slow
 def test_what_is_drawn(key):
     n, x0 = 4000, jnp.zeros((4000, 1))
     found = meanflow.draw(key, x0, logit_normal_times(-0.4), instant=0.25, to_data=0.5, scale_max=4.0, drop=0.2)

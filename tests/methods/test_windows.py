@@ -30,6 +30,7 @@ def test_at_the_size_of_the_training_it_is_the_denoiser_bit_for_bit(key, rank):
     np.testing.assert_array_equal(windows(mixing, size, stride)(xt, t, y), mixing(xt, t, y))
 
 
+@pytest.mark.slow
 def test_a_network_and_a_whole_sampling_are_the_same_bit_for_bit_at_the_size_of_the_training(key):
     model = vit(patch_size=4, width=8, depth=1, heads=2, num_classes=3)
     xt, t, y = jax.random.normal(key, (2, 8, 8, 1)), jnp.full(2, 0.5), jnp.array([0, 2])
@@ -95,6 +96,7 @@ def test_conditions_learned_variances_and_channels_of_a_condition_pass(key):
     np.testing.assert_allclose(output.v, 2 * xt[..., 1:2], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_mean_step_of_all_windows_is_the_step_of_the_mean_prediction(key):
     """As MultiDiffusion states it: one DDIM step of each window, averaged."""
     path, t = Linear(), jnp.array([0.7])

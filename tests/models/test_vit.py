@@ -133,6 +133,7 @@ def test_sincos_positions_are_distinct_and_rectangular():
     assert len(np.unique(table.round(5), axis=0)) == 15
 
 
+@pytest.mark.slow
 def test_dropout_of_the_middle_blocks_leaves_the_others_alone(key):
     """Blocks depth // 4 to 3 (depth // 4) - 1, as in JiT: 1 and 2 of 7."""
     model = vit(**SMALL | {"dropout": 0.5, "dropout_blocks": "middle", "depth": 7})
@@ -183,6 +184,7 @@ def test_dropout_needs_a_key_and_uses_it(key):
     assert str(jax.make_jaxpr(model.apply)(params, xt, t)) == str(jax.make_jaxpr(without)(params, xt, t))
 
 
+@pytest.mark.slow
 def test_remat_and_jit_change_nothing():
     params, xt, t, y = ready(vit(**JIT), (2, 8, 8, 1), 5)
     plain, remat = vit(**JIT), vit(**JIT | {"remat": True})
