@@ -30,13 +30,14 @@ TWICE = ("heun",)
 
 
 def define_flags(argv: list[str]) -> None:
-    """Defines --runs, --evaluations, --num_samples, --sampler and --json."""
+    """Defines --runs, --evaluations, --num_samples, --sampler, --guidance and --json."""
     del argv
     define_path("json", None, "Also write the result to this file.")
     flags.DEFINE_list("runs", ["runs/mnist_onestep", "runs/mnist"], "Work directories of trained runs.")
     flags.DEFINE_list("evaluations", ["1", "2", "4", "10", "100"], "Evaluations of the guided denoiser per sample.")
     flags.DEFINE_integer("num_samples", 1000, "Samples of each run and number of evaluations.", lower_bound=20)
     flags.DEFINE_string("sampler", None, "Of runs that learned to denoise; default: each run's own.")
+    flags.DEFINE_float("guidance", None, "Guidance scale of all runs; default: each run's own.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,12 +54,19 @@ def main(argv: Sequence[str]) -> None:
             [int(each) for each in values.evaluations],
             values.num_samples,
             values.sampler,
+            values.guidance,
         ),
         table,
     )
 
 
-def run(workdirs: Sequence[Path], evaluations: Sequence[int], count: int, sampler: str | None = None) -> dict[str, Any]:
+def run(
+    workdirs: Sequence[Path],
+    evaluations: Sequence[int],
+    count: int,
+    sampler: str | None = None,
+    guidance: float | None = None,
+) -> dict[str, Any]:
     """A row of numbers for each run and number of evaluations, ready for JSON.
 
     Raises:
@@ -66,7 +74,7 @@ def run(workdirs: Sequence[Path], evaluations: Sequence[int], count: int, sample
       ValueError: the sampler is unknown, or a run is one of arrays without features.
     """
     runs = [trained([workdir]) for workdir in workdirs]
-    configs = [[with_evaluations(each.config, n, sampler) for n in evaluations] for each in runs]
+    configs = [[with_evaluations(each.config, n, sampler, guidance) for n in evaluations] for each in runs]
     for each, changed in zip(runs, configs, strict=True):  # what is wrong fails before anything is sampled
         for config in changed:
             each._replace(config=config).parts()
@@ -79,9 +87,13 @@ def run(workdirs: Sequence[Path], evaluations: Sequence[int], count: int, sample
     return {"machine": timing.machine(), "samples": count, "rows": rows}
 
 
-def with_evaluations(config: Config, evaluations: int, sampler: str | None = None) -> Config:
+def with_evaluations(
+    config: Config, evaluations: int, sampler: str | None = None, guidance: float | None = None
+) -> Config:
     """The config with steps for so many evaluations, or one less where a step takes two."""
     c = config.sample
+    if guidance is not None:
+        c = dataclasses.replace(c, guidance=guidance)
     if sampler is not None and config.objective.kind == "denoise":
         plain = {f.name: f.default for f in dataclasses.fields(Sample) if "sampler" in f.metadata.get("only", {})}
         c = dataclasses.replace(c, **plain, sampler=sampler)

@@ -224,6 +224,7 @@ def test_the_shipped_config_passes_all_checks():
 def test_evaluations_are_counted():
     config = tiny()
     config.sample.last = 0.2
+    assert bench.with_evaluations(config, 3, None, 1.5).sample.guidance == 1.5
     at = lambda n, name=None: bench.with_evaluations(config, n, name).sample  # noqa: E731
     assert (at(4).steps, at(4).last, at(1).steps, at(1).last) == (4, 0.2, 1, None)
     assert (at(1, "heun").steps, at(4, "heun").steps, at(5, "heun").steps) == (1, 2, 3)
