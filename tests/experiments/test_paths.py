@@ -36,7 +36,7 @@ def test_every_text_flag_is_a_path_or_listed_as_none():
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("~/x", "/home/me/x"), ("~", "/home/me"), ("a/~/b", "a/~/b"), ("~/a,b,~/c", "/home/me/a,b,/home/me/c"), ("", "")],
+    [("~/x", "/home/me/x"), ("~", "/home/me"), ("a/~/b", "a/~/b"), ("~/a,b,~/c", "/home/me/a,b,/home/me/c")],
 )
 def test_a_path_flag_replaces_the_home_folder(given, meant):
     own = flags.FlagValues()
