@@ -74,6 +74,7 @@ def test_a_floor_acts_on_every_sampler_and_is_no_part_of_a_likelihood(chain_run,
     assert seen == {"prediction": "x0"}
 
 
+@pytest.mark.slow
 def test_flags_of_the_chain_reach_the_sampler(chain_run, tmp_path):
     arguments = [f"--workdir={chain_run}", "--num_samples=3"]
     plain, _ = sampled(tmp_path / "a", *arguments)
