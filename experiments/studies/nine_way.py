@@ -179,9 +179,10 @@ def figure(rows: Sequence[cells.Row]) -> Figure:
     found = cells.groups(rows, "network", "patch_size", "prediction", "loss_in")
     networks = list(dict.fromkeys(row["network"] for row in rows))
     sizes = sorted({row["patch_size"] for row in rows})
-    values = [v for row in rows if (v := row["ratio"]) is not None]
+    values = [v for row in rows if (v := row["ratio"]) is not None] or [1.0]
     scale = LogNorm(min(values), max(values) * 1.001)
     drawn = Figure(figsize=(2.3 * len(sizes) + 1.2, 2.3 * len(networks) + 0.5), layout="constrained", dpi=110)
+    drawn.get_layout_engine().set(h_pad=0.12)
     axes = drawn.subplots(len(networks), len(sizes), squeeze=False)
     for i, network in enumerate(networks):
         for j, p in enumerate(sizes):

@@ -197,6 +197,8 @@ def figure(rows: Sequence[cells.Row]) -> Figure:
             axis, own = axes[i, j], found[prediction, d, space]
             points = np.array([[np.nan if v is None else v for v in p] for p in own[0]["samples"]])
             axis.scatter(*points.T, s=2, color=f"C{i}")
+            if not (np.abs(points) < 2).all(1).any():
+                axis.text(0, 0, "all lie\nfar outside", ha="center", va="center", fontsize="small", color=f"C{i}")
             axis.set(xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[], aspect="equal")
             axis.set_xlabel(f"distance {_mean(own, 'distance').split()[0]}", fontsize="small")
             if i == 0:
