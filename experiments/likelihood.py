@@ -12,7 +12,9 @@ depend on the seed and i alone.
 With --ode, for a run on any path, they are those of the deterministic sampler's density
 (`diffusion.methods.flow_likelihood`), of images with uniform noise of the width of a level, whose mean is a bound too;
 no guidance, no clipping. The number is computed a second time with half as many steps; how much it changes bounds the
-error of the steps (of fourth order: about 15 times). likelihood.npz then holds total, prior, change and halved [N].
+error of the steps (of fourth order: about 15 times). likelihood.npz then holds total, prior, change and halved [N]. A
+network must know the noise down to --first: one that predicts x0 and saw few times near 0, as that of the main job, has
+errors there which its velocity divides by t, and then needs more bits than the images themselves.
 """
 
 import dataclasses
@@ -74,6 +76,11 @@ def main(argv: Sequence[str]) -> None:
             f"{values['count']} images, by the flow in {values['steps']} steps; in half as many it is "
             f"{values['halved']:.4f}.\nWritten to {folder}: likelihood.json, likelihood.npz"
         )
+        if values["bits_per_dim"] > 8:
+            print(
+                "More than the 8 bits of the values themselves: near the data the velocity of this network is not that "
+                f"of a density. It may have seen few times down to --first={f.first}."
+            )
         return
     options = {"clip": f.clip, "count": f.num_samples, "batch_size": f.batch_size}
     values = measure(run, folder, split=f.split_name, respacing=f.respacing, **options)
