@@ -292,6 +292,7 @@ def test_the_first_step_of_the_main_job_ends_it(tmp_path):
     assert list(tmp_path.iterdir())  # the cache that a next start finds
 
 
+@pytest.mark.slow
 def test_a_main_job_that_cannot_start_is_told(tmp_path):
     with pytest.raises(ValueError, match="made no first step(.|\n)*--config.model.depht"):
         startup.first_step(["--config.model.depht=1"], str(tmp_path))

@@ -108,22 +108,6 @@ def test_fid_is_said_of_the_published_file_only(folder_run, installed, monkeypat
     assert "FID to real images" in report.paragraph(workdir, folder_run.report | values)
 
 
-@pytest.mark.parametrize("labels", [np.arange(60) % 3, np.repeat([0, 1], [58, 2]), np.zeros(60, int)])
-def test_classes_too_small_for_an_equal_share_are_not_regarded(labels, installed, monkeypatch):
-    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
-    names = tuple(str(i) for i in range(labels.max() + 1))
-    sources = {
-        "train": data.from_arrays(images[:40], labels[:40], names),
-        "test": data.from_arrays(images[40:], labels[40:], names),
-    }
-    monkeypatch.setattr(inputs, "source", lambda config, split="train": sources[split])
-    given = []
-    monkeypatch.setattr(report, "measure", lambda *a, **k: given.extend(a[2:]) or {})
-    report.quality(configs.Config(), images[:30], labels[:30], installed)
-    kept = np.concatenate([source.labels for source in given])
-    np.testing.assert_array_equal(kept, labels if len(names) == 3 else np.zeros(60))
-
-
 def test_of_many_real_images_some_are_compared(installed, monkeypatch):
     images = np.arange(90).astype(np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
     sources = {"train": data.from_arrays(images[:60]), "test": data.from_arrays(images[60:])}

@@ -70,6 +70,7 @@ def test_a_batch_cut_up_makes_the_same_step():
     assert one.carry.counts.sum() == other.carry.counts.sum() == 8
 
 
+@pytest.mark.slow
 def test_every_decay_of_the_list_has_its_average():
     _, before, after, _ = stepped()
     at_once, slow = (jax.tree.leaves(ema) for ema in after.ema)

@@ -203,6 +203,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_sampled(run, tmp_path
     assert file.read_text() == "not mine"
 
 
+@pytest.mark.slow
 def test_labels_and_guidance_belong_to_runs_with_labels(blog_run, monkeypatch):
     monkeypatch.setattr(report, "collect", lambda *_: pytest.fail("it sampled"))
     with pytest.raises(ValueError, match="--labels=3: this run was trained without labels"):

@@ -161,6 +161,7 @@ def _keys(*names):
     return tuple(map(jax.tree_util.DictKey, names))
 
 
+@pytest.mark.slow
 def test_half_precision_computes_close_to_float32_with_float32_parameters():
     fields = {**TINY, "channel_mult": (1,), "patch_size": 2, "num_classes": 2}
     params, *inputs = ready(fields, (1, 4, 8, 1))
