@@ -245,7 +245,7 @@ def test_patch(tmp_path, monkeypatch, compiled):
 
 
 def test_patch_as_a_command_knows_its_flags():
-    command = [sys.executable, "-m", "experiments.bench.patch", "--rounds=1", "--json=", "--cases=none"]
+    command = [sys.executable, "-m", "experiments.bench.patch", "--rounds=1", "--cases=none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "--cases=['none'] are not among" in done.stdout + done.stderr
 
@@ -311,6 +311,7 @@ def linear_unet(*, patch_size, dtype, **fields):
     return models.Model(init, apply)
 
 
+@pytest.mark.slow
 def test_patch_size(tmp_path, monkeypatch):
     monkeypatch.setattr(patch_size_cases, "unet", linear_unet)
     fields = {"num_channels": 8, "channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": [4]}

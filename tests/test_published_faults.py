@@ -375,6 +375,7 @@ def test_more_than_ten_experts_train_on_the_times_that_they_sample_at():
             np.testing.assert_array_equal(experts.expert_of(run.bounds, jnp.asarray(times)), config.process.split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("splits", "split", "message"),
     [

@@ -87,6 +87,7 @@ def test_every_step_of_a_long_chain_finds_its_row():
     np.testing.assert_array_equal(state.losses[:, 0], np.arange(1000))
 
 
+@pytest.mark.slow
 def test_losses_of_zero_leave_the_times_uniform(key):
     _, weight = times.history_times(filled([0.0, 0.0]))(key, 5)
     np.testing.assert_array_equal(weight, 1)

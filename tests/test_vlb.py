@@ -44,6 +44,7 @@ def exact(images):
     return code(images)
 
 
+@pytest.mark.slow
 def test_terms_of_a_gaussian_are_those_in_closed_form(exact):
     """KL of two Gaussians of one variance: on average on_x0^2 Var(x0 | xt) / (2 var)."""
     t, s = jnp.asarray(CHAIN[:-2], jnp.float32), jnp.asarray(CHAIN[1:-1], jnp.float32)

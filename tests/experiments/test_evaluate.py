@@ -41,6 +41,7 @@ def test_evaluation_of_a_file_prints_a_table_with_the_real_data_reference(run):
     assert table["of 7"] == f"{run.report['agreement_7']:.1%}"
 
 
+@pytest.mark.slow
 def test_images_without_labels_have_no_agreement(run, blog_run, tmp_path):
     np.savez(tmp_path / "unlabelled.npz", samples(run.workdir)[0])
     for where in ({"workdir": blog_run.workdir}, {"workdir": None, "samples": tmp_path / "unlabelled.npz"}):

@@ -101,6 +101,7 @@ def test_float16_scales_its_loss():
     assert scales[0] is None and scales[1].shape == ()
 
 
+@pytest.mark.slow
 def test_estimates_are_kept_in_range():
     config = small()
     config.process.variance, config.process.vlb_weight, config.sample.clip = "fixed_small", 0.0, False

@@ -85,6 +85,7 @@ def test_an_unknown_label_is_answered_with_the_names():
         sample.parse_labels(["x"], 1, tuple(f"c{i}" for i in range(1000)))
 
 
+@pytest.mark.slow
 def test_labels_and_the_sampler_of_the_run_reach_the_samples(folder_run, tmp_path):
     """The run samples with DPM-Solver++."""
     call(folder_run.workdir, f"--outdir={tmp_path / 'own'}", "--num_samples=3", "--seed=0")

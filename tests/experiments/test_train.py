@@ -142,6 +142,7 @@ def test_a_run_from_before_a_field_existed_is_continued_and_sampled_from(copy):
     assert run_dir.trained([copy]).config == tiny()
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, copy, unmeasured):
     (copy / "report.json").unlink()
     largest = max((copy / "checkpoints" / str(STEPS)).rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
