@@ -22,7 +22,7 @@ _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
         lambda v: 0 < v < float("inf"),
         "must be positive",
         "process.loss_floor process.weighting_gamma process.times_std train.learning_rate train.matrix_rate "
-        "train.adam_eps train.clip sample.overstep sample.shift",
+        "train.adam_eps train.clip sample.overstep sample.shift objective.data_std",
     ),
     (
         lambda v: 0 <= v < float("inf"),

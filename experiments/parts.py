@@ -308,8 +308,10 @@ def _models(config: Config, spec: DataSpec, path: process.Path) -> tuple[Model, 
     if two_times:
         return model, _told(model)
     if not c.returns_tokens:
-        return model, model
+        return model, _anchored(model, config, path) if config.objective.kind == "consistency" else model
     images = recomposed(model, c.patch_size, c.stride)
+    if config.objective.kind == "consistency":
+        return images, _anchored(images, config, path)
     return (model if p.patches else images), images
 
 
@@ -319,6 +321,16 @@ def _told(model: Model) -> Model:
         model.init,
         lambda params, xt, t, y=None, *, key=None: meanflow.told(partial(model.apply, params, key=key))(xt, t, y),
     )
+
+
+def _anchored(model: Model, config: Config, path: process.Path) -> Model:
+    """The network of a consistency model, which at t = 0 returns its input."""
+
+    def apply(params: Any, xt: jax.Array, t: jax.Array, y: Any = None, *, key: jax.Array | None = None) -> Any:
+        denoise = partial(model.apply, params, key=key)
+        return distill.anchored(denoise, path, config.process.prediction, config.objective.data_std)(xt, t, y)
+
+    return Model(model.init, apply)
 
 
 def _method(config: Config, spec: DataSpec) -> MeanFlow | Progressive | Consistency | None:
