@@ -82,7 +82,7 @@ def consistency_target(
 ) -> jax.Array:
     """sg f(z_s, s) of eq. (3), [B, *S, C], for z = xt at times t and s, [B]; of s = 0 it is the teacher's own image.
 
-    `student` is that of an `anchored` denoiser; `solver` is the teacher's step, default `sample.heun()`; one without noise.
+    `student` is that of an `anchored` denoiser; `solver`, default `sample.heun()`, steps the teacher, without noise.
     """
     xs = _moved(solver or heun(), teacher, path, xt, t, s)
     x0 = jnp.where(expand(s > 0, xt), student(xs, s).x0, xs)
