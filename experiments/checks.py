@@ -26,7 +26,8 @@ _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
         "must be positive",
         "process.loss_floor process.noise_scale process.weighting_gamma process.times_std train.learning_rate "
         "train.matrix_rate train.adam_eps train.clip sample.overstep sample.shift sample.churn_high sample.churn_noise "
-        "sample.rho sample.sigma_min sample.sigma_max sample.guidance_radius",
+        "sample.rho sample.sigma_min sample.sigma_max sample.guidance_radius "
+        "objective.data_std",
     ),
     (
         lambda v: 0 <= v < float("inf"),

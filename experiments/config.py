@@ -95,6 +95,7 @@ class Objective:
     guidance_high: float = _only(1.0, kind=("progressive", "consistency"))
     first_steps: int = _only(10, kind="consistency")  # steps of the teacher's path at the start of training
     last_steps: int = _only(1280, kind="consistency")  # and at its end; they double in between
+    data_std: float = _only(0.5, kind="consistency")  # of the data: how far from t = 0 the network's input is kept
 
 
 @dataclass

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import jax
 
 from diffusion import guide
+from diffusion.methods import distill, meanflow
+from diffusion.models import Model
 from diffusion.predict import Denoise
+from diffusion.process import Path
 from experiments.checks import choose, named
 from experiments.config import Config
 
@@ -58,6 +61,25 @@ def method(config: Config, shape: tuple[int, ...]) -> Method | None:
         ),
     }
     return options[c.kind]()
+
+
+def told(model: Model) -> Model:
+    """A mean-flow network as one of plain conditions, without guidance unless y is `meanflow.Guided`."""
+    return Model(
+        model.init,
+        lambda params, xt, t, y=None, *, key=None: meanflow.told(partial(model.apply, params, key=key))(xt, t, y),
+    )
+
+
+def anchored(model: Model, config: Config, path: Path) -> Model:
+    """The network of a consistency model, which returns its input at t = 0."""
+    fixed = dict(prediction=config.process.prediction, data_std=config.objective.data_std)
+    return Model(
+        model.init,
+        lambda params, xt, t, y=None, *, key=None: distill.anchored(
+            partial(model.apply, params, key=key), path, **fixed
+        )(xt, t, y),
+    )
 
 
 def _features(config: Config, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array] | None:

@@ -126,12 +126,12 @@ def consistency(parts: Parts, training: bool) -> Objective:
         x0, y = drawn.pop("x0"), drawn.get("y")
         t, s = distill.consistency_times(state.step, parts.times(key_t, len(x0)), **parts.method.times)
         xt = noise(parts.path, x0, t, jax.random.normal(key_eps, x0.shape))
-        student = predictor(partial(parts.model.apply, state.params), parts.path, parts.prediction, y)
+        student = predictor(partial(parts.image_model.apply, state.params), parts.path, parts.prediction, y)
         wanted = distill.consistency_target(_teacher(parts, state, drawn), student, parts.path, xt, t, s)
         return drawn | {"xt": xt, "t": t, "s": s, "wanted": wanted}
 
     def loss(params: Any, key: jax.Array, drawn: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        denoise = partial(parts.model.apply, params, key=key if parts.dropout else None)
+        denoise = partial(parts.image_model.apply, params, key=key if parts.dropout else None)
         given = (drawn[name] for name in ("xt", "t", "s", "wanted"))
         values, aux = distill.consistency_loss_at(
             denoise, parts.path, *given, drawn.get("y"), prediction=parts.prediction
@@ -152,7 +152,7 @@ def _examples(parts: Parts, batch: dict[str, jax.Array]) -> dict[str, jax.Array]
 
 def _teacher(parts: Parts, state: train.State, drawn: dict[str, Any]) -> Predict:
     """The network whose parameters the state carries, with its guidance and the thresholds of sampling."""
-    denoise = partial(parts.image_model.apply, state.carry)
+    denoise = partial(parts.model.apply, state.carry)
     if parts.spec.num_classes:
         denoise = parts.method.guidance(denoise, parts.spec.num_classes)
     denoise = denoise if parts.threshold is None else parts.threshold(denoise)

@@ -287,19 +287,11 @@ def _models(config: Config, spec: DataSpec, path: process.Path) -> tuple[Model, 
     with named("model"):
         model = c.model(task)
     if two_times:
-        return model, _told(model)
-    if not c.returns_tokens:
-        return model, model
-    images = recomposed(model, c.patch_size, c.stride)
+        return model, methods.told(model)
+    images = recomposed(model, c.patch_size, c.stride) if c.returns_tokens else model
+    if config.objective.kind == "consistency":
+        return images, methods.anchored(images, config, path)
     return (model if p.patches else images), images
-
-
-def _told(model: Model) -> Model:
-    """A mean-flow network as one of plain conditions, without guidance unless y is `meanflow.Guided`."""
-    return Model(
-        model.init,
-        lambda params, xt, t, y=None, *, key=None: meanflow.told(partial(model.apply, params, key=key))(xt, t, y),
-    )
 
 
 def _bounds(config: Config, path: process.Path) -> np.ndarray | None:

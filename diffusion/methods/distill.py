@@ -12,12 +12,13 @@ Consistency distillation (Song et al. 2023, 2303.01469; with the distance, weigh
 2310.14189): the same image is predicted from all points of a path of the teacher, whose end is that image.
 
     L = d(f(z, t), sg f(z_s, s)) / (t - s),   z_s = one step of the teacher from z at t to s        (3)
-    f(z, t) = x0_hat at z and t,   f(z, 0) = z                                                      (4)
+    f(z, t) = c z / alpha + (1 - c) x0_hat,   c = d^2 / (d^2 + (sigma / alpha)^2),   f(z, 0) = z     (4)
     d(a, b) = sqrt(|a - b|^2 + c^2) - c,   c = 0.00054 sqrt(D)                                      (5)
     t = i / N,  s = (i - 1) / N,   N = min(first 2^floor(k / K'), last) at training step k of K,
     K' = floor(K / (log2(last / first) + 1))                                                        (6)
 
-The student of (3) is the trained network itself, without an average. A teacher is a `Predict`: guided or not.
+d is about the standard deviation of the data. Without (4) a network that predicts x0 could be constant. The student of
+(3) is the trained network itself, without an average. A teacher is a `Predict`: guided or not.
 """
 
 import math
@@ -26,8 +27,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion.predict import Denoise, Estimate, Predict, Prediction, predictor
-from diffusion.process import Path, expand
+from diffusion.predict import (
+    Denoise,
+    Estimate,
+    Output,
+    Predict,
+    Prediction,
+    decode,
+    pred_of,
+    predictor,
+    replace_pred,
+    target,
+)
+from diffusion.process import Path, coefficients, expand
 from diffusion.sample import Sampler, ddim, heun, normal, one_step
 
 
@@ -43,6 +55,21 @@ def two_steps(teacher: Predict, path: Path, xt: jax.Array, t: jax.Array, s: jax.
     return Estimate((sigma_t * xs - sigma_s * xt) / det, (alpha_s * xt - alpha_t * xs) / det)
 
 
+def anchored(denoise: Denoise, path: Path, prediction: Prediction, data_std: float = 0.5) -> Denoise:
+    """The denoiser whose x0_hat is f of eq. (4), which is xt itself at t = 0 whatever the network says."""
+
+    def f(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
+        coef, output = coefficients(path, t), denoise(xt, t, y)
+        x0, _ = decode(prediction, coef, xt, pred_of(output))
+        alpha, sigma = expand(coef.alpha, xt), expand(coef.sigma, xt)
+        signal, power = jnp.square(data_std * alpha), jnp.square(sigma)
+        x0 = (data_std**2 * alpha * xt + power * x0) / (signal + power)
+        eps = jnp.where(sigma > 0, (xt - alpha * x0) / jnp.where(sigma > 0, sigma, 1), 0)
+        return replace_pred(output, target(prediction, coef, x0, eps))
+
+    return f
+
+
 def consistency_target(
     teacher: Predict,
     student: Predict,
@@ -55,7 +82,7 @@ def consistency_target(
 ) -> jax.Array:
     """sg f(z_s, s) of eq. (3), [B, *S, C], for z = xt at times t and s, [B]; of s = 0 it is the teacher's own image.
 
-    `solver` is the teacher's step, default `sample.heun()`; one without noise.
+    `student` is that of an `anchored` denoiser; `solver`, default `sample.heun()`, steps the teacher, without noise.
     """
     xs = _moved(solver or heun(), teacher, path, xt, t, s)
     x0 = jnp.where(expand(s > 0, xt), student(xs, s).x0, xs)
@@ -74,6 +101,8 @@ def consistency_loss_at(
     prediction: Prediction,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of each example [B], eq. (3), for xt at times t [B] and the `wanted` images of `consistency_target`.
+
+    `denoise` is `anchored`, as it is in sampling, or a prediction that determines x0 at t = 0 by itself.
 
     Returns also {"t", "loss", "mse"} [B].
     """

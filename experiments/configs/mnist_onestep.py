@@ -2,10 +2,10 @@
 
 python -m experiments.train --config=experiments/configs/mnist_onestep.py
 
-A step costs 1.8 times one of the main job: guidance for the target, and the derivative along the flow. The network sees t
-and t - r themselves, not a thousand times them, so that this derivative is small. Guidance is learned for scales of 1 to
-3 and costs no second evaluation: --config.sample.guidance is chosen after training, too. `experiments.bench.steps` puts
-the run beside the main job.
+A step costs 1.8 times one of the main job: guidance for the target, and the derivative along the flow. The network
+sees t and t - r themselves, not a thousand times them, so that this derivative is small. Guidance is learned for scales
+of 1 to 3 and costs no second evaluation: --config.sample.guidance is chosen after training, too.
+`experiments.bench.steps` puts the run beside the main job.
 """
 
 from diffusion.models.vit import ViT

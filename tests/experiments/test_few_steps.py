@@ -15,7 +15,7 @@ from experiments import config as configs
 from experiments import objective, parts, preflight, sampling
 from experiments.bench import steps as bench
 from experiments.parts import DataSpec
-from experiments.run_dir import RunDir, trained
+from experiments.run_dir import RunDir
 from tests.experiments import runs
 from tests.experiments.runs import call, samples
 
@@ -53,16 +53,16 @@ def change(config, fields):
 
 
 @pytest.fixture(scope="module")
-def teacher(quick, shared_folder):
+def teacher(quick, tmp_path_factory):
     """Work directory of a run that learned to denoise."""
     config = tiny()
-    return runs.trained(config, shared_folder / "few_steps_teacher").workdir
+    return runs.trained(config, tmp_path_factory.mktemp("teacher") / "run").workdir
 
 
-@pytest.fixture
-def mean_flow_run(tmp_path, unmeasured):
-    """Work directory of a mean-flow run, and what was logged."""
-    return runs.trained(one_step(), tmp_path / "run").workdir
+@pytest.fixture(scope="module")
+def mean_flow_run(quick, tmp_path_factory):
+    """Work directory of a mean-flow run."""
+    return runs.trained(one_step(), tmp_path_factory.mktemp("mean_flow") / "run").workdir
 
 
 def test_a_mean_flow_run_trains_shows_previews_and_samples_in_one_step(mean_flow_run, tmp_path):
@@ -126,6 +126,7 @@ def test_a_student_learns_from_the_weights_of_a_run(teacher, kind, tmp_path, unm
     assert samples(tmp_path / "samples")[0].shape == (2, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_the_target_of_a_student_is_that_of_the_guided_teacher(teacher):
     """Two DDIM steps of the teacher, with its guidance, on the sampling grid of the student."""
     config = tiny(kind="progressive", guidance=3.0)
@@ -233,8 +234,7 @@ def test_evaluations_are_counted():
 
 
 @pytest.mark.slow
-def test_a_table_of_runs(run, mean_flow_run, tmp_path):
+def test_a_table_of_runs(run):
     found = bench.run([run.workdir], [1, 2], 20)
     assert [row["passes"] for row in found["rows"]] == [2, 4]  # with guidance
     assert "agreement" in bench.table(json.loads(json.dumps(found)))
-    assert trained([mean_flow_run]).config.objective.kind == "mean_flow"

@@ -95,6 +95,21 @@ def test_the_end_of_the_path_is_the_boundary_condition(key):
     np.testing.assert_allclose(found[1], teacher(xt, s + 0.1).x0[1], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_an_anchored_network_returns_its_input_at_the_end(key, name, prediction):
+    path, t = PATHS[name], jnp.float32([0.0, 0.001, 0.5, 1.0])
+    xt = jax.random.normal(key, SHAPE)
+    constant = convert(lambda xt, t, y: jnp.full_like(xt, 3.0), path, "x0", prediction)
+    denoise = distill.anchored(constant, path, prediction, 0.5)
+    x0 = np.asarray(predictor(denoise, path, prediction)(xt, t).x0)
+    np.testing.assert_allclose(x0[0], xt[0], atol=1e-5)
+    np.testing.assert_allclose(x0[1], xt[1], atol=0.01)
+    np.testing.assert_allclose(x0[3], 3.0, atol=1e-4)
+    # At equal scales of signal and noise c is d^2 / (d^2 + 1) = 1/5.
+    np.testing.assert_allclose(x0[2], 0.2 * xt[2] / path(0.5)[0] + 0.8 * 3, rtol=1e-4, atol=1e-4)
+
+
 def test_no_gradient_flows_through_the_target(key):
     path, xt = Linear(), jax.random.normal(key, SHAPE)
     teacher = predictor(gaussian_denoiser(path, "x0"), path, "x0")
