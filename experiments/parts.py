@@ -96,6 +96,7 @@ class Parts(NamedTuple):
     image_model: Model  # predicts images
     sampler: sample.Sampler
     grid: np.ndarray  # [steps + 1]
+    scaled_noise: bool  # samples start from noise of the path's scale at grid[0], not of unit scale
     guidance: Callable[[Denoise, Any], Denoise]  # (denoiser, null condition) -> denoiser; of conditional networks
     guidance_scale: guide.Scale
     # (sampler, denoiser, null condition, prediction=) -> sampler: in place of `guidance`, where that has a memory.
@@ -238,6 +239,7 @@ def _without_data(config: Config) -> dict[str, Any]:
         "optimizer": _optimizer(config),
         "sampler": _sampler(config),
         "grid": (grid := _grid(config, path)),
+        "scaled_noise": config.sample.rho is not None or config.process.noise_scale != 1,
         "guidance": guidance.guidance(config, path, grid),
         "guidance_scale": guidance.scale(config),
         "guided_sampler": guidance.guided_sampler(config),

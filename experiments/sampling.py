@@ -11,7 +11,7 @@ import numpy as np
 from diffusion import experts, guide, superres
 from diffusion import sample as samplers
 from diffusion.predict import Denoise, convert
-from diffusion.process import Linear, noise
+from diffusion.process import noise
 from experiments.parts import Parts, key, to_data, to_float
 
 # (params, index [B], y [B], *images) -> images of the data's type
@@ -107,8 +107,8 @@ def sample_fn(
 
 
 def initial_noise(parts: Parts, keys: jax.Array) -> jax.Array:
-    """The noise from which samples start [B, *S, C], of the scale of the path's, one key per sample."""
-    if isinstance(parts.path, Linear) and parts.path.scale != 1:
+    """The noise from which samples start [B, *S, C], one key per sample."""
+    if parts.scaled_noise:
         return samplers.initial_noise(keys, parts.spec.shape, parts.path, parts.grid[0])
     return samplers.initial_noise(keys, parts.spec.shape)
 
