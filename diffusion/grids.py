@@ -5,6 +5,7 @@ shifted     t -> shift t / (1 + (shift - 1) t)             Esser et al. 2024 (24
 respaced    some of the steps of a training chain          Nichol & Dhariwal 2021 (2102.09672)
 logsnr      even steps in log SNR                          Lu et al. 2022 (2211.01095)
 karras      sigma^(1 / rho) in equal steps                 Karras et al. 2022 (2206.00364), eq. 5
+rho         the same of sigma / alpha, for any path
 """
 
 import itertools
@@ -61,6 +62,29 @@ def karras_grid(steps: int, high: float, low: float, rho: float = 7.0) -> np.nda
     return np.append(np.linspace(high ** (1 / rho), low ** (1 / rho), steps) ** rho, 0.0)
 
 
+def rho_grid(
+    path: Path,
+    steps: int,
+    high: float = 80.0,
+    low: float = 0.002,
+    rho: float = 7.0,
+    span: tuple[float, float] = (0.0, 1.0),
+) -> np.ndarray:
+    """Times [steps + 1] at which sigma / alpha has the values of `karras_grid`, for any path, and 0 at the end.
+
+    The first time has sigma / alpha = `high`: the start of sampling is noise of scale sigma there (`initial_noise` with
+    a path), in which what is left of the data, 1 / high of the noise, is missing.
+
+    Args:
+      span: the range of times of the path; sigma / alpha must rise with t there.
+
+    Raises:
+      ValueError: see `karras_grid`; or the path does not reach `high` or `low` inside `span`.
+    """
+    ratios = karras_grid(steps, high, low, rho)[:-1]
+    return _times_at(path, 1 / ratios**2, span, f"sigma / alpha from high={high} to low={low}")
+
+
 def respaced_grid(spec: str, steps: int) -> np.ndarray:
     """Falling times that keep some of the `steps` of a chain, i / steps, and end at 0; `sample` then takes these steps.
 
@@ -106,15 +130,19 @@ def logsnr_grid(path: Path, steps: int, high: float, low: float, span: tuple[flo
         raise ValueError(f"steps={steps} must be at least 2: one at each end of the range of log SNR")
     if not low < high:
         raise ValueError(f"low={low} must be below high={high}: log SNR grows from noise to data")
+    return _times_at(path, np.exp(np.linspace(low, high, steps)), span, f"log SNR from low={low} to high={high}")
+
+
+def _times_at(path: Path, snr: np.ndarray, span: tuple[float, float], asked: str) -> np.ndarray:
+    """Times [n + 1] at which the path has the rising SNR [n], and 0; `asked` is said in errors."""
     try:
-        times = times_of_snr(path, np.exp(np.linspace(low, high, steps)), span)
+        times = times_of_snr(path, snr, span)
     except ValueError as e:
-        raise ValueError(f"log SNR from low={low} to high={high}: {e}") from None
+        raise ValueError(f"{asked}: {e}") from None
     times = np.append(times.astype(np.float64), 0.0)
     if not (np.diff(times) < 0).all():
         raise ValueError(
-            f"steps={steps} from low={low} to high={high}: some of these times are equal in float32; take fewer steps, "
-            f"or a larger range of log SNR"
+            f"steps={len(snr)}, {asked}: some of these times are equal in float32; take fewer steps, or a larger range"
         )
     return times
 

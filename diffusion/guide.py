@@ -84,7 +84,7 @@ def extrapolate(strong: Denoise, weak: Denoise, scale: Scale) -> Denoise:
     def guided(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
         output = strong(xt, t, y)
         a, b = pred_of(output), pred_of(weak(xt, t, y))
-        return replace_pred(output, b + _factor(scale, t, xt) * (a - b))
+        return replace_pred(output, b + factor(scale, t, xt) * (a - b))
 
     return guided
 
@@ -96,7 +96,7 @@ def classifier_free(denoise: Denoise, null: Any, scale: Scale) -> Denoise:
     """
     if isinstance(scale, int | float) and scale in (0, 1):
         return lambda xt, t, y: denoise(xt, t, _given(y) if scale else null_like(_given(y), null))
-    return paired(denoise, null, lambda cond, uncond, t: uncond + _factor(scale, t, cond) * (cond - uncond))
+    return paired(denoise, null, lambda cond, uncond, t: uncond + factor(scale, t, cond) * (cond - uncond))
 
 
 def interval(scale: Scale, low: float | jax.Array, high: float | jax.Array) -> Scale:
@@ -171,7 +171,7 @@ def corrected(denoise: Denoise, path: Path, prediction: Prediction, fix: Callabl
     return after
 
 
-def _factor(scale: Scale, t: jax.Array, like: jax.Array) -> float | jax.Array:
+def factor(scale: Scale, t: jax.Array, like: jax.Array) -> float | jax.Array:
     """The scale at times t, [B] or [B, 2], ready to multiply `like` [B, ...]."""
     value = scale(t if t.ndim == 1 else t[:, 0]) if callable(scale) else scale
     if jnp.ndim(value) == 0:

@@ -11,6 +11,7 @@ With (x0_hat, eps_hat) decoded at (xt, t), a step to a time s < t is one of
 with small, mean and var of `posterior`, and in (4) primes for the step before. (1) is Song et al. 2020 (2010.02502),
 written for any path; eta = 1 is (2) with the fixed small variance. (2) is Ho et al. 2020 (2006.11239), algorithm 2.
 (3) is Karras et al. 2022 (2206.00364), algorithm 1. (4) is DPM-Solver++(2M), Lu et al. 2022 (2211.01095), algorithm 2.
+Euler's method, multistep methods of higher order and those that add noise on the way are in `solvers`.
 
 A sampler is a pair of pure functions, like an optimiser of optax:
 
@@ -152,7 +153,8 @@ def invert(
     """The noise x1 [B, *S, C] that a sampler without noise turns into x0, along rising `times`; see `sample`.
 
     Exact in the limit of small steps. x0 is taken for xt at times[0], which should lie a little above 0: at 0 most
-    predictions do not determine eps. `sampler` is `ddim()`, the default, `heun()` or `dpmpp_2m()`.
+    predictions do not determine eps. `sampler` is `ddim()`, the default, `heun()`, `dpmpp_2m()`, or of `solvers`
+    `euler()`, `unipc()`, `adams_bashforth()` or `edm()` without churn.
 
     Raises:
       ValueError: times do not rise, keep is not in 2..T + 1, x0 is not of a floating type, or the sampler adds noise.
@@ -241,7 +243,10 @@ def normal(keys: jax.Array | None, like: jax.Array) -> jax.Array:
       ValueError: there are no keys, as in `invert`.
     """
     if keys is None:
-        raise ValueError("this sampler adds noise, which cannot be inverted: use ddim(), heun() or dpmpp_2m()")
+        raise ValueError(
+            "this sampler adds noise, which cannot be inverted: use ddim(), heun() or dpmpp_2m(), or one of `solvers` "
+            "without noise"
+        )
     return jax.vmap(lambda k: jax.random.normal(k, like.shape[1:], like.dtype))(keys)
 
 
@@ -297,8 +302,8 @@ def ddim(eta: float | jax.Array = 0.0, overstep: float = 1.0) -> Sampler:
             return alpha * now.x0 + sigma * now.eps
         small = expand(between(path, t, s).small, xt)
         scale = eta if known else expand(jnp.asarray(eta), xt)
-        rest = _sqrt(jnp.square(sigma) - scale**2 * small)
-        return alpha * now.x0 + rest * now.eps + scale * _sqrt(small) * normal(key, xt)
+        rest = root(jnp.square(sigma) - scale**2 * small)
+        return alpha * now.x0 + rest * now.eps + scale * root(small) * normal(key, xt)
 
     return one_step(step)
 
@@ -320,24 +325,26 @@ def heun() -> Sampler:
 
     def step(key, predict, path, xt, t, s):
         del key
-
-        def velocity(x: jax.Array, at: jax.Array) -> jax.Array:
-            now, coef = predict(x, at), coefficients(path, at)
-            return expand(coef.dalpha, xt) * now.x0 + expand(coef.dsigma, xt) * now.eps
-
-        here, h = velocity(xt, t), expand(s - t, xt)
+        here, h = velocity(predict, path, xt, t), expand(s - t, xt)
         euler = xt + h * here
         # At sigma = 0 a network that predicts x0 does not determine eps, so the slope there is unknown.
         ends = path(s)[1] <= 0
-        if not ends.ndim:
-            return jax.lax.cond(ends, lambda: euler, lambda: xt + h * (here + velocity(euler, s)) / 2)
-
-        def each() -> jax.Array:
-            return jnp.where(expand(ends, xt), euler, xt + h * (here + velocity(euler, s)) / 2)
-
-        return jax.lax.cond(ends.all(), lambda: euler, each)
+        return unless(ends, euler, lambda: xt + h * (here + velocity(predict, path, euler, s)) / 2)
 
     return one_step(step)
+
+
+def velocity(predict: Predict, path: Path, xt: jax.Array, t: jax.Array) -> jax.Array:
+    """The slope dx/dt of the probability-flow ODE at xt [B, *S, C], eq. (3)."""
+    now, coef = predict(xt, t), coefficients(path, t)
+    return expand(coef.dalpha, xt) * now.x0 + expand(coef.dsigma, xt) * now.eps
+
+
+def unless(ends: jax.Array, first: jax.Array, second: Callable[[], jax.Array]) -> jax.Array:
+    """`first` [B, *S, C] where `ends`, [] or [B], holds, else second(), which is computed only if it is needed."""
+    if not ends.ndim:
+        return jax.lax.cond(ends, lambda: first, second)
+    return jax.lax.cond(ends.all(), lambda: first, lambda: jnp.where(expand(ends, first), first, second()))
 
 
 def dpmpp_2m() -> Sampler:
@@ -355,7 +362,7 @@ def dpmpp_2m() -> Sampler:
         x0_before, log_before = memory
         now = predict(xt, t)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
-        log_t, log_s = _log_ratio(alpha_t, sigma_t), _log_ratio(alpha_s, sigma_s)
+        log_t, log_s = log_ratio(alpha_t, sigma_t), log_ratio(alpha_s, sigma_s)
         # A sum, not a broadcast: inside `shard_map` the memory varies over the mesh, and times may not.
         log_t = jnp.zeros_like(log_before) + log_t
         h, before = log_s - log_t, log_t - log_before
@@ -369,12 +376,12 @@ def dpmpp_2m() -> Sampler:
     return Sampler(init, step)
 
 
-def _sqrt(x: jax.Array) -> jax.Array:
+def root(x: jax.Array) -> jax.Array:
     """The root of x, 0 where rounding has made it negative; with the gradient 0, not infinity, where it is 0."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
-def _log_ratio(alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+def log_ratio(alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """log(alpha / sigma), infinite where one of them is 0, without a gradient there."""
     finite = (alpha > 0) & (sigma > 0)
     log_alpha, log_sigma = (jnp.log(jnp.where(finite, value, 1)) for value in (alpha, sigma))
