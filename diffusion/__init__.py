@@ -8,8 +8,10 @@ import importlib
 from typing import Any
 
 _MODULES = (
+    "cfg",
     "cpu",
     "data",
+    "edm",
     "experts",
     "grids",
     "guide",
@@ -24,6 +26,7 @@ _MODULES = (
     "pretrained",
     "process",
     "sample",
+    "solvers",
     "superres",
     "times",
     "train",
