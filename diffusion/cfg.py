@@ -170,7 +170,7 @@ def plus_plus(scale: float | jax.Array, path: Path, times: np.ndarray) -> Scale:
 
     def at(t: jax.Array) -> jax.Array:
         grid = jnp.asarray(times, t.dtype)
-        s = grid[1:][jnp.abs(grid[:-1] - t[:, None]).argmin(1)]
+        s = grid[1:][jnp.abs(grid[None, :-1] - t[:, None]).argmin(1)]
         (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
         return scale * alpha_s * sigma_t / (alpha_s * sigma_t - alpha_t * sigma_s)
 

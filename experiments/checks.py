@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from experiments.config import Config
+from experiments.config import Config, Sample
 
 # The paths that are a chain of `config.process.steps` steps.
 CHAINS = ("vp", "geometric")
@@ -14,28 +14,36 @@ _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
         lambda v: v >= 1,
         "must be at least 1",
         "process.steps train.steps train.batch_size train.microbatch train.repeat train.log_every train.sample_every "
-        "train.save_every train.eval_every train.eval_count train.patience sample.count sample.steps sample.batch_size",
+        "train.save_every train.eval_every train.eval_count train.patience sample.count sample.steps sample.batch_size "
+        "sample.order",
     ),
     (
         lambda v: 0 < v < float("inf"),
         "must be positive",
         "process.loss_floor process.weighting_gamma process.times_std train.learning_rate train.matrix_rate "
-        "train.adam_eps train.clip sample.overstep sample.shift",
+        "train.adam_eps train.clip sample.overstep sample.shift sample.churn_high sample.churn_noise sample.rho "
+        "sample.sigma_min sample.sigma_max sample.guidance_radius",
     ),
     (
         lambda v: 0 <= v < float("inf"),
         "must not be negative",
-        "process.vlb_weight condition.noise condition.sample_noise train.warmup train.weight_decay data.shift",
+        "process.vlb_weight condition.noise condition.sample_noise train.warmup train.weight_decay data.shift "
+        "sample.churn sample.churn_low sample.guidance_zero_steps",
     ),
     (
         lambda v: 0 <= v <= 1,
         "must lie in [0, 1]",
-        "train.label_drop sample.eta sample.guidance_low sample.guidance_high",
+        "train.label_drop sample.eta sample.guidance_low sample.guidance_high sample.guidance_rescale",
     ),
     (lambda v: 0 < v <= 1, "must lie in (0, 1]", "sample.threshold"),
     (lambda v: 0 < v < 1, "must lie in (0, 1)", "process.rate sample.last"),
     (lambda v: 0 <= v < 1, "must lie in [0, 1)", "train.b2"),
-    (lambda v: abs(v) < float("inf"), "must be a finite number", "data.low data.high sample.guidance"),
+    (
+        lambda v: abs(v) < float("inf"),
+        "must be a finite number",
+        "data.low data.high sample.guidance sample.guidance_parallel",
+    ),
+    (lambda v: -1 < v < 1, "must lie in (-1, 1)", "sample.guidance_momentum"),
     (lambda v: v and all(0 <= decay < 1 for decay in v), "must list decays in [0, 1), such as (0.999,)", "train.ema"),
 ]
 
@@ -61,6 +69,8 @@ def check(config: Config) -> None:
         ("condition", "noise", sized, "condition.size"),
         ("condition", "sample_noise", sized, "condition.size"),
         ("sample", "steps", config.sample.respacing is None, "sample.respacing=None"),
+        ("sample", "sigma_min", config.sample.rho is not None, "sample.rho=7.0"),
+        ("sample", "sigma_max", config.sample.rho is not None, "sample.rho=7.0"),
         (
             "model",
             "num_heads",
@@ -89,6 +99,12 @@ def without_effect(section: Any) -> dict[str, str]:
             if getattr(section, each.name) != each.default and getattr(section, name) not in values:
                 found[each.name] = f"{name}={' or '.join(map(str, values))}"
     return found
+
+
+def without_guidance(section: Sample) -> Sample:
+    """The fields of sampling with guidance of no kind."""
+    plain = dataclasses.replace(section, guidance=1.0, guidance_kind=Sample.guidance_kind)
+    return dataclasses.replace(plain, **{name: getattr(Sample, name) for name in without_effect(plain)})
 
 
 def _refuse_if_set(config: Config, section: str, field: str, needed: str) -> None:

@@ -122,13 +122,33 @@ class Sample:
 
     count: int = 1000  # samples at the end of training
     steps: int = _option(50, "Sampler steps.")
-    sampler: str = _option("ddim", "ddim, ancestral, heun or dpmpp_2m.")
+    sampler: str = _option(
+        "ddim", "ddim, ancestral, heun, dpmpp_2m, euler, unipc, adams_bashforth, dpmpp_2m_sde or edm."
+    )
     eta: float = _option(0.0, "ddim: noise added at each step, 0 to 1.", sampler="ddim")
     overstep: float = _option(1.0, "ddim: step size relative to the grid's (the blog's 1.5).", sampler="ddim")
+    order: int = _option(2, "unipc (1 to 3), adams_bashforth (1 to 4): order.", sampler=("unipc", "adams_bashforth"))
+    churn: float = _option(0.0, "edm: S_churn, noise added over all steps; 40 to 80 are usual.", sampler="edm")
+    churn_low: float = _option(0.0, "edm: S_min, smallest sigma / alpha at which noise is added.", sampler="edm")
+    churn_high: float | None = _option(None, "edm: S_max, the largest one; without it, all.", sampler="edm")
+    churn_noise: float = _option(1.0, "edm: S_noise, deviation of the added noise, 1.003 to 1.007.", sampler="edm")
     respacing: str | None = _option(None, "Instead of steps, some steps of the chain: 250, 10,15,20 or ddim25.")
     shift: float = _option(1.0, "Above 1: more steps at high noise.")
     last: float | None = _option(None, "Time from which the last step jumps to t = 0.")
+    rho: float | None = _option(None, "EDM's grid: equal steps of (sigma / alpha)^(1 / rho); 7 is usual.")
+    sigma_min: float = _option(0.002, "The smallest sigma / alpha of that grid, before 0.")
+    sigma_max: float = _option(80.0, "The largest sigma / alpha of that grid, its first.")
     guidance: float = _option(1.0, "Guidance scale (1: none).")
+    guidance_kind: str = _option("classifier_free", "classifier_free, rescale, cfg_zero, apg or cfg_plus_plus.")
+    guidance_rescale: float = _option(0.7, "rescale: share, 0 to 1.", guidance_kind="rescale")
+    guidance_zero_steps: int = _option(
+        1, "cfg_zero: first steps that leave the noise as it is.", guidance_kind="cfg_zero"
+    )
+    guidance_parallel: float = _option(0.0, "apg: share of the parallel part that is kept.", guidance_kind="apg")
+    guidance_radius: float | None = _option(
+        None, "apg: largest norm of the difference, 2.5 to 15.", guidance_kind="apg"
+    )
+    guidance_momentum: float = _option(0.0, "apg: of the difference, -0.75 to -0.5 are usual.", guidance_kind="apg")
     guidance_low: float = _option(0.0, "Smallest time with guidance.")
     guidance_high: float = _option(1.0, "Largest time with guidance.")
     clip: bool = _option(False, "Clip estimates of the image to its range of values.")

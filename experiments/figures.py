@@ -31,14 +31,15 @@ def film(
     members: Sequence[Parts] = (),
     *,
     keep: int = STRIP_FRAMES,
+    weak: Parts | None = None,
 ) -> np.ndarray:
     """Images uint8 [K, N, H, W, C], from noise to sample, of the first `STRIP_ROWS` of samples with these labels.
 
-    K is `keep`, or one more than the sampler has steps if those are fewer. `low` and `members` as in
-    `sampling.sample_fn`.
+    K is `keep`, or one more than the sampler has steps if those are fewer. `low`, `members` and
+    `weak` as in `sampling.sample_fn`.
     """
     n = min(len(labels), STRIP_ROWS)
-    sample = sampling.sample_fn(run, min(len(run.grid), keep), members)
+    sample = sampling.sample_fn(run, min(len(run.grid), keep), members, weak=weak)
     _, frames = sample(params, np.arange(n), labels[:n], *(() if low is None else (low[:n],)))
     shown = as_images(np.asarray(frames).reshape(-1, *run.spec.shape), run.spec.value_range)
     return shown.reshape(-1, n, *shown.shape[1:])

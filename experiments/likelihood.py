@@ -25,6 +25,7 @@ from diffusion import grids, vlb
 from diffusion.io import files
 from diffusion.sample import sample_keys
 from experiments import command, inputs, sampling
+from experiments.checks import without_guidance
 from experiments.parts import chain_of, key, to_float
 from experiments.paths import define_path
 from experiments.progress import Bar
@@ -78,7 +79,7 @@ def measure(
     Raises:
       ValueError: the run's path is not a chain, its images are not in [-1, 1], or the respacing is wrong.
     """
-    plain = dataclasses.replace(run.config.sample, clip=clip, threshold=None, guidance=1.0)
+    plain = dataclasses.replace(without_guidance(run.config.sample), clip=clip, threshold=None)
     run = run._replace(config=dataclasses.replace(run.config, sample=plain))
     parts, members = run.parts()
     if parts.value_range != (-1, 1):

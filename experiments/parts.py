@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import experts, grids, guide, loss, optimize, process, sample, superres, times, vlb
+from diffusion import cfg, experts, grids, guide, loss, optimize, process, sample, solvers, superres, times, vlb
 from diffusion.data.values import PLAIN, is_plain
 from diffusion.models import Model, Task, recomposed
 from diffusion.patch import patchify
@@ -93,6 +93,9 @@ class Parts(NamedTuple):
     sampler: sample.Sampler
     grid: np.ndarray  # [steps + 1]
     guidance: Callable[[Denoise, Any], Denoise]  # (denoiser, null condition) -> denoiser; of conditional networks
+    guidance_scale: guide.Scale
+    # (sampler, denoiser, null condition) -> sampler: in place of `guidance`, where it has a memory.
+    guided_sampler: Callable[[sample.Sampler, Denoise, Any], sample.Sampler] | None
     threshold: Callable[[Denoise], Denoise] | None
     sample_seed: int
 
@@ -235,8 +238,10 @@ def _without_data(config: Config) -> dict[str, Any]:
         "vlb": _vlb(config, chain),
         "optimizer": _optimizer(config),
         "sampler": _sampler(config),
-        "grid": _grid(config, path),
-        "guidance": _guidance(config),
+        "grid": (grid := _grid(config, path)),
+        "guidance": _guidance(config, path, grid),
+        "guidance_scale": _guidance_scale(config),
+        "guided_sampler": _guided_sampler(config),
         "threshold": _threshold(config, path),
     }
 
@@ -410,9 +415,26 @@ def _sampler(config: Config) -> sample.Sampler:
         "ancestral": lambda: sample.ancestral(config.process.variance),
         "heun": sample.heun,
         "dpmpp_2m": sample.dpmpp_2m,
+        "euler": solvers.euler,
+        "unipc": lambda: solvers.unipc(c.order),
+        "adams_bashforth": lambda: solvers.adams_bashforth(c.order),
+        "dpmpp_2m_sde": solvers.dpmpp_2m_sde,
+        "edm": lambda: _edm(config),
     }
     with named("sample"):
         return choose("sample.sampler", c.sampler, options)()
+
+
+def _edm(config: Config) -> sample.Sampler:
+    c = config.sample
+    high = float("inf") if c.churn_high is None else c.churn_high
+    if not c.churn and (c.churn_low, c.churn_high, c.churn_noise) != (0, None, 1):
+        raise ValueError("churn_low, churn_high and churn_noise have no effect without churn, the noise to add")
+    if not c.churn_low < high:
+        raise ValueError(f"churn_low={c.churn_low} must be below churn_high={c.churn_high}")
+    if c.respacing is not None and c.churn:
+        raise ValueError(f"churn={c.churn} is spread over sample.steps: leave out --config.sample.respacing")
+    return solvers.edm(c.churn / c.steps, low=c.churn_low, high=high, noise=c.churn_noise)
 
 
 def _grid(config: Config, path: process.Path) -> np.ndarray:
@@ -423,8 +445,15 @@ def _grid(config: Config, path: process.Path) -> np.ndarray:
                 f"--config.sample.respacing={c.respacing!r} names the steps: leave out sample.shift and sample.last"
             )
         _need_chain(config)
+        if c.rho is not None:
+            raise ValueError(f"--config.sample.respacing={c.respacing!r} names the steps: leave out sample.rho")
         with named("sample"):
             return grids.respaced_grid(c.respacing, config.process.steps)
+    if c.rho is not None:
+        if (c.shift, c.last) != (1, None):
+            raise ValueError(f"--config.sample.rho={c.rho} sets the times: leave out sample.shift and sample.last")
+        with named("sample.rho, sigma_min, sigma_max"):
+            return grids.rho_grid(path, c.steps, c.sigma_max, c.sigma_min, c.rho)
     # Where alpha = 0 a prediction of eps does not determine x0: begin just below.
     with jax.ensure_compile_time_eval():
         singular = config.process.prediction == "eps" and float(path(jnp.ones(()))[0]) < 1e-6
@@ -432,13 +461,66 @@ def _grid(config: Config, path: process.Path) -> np.ndarray:
         return grids.shifted_grid(c.steps, c.shift, 0.999 if singular else 1.0, c.last)
 
 
-def _guidance(config: Config) -> Callable[[Denoise, Any], Denoise]:
+def _guidance_scale(config: Config) -> guide.Scale:
     c = config.sample
-    scale = c.guidance
-    if scale not in (0, 1) and (c.guidance_low, c.guidance_high) != (0, 1):
-        with named("sample.guidance_low, guidance_high"):
-            scale = guide.interval(scale, c.guidance_low, c.guidance_high)
-    return partial(guide.classifier_free, scale=scale)
+    if c.guidance in (0, 1) or (c.guidance_low, c.guidance_high) == (0, 1):
+        return c.guidance
+    with named("sample.guidance_low, guidance_high"):
+        return guide.interval(c.guidance, c.guidance_low, c.guidance_high)
+
+
+def _guidance(config: Config, path: process.Path, grid: np.ndarray) -> Callable[[Denoise, Any], Denoise]:
+    c, scale = config.sample, _guidance_scale(config)
+    about = {"path": path, "prediction": config.process.prediction}
+    options = {
+        "classifier_free": lambda: partial(guide.classifier_free, scale=scale),
+        "rescale": lambda: partial(cfg.rescale, scale=scale, phi=c.guidance_rescale),
+        "cfg_zero": lambda: partial(cfg.zero, scale=scale, still_above=_time_after(config, grid), **about),
+        "apg": lambda: partial(cfg.apg, scale=scale, eta=c.guidance_parallel, radius=c.guidance_radius, **about),
+        "cfg_plus_plus": lambda: partial(guide.classifier_free, scale=_plus_plus(config, path, grid)),
+    }
+    return choose("sample.guidance_kind", c.guidance_kind, options)()
+
+
+def _time_after(config: Config, grid: np.ndarray) -> float:
+    """The time after the first steps, in which CFG-Zero* stands still."""
+    steps = config.sample.guidance_zero_steps
+    if steps >= len(grid) - 1:
+        raise ValueError(f"--config.sample.guidance_zero_steps={steps} must be fewer than the {len(grid) - 1} steps")
+    # A little later, so that the rounding of the grid to float32 does not make a step of it.
+    return float(grid[steps] + 1e-3 * (grid[steps] - grid[steps + 1])) if steps else float("inf")
+
+
+def _plus_plus(config: Config, path: process.Path, grid: np.ndarray) -> guide.Scale:
+    c = config.sample
+    if (c.sampler, c.eta, c.overstep) != ("ddim", 0, 1):
+        raise ValueError(
+            "--config.sample.guidance_kind=cfg_plus_plus is a step of DDIM without noise: set "
+            f"--config.sample.sampler=ddim, with eta=0.0 and overstep=1.0, not sampler={c.sampler}"
+        )
+    if not 0 <= c.guidance <= 1:
+        raise ValueError(
+            f"--config.sample.guidance={c.guidance} must lie in [0, 1] for guidance_kind=cfg_plus_plus, such as 0.6"
+        )
+    scale = cfg.plus_plus(c.guidance, path, grid)
+    if (c.guidance_low, c.guidance_high) == (0, 1):
+        return scale
+    with named("sample.guidance_low, guidance_high"):
+        return guide.interval(scale, c.guidance_low, c.guidance_high)
+
+
+def _guided_sampler(config: Config) -> Callable[[sample.Sampler, Denoise, Any], sample.Sampler] | None:
+    c = config.sample
+    if not c.guidance_momentum:
+        return None
+    if c.clip or c.threshold is not None:
+        raise ValueError(
+            f"--config.sample.guidance_momentum={c.guidance_momentum} acts after estimates are clipped and would undo it: "
+            "leave out sample.clip and sample.threshold, or the momentum"
+        )
+    options = {"momentum": c.guidance_momentum, "eta": c.guidance_parallel, "radius": c.guidance_radius}
+    scale, prediction = _guidance_scale(config), config.process.prediction
+    return lambda sampler, denoise, null: cfg.apg_momentum(sampler, denoise, null, scale, prediction, **options)
 
 
 def _threshold(config: Config, path: process.Path) -> Callable[[Denoise], Denoise] | None:

@@ -4,6 +4,8 @@
     python -m experiments.sample --workdir=runs/mnist --num_samples=10 --trajectory
     python -m experiments.sample --workdir=runs/unet_split0,runs/unet_split1            with SNR experts
     python -m experiments.sample --workdir=runs/large --base_samples=runs/small/samples.npz    super-resolution
+    python -m experiments.sample --workdir=runs/mnist --sampler=unipc --steps=12               another sampler
+    python -m experiments.sample --workdir=runs/large --guide_workdir=runs/small --guidance=2  autoguidance
 
 Writes samples.npz (arr_0 [N, *S, C] of the data's type, uint8 of images, arr_1 labels) and samples.png; with
 --trajectory also a film strip and an animation from noise to sample. Sample i depends on the seed and its number i
@@ -24,11 +26,11 @@ from absl import app, flags
 
 from diffusion import data
 from experiments import command, figures, image_files, inputs, report, sampling
-from experiments.checks import without_effect
+from experiments.checks import without_effect, without_guidance
 from experiments.config import Config, Sample
 from experiments.parts import DataSpec, Parts
 from experiments.paths import define_path
-from experiments.run_dir import Trained, trained
+from experiments.run_dir import RunDir, Trained, trained
 
 flags.declare_key_flag("workdir")
 _OUTDIR = define_path("outdir", None, "Where to write; default: a new folder WORKDIR/samples/NUMBER.")
@@ -42,11 +44,21 @@ _BASE_SAMPLES = define_path(
 _CONDITION_NOISE = flags.DEFINE_float(
     "condition_noise", None, "Standard deviation of noise on them; default: the run's."
 )
+_GUIDE_WORKDIR = define_path(
+    "guide_workdir", None, "Autoguidance: a weaker run on the same data and path, from which --guidance leads away."
+)
+_GUIDE_AVERAGE = flags.DEFINE_integer(
+    "guide_average",
+    None,
+    "Autoguidance: which of the averages of the run (or of --guide_workdir), by its number from 0, is the weaker one.",
+    lower_bound=0,
+)
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Also show how the first samples emerge from noise.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Allow writing over earlier samples in --outdir.")
 
 # The animation has so many frames at most.
 _ANIMATION_FRAMES = 60
+_NO_RHO = {name: getattr(Sample, name) for name in ("rho", "sigma_min", "sigma_max")}
 
 
 def _define_sample_flags() -> dict[str, flags.FlagHolder]:
@@ -69,11 +81,15 @@ def main(argv: Sequence[str]) -> None:
     command.start()
     workdirs = command.workdirs()
     run = trained(workdirs, _CHECKPOINT.value, _EMA.value)
-    run = run._replace(config=overridden(run.config, run.spec))
+    weaker = weaker_run(run, workdirs)
+    run = run._replace(config=overridden(run.config, run.spec, autoguided=weaker is not None))
     with flags_of_sample():
         parts, members = run.parts()
+    weak = None
+    if weaker is not None:
+        weak, run = weaker.parts()[0], run._replace(params=(run.params, weaker.params))
     low, labels = base_samples(run.config, run.spec)
-    sample = sampling.sample_fn(parts, members=members, finite=True)
+    sample = sampling.sample_fn(parts, members=members, finite=True, weak=weak)
     few = [a[:1] for a in (labels, labels, low) if a is not None]
     jax.eval_shape(sample, run.params, *few)
     outdir = command.output_folder(workdirs[0] / "samples", "samples.npz", _OUTDIR.value, _OVERWRITE.value)
@@ -81,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     images, seconds, finite = report.collect(sample, run.params, labels, run.config.sample.batch_size, low)
     report.save(outdir / "samples.npz", outdir / "samples.png", images, labels, run.spec)
     if _TRAJECTORY.value:
-        trajectory(run, parts, members, labels, low, outdir)
+        trajectory(run, parts, members, labels, low, outdir, weak)
     print(f"{report.minutes(seconds)}; written to {outdir}: {', '.join(sorted(p.name for p in outdir.iterdir()))}")
     if not finite.all():
         raise FloatingPointError(report.non_finite(int((~finite).sum()), len(finite)))
@@ -96,8 +112,35 @@ def flags_of_sample() -> Iterator[None]:
         raise ValueError(str(e).replace("--config.sample.", "--")) from e
 
 
-def overridden(config: Config, spec: DataSpec) -> Config:
-    """The config with the flags that were given.
+def weaker_run(run: Trained, workdirs: Sequence[Path]) -> Trained | None:
+    """The run, or the average of the same run, that --guide_workdir and --guide_average name; None without them.
+
+    Raises:
+      ValueError: it has other data or another path, there is no such average, or the run is one of experts.
+    """
+    folder, number = _GUIDE_WORKDIR.value, _GUIDE_AVERAGE.value
+    if folder is None and number is None:
+        return None
+    flag = f"--guide_average={number}" if folder is None else f"--guide_workdir={folder}"
+    if run.members or run.config.condition.size:
+        raise ValueError(f"{flag}: autoguidance is for one run without experts and without super-resolution")
+    own = Path(folder) if folder is not None else workdirs[0]
+    config, spec = RunDir(own).stored()
+    decays = config.train.ema
+    if number is not None and number >= len(decays):
+        raise ValueError(f"--guide_average={number}: {own} has {len(decays)}, with the decays {decays}, from 0 on")
+    same = ("path", "betas", "rate", "steps")
+    if spec != run.spec or any(getattr(config.process, n) != getattr(run.config.process, n) for n in same):
+        raise ValueError(
+            f"{flag} was trained on other data or on another path than {workdirs[0]}, which it cannot guide"
+        )
+    if (config.data.low, config.data.high) != (run.config.data.low, run.config.data.high):
+        raise ValueError(f"{flag} has other values of black and white, data.low and high, than {workdirs[0]}")
+    return trained([own], None, None if number is None else decays[number])
+
+
+def overridden(config: Config, spec: DataSpec, autoguided: bool = False) -> Config:
+    """The config with the flags that were given; `autoguided` if a weaker run guides.
 
     Raises:
       ValueError: a flag is out of range, or belongs to another kind of run.
@@ -106,20 +149,36 @@ def overridden(config: Config, spec: DataSpec) -> Config:
     if "steps" in given and "respacing" in given:
         raise ValueError(f"--steps={given['steps']} and --respacing={given['respacing']} exclude each other: pass one")
     guided = [name for name in given if name.startswith("guidance")]
-    if guided and not spec.num_classes:
+    if autoguided:
+        if others := [name for name in guided if name not in ("guidance", "guidance_low", "guidance_high")]:
+            raise ValueError(
+                f"--{others[0]}={given[others[0]]} is of guidance by labels, and a weaker run guides: leave it out"
+            )
+        if given.get("guidance", config.sample.guidance) == 1:
+            raise ValueError(
+                "--guidance=1.0 is no guidance: pass how far to go from the weaker run, such as --guidance=2"
+            )
+        config = dataclasses.replace(
+            config, sample=dataclasses.replace(without_guidance(config.sample), guidance=config.sample.guidance)
+        )
+    elif guided and not spec.num_classes:
         raise ValueError(f"--{guided[0]}={given[guided[0]]} needs a run that was trained with labels; this one was not")
     # A flag replaces the fields of the run that exclude it.
     implied: dict[str, Any] = {}
     if "steps" in given:
         implied |= {"respacing": None} | ({"last": None} if given["steps"] == 1 else {})
     if "respacing" in given:
-        implied |= {"shift": 1.0, "last": None, "steps": Sample.steps}
+        implied |= {"shift": 1.0, "last": None, "steps": Sample.steps} | _NO_RHO
+    if "rho" in given:
+        implied |= {"shift": 1.0, "last": None, "respacing": None}
+    elif {"shift", "last"} & set(given):
+        implied |= _NO_RHO
     if "clip" in given:
         implied |= {"threshold": None}
     if "threshold" in given:
         implied |= {"clip": False}
-    if "sampler" in given:
-        unused = without_effect(dataclasses.replace(config.sample, sampler=given["sampler"]))
+    if chosen := {name: given[name] for name in ("sampler", "guidance_kind") if name in given}:
+        unused = without_effect(dataclasses.replace(config.sample, **chosen))
         implied |= {f.name: f.default for f in dataclasses.fields(Sample) if f.name in unused}
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **(implied | given)))
     if _CONDITION_NOISE.value is None:
@@ -188,10 +247,16 @@ def parse_labels(given: Sequence[str] | None, count: int, class_names: Sequence[
 
 
 def trajectory(
-    run: Trained, parts: Parts, members: Sequence[Parts], labels: np.ndarray, low: np.ndarray | None, outdir: Path
+    run: Trained,
+    parts: Parts,
+    members: Sequence[Parts],
+    labels: np.ndarray,
+    low: np.ndarray | None,
+    outdir: Path,
+    weak: Parts | None = None,
 ) -> None:
     """Writes trajectory.png, a row per sample, and trajectory.gif."""
-    frames = figures.film(parts, run.params, labels, low, members, keep=_ANIMATION_FRAMES)
+    frames = figures.film(parts, run.params, labels, low, members, keep=_ANIMATION_FRAMES, weak=weak)
     image_files.save(outdir / "trajectory.png", figures.film_strip(frames))
     animation = [image_files.grid(frame, min(frames.shape[1], 5)) for frame in frames]
     image_files.save_animation(outdir / "trajectory.gif", animation)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import experts, superres
+from diffusion import experts, guide, superres
 from diffusion import sample as samplers
-from diffusion.predict import Denoise
+from diffusion.predict import Denoise, convert
 from diffusion.process import noise
 from experiments.parts import Parts, key, to_data, to_float
 
@@ -19,15 +19,24 @@ SampleFn = Callable[..., Any]
 
 
 def denoiser(
-    parts: Parts, params: Any, conditioning: jax.Array | None = None, members: Sequence[Parts] = ()
+    parts: Parts,
+    params: Any,
+    conditioning: jax.Array | None = None,
+    members: Sequence[Parts] = (),
+    weak: Parts | None = None,
 ) -> Denoise:
     """The trained denoiser, xt [B, *S, C] to images, with guidance and thresholds.
+
+    Guidance with a memory is not in it, but in `guided`.
 
     Args:
       params: of the network; with experts a tuple of those of each one, in the order of their ranges.
       conditioning: extra input channels of a super-resolution network.
       members: the parts of all experts.
+      weak: the parts of a weaker run, for autoguidance in the place of guidance by labels; `params` are then a pair,
+        of the run itself and of the weaker one.
     """
+    params, weaker = params if weak is not None else (params, None)
     if members:
         denoisers = [partial(each.image_model.apply, p) for each, p in zip(members, params, strict=True)]
         denoise = experts.experts(denoisers, parts.bounds)
@@ -35,34 +44,53 @@ def denoiser(
         denoise = partial(parts.image_model.apply, params)
     if conditioning is not None:
         denoise = superres.conditioned(denoise, conditioning)
-    if parts.spec.num_classes:
+    if weak is not None:
+        other = partial(weak.image_model.apply, weaker)
+        if weak.prediction != parts.prediction:
+            other = convert(other, parts.path, weak.prediction, parts.prediction)
+        denoise = guide.extrapolate(denoise, other, parts.guidance_scale)
+    elif parts.spec.num_classes and not parts.guided_sampler:
         denoise = parts.guidance(denoise, parts.spec.num_classes)
     return denoise if parts.threshold is None else parts.threshold(denoise)
 
 
+def guided(parts: Parts, denoise: Denoise, weak: Parts | None = None) -> samplers.Sampler:
+    """The sampler for `denoiser`'s result, which guides too where guidance has a memory."""
+    if weak is not None or not parts.spec.num_classes or not parts.guided_sampler:
+        return parts.sampler
+    return parts.guided_sampler(parts.sampler, denoise, parts.spec.num_classes)
+
+
 def sample_fn(
-    parts: Parts, keep: int | None = None, members: Sequence[Parts] = (), *, finite: bool = False
+    parts: Parts,
+    keep: int | None = None,
+    members: Sequence[Parts] = (),
+    *,
+    finite: bool = False,
+    weak: Parts | None = None,
 ) -> SampleFn:
     """Compiled (params, index [B], y [B], low [B, h, w, C] | None) -> samples [B, *S, C] of the data's type.
 
     With `keep`, also frames [keep, B, *S, C]. With `finite`, also bool [B]: whether all values of each sample are
     finite, which uint8 cannot tell, NaN being 0 there. `low` is the low-resolution image of a super-resolution network,
-    `members` the parts of all experts. Sample i depends on the seed, its number i, its label and its `low` alone.
+    `members` the parts of all experts, `weak` those of a weaker run, see `denoiser`. Sample i depends on the seed, its
+    number i, its label and its `low` alone.
     """
     sample_key = key(parts.sample_seed, "sample")
 
     @jax.jit
     def sample(params: Any, index: jax.Array, y: jax.Array, low: jax.Array | None = None) -> Any:
         keys = samplers.sample_keys(sample_key, index)
+        denoise = denoiser(parts, params, conditioning(parts, keys, low), members, weak)
         sampled = samplers.sample(
             keys,
-            denoiser(parts, params, conditioning(parts, keys, low), members),
+            denoise,
             parts.path,
             samplers.initial_noise(keys, parts.spec.shape),
             parts.grid,
             y if parts.spec.num_classes else None,
             prediction=parts.prediction,
-            sampler=parts.sampler,
+            sampler=guided(parts, denoise, weak),
             keep=keep,
         )
         images = jax.tree.map(partial(to_data, parts), sampled)
@@ -82,23 +110,24 @@ def denoise_fn(parts: Parts) -> SampleFn:
     grid, sample_key = expert_grid(parts), key(parts.sample_seed, "sample")
 
     @jax.jit
-    def denoise(params: Any, index: jax.Array, y: jax.Array, images: jax.Array) -> jax.Array:
+    def denoised(params: Any, index: jax.Array, y: jax.Array, images: jax.Array) -> jax.Array:
         keys = samplers.sample_keys(sample_key, index)
         x0 = to_float(parts, images)
         x1 = noise(parts.path, x0, jnp.full(len(x0), grid[0]), samplers.initial_noise(keys, parts.spec.shape))
+        denoise = denoiser(parts, params, conditioning(parts, keys, low_resolution(parts, images)))
         x0_hat = samplers.sample(
             keys,
-            denoiser(parts, params, conditioning(parts, keys, low_resolution(parts, images))),
+            denoise,
             parts.path,
             x1,
             grid,
             y if parts.spec.num_classes else None,
             prediction=parts.prediction,
-            sampler=parts.sampler,
+            sampler=guided(parts, denoise),
         )
         return to_data(parts, jnp.stack([x1, x0_hat], 1))
 
-    return denoise
+    return denoised
 
 
 def expert_grid(parts: Parts) -> np.ndarray:

@@ -29,7 +29,7 @@ def test_scalings_are_those_of_table_1():
 
 @pytest.mark.parametrize("path", [edm.Exploding(), Linear(), Cosine()], ids=["exploding", "linear", "cosine"])
 def test_the_network_sees_unit_variance_and_should_answer_with_it(key, path):
-    """Data of deviation 0.3: the input of F, and the output for which D = x0, at every time; and its loss has weight 1."""
+    """Data of deviation 0.3: the input of F, and its output for which D = x0, at every time; its loss has weight 1."""
     t = jnp.repeat(jnp.array([0.05, 0.3, 0.6, 0.95]), 2)
     keys = jax.random.split(key, 2)
     x0, eps = 0.3 * jax.random.normal(keys[0], (8, 20000)), jax.random.normal(keys[1], (8, 20000))
@@ -92,7 +92,7 @@ def test_the_path_is_that_of_karras_and_its_grid_that_of_the_paper():
 
 
 def test_trained_with_the_loss_as_it_is_a_linear_network_becomes_the_exact_denoiser(key):
-    """Data N(0, 0.5^2) in one pixel: F = 0 is exact, and is what gradient descent finds from elsewhere; samples follow."""
+    """Data N(0, 0.5^2) in one pixel: F = 0 is exact, and what gradient descent finds from elsewhere; samples follow."""
     path, times = edm.Exploding(), edm.log_normal_times()
 
     def of(params):
@@ -113,7 +113,7 @@ def test_trained_with_the_loss_as_it_is_a_linear_network_becomes_the_exact_denoi
     x1 = initial_noise(keys, (4096,), path, grid[0])
     run = jax.jit(partial(sample, prediction="x0", sampler=heun()), static_argnums=(1, 2))
     x0 = run(keys, of(params), path, x1, grid)
-    assert float(x0.std()) == pytest.approx(0.5, rel=0.05) and abs(float(x0.mean())) < 0.03
+    assert float(x0.std()) == pytest.approx(0.5, rel=0.08) and abs(float(x0.mean())) < 0.03
 
 
 @pytest.mark.parametrize(

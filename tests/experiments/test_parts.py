@@ -95,6 +95,43 @@ def test_resolving_leaves_the_config_alone():
         ({"sample.respacing": "30"}, "keeps 30 of a section of 20 steps"),
         ({"sample.respacing": "ddim6"}, "no integer stride keeps '6' of 20"),
         ({"sample.last": 0.2}, "leave out sample.shift and sample.last"),
+        (
+            {"sample.guidance_kind": "cfg"},
+            r"--config\.sample\.guidance_kind='cfg' is not one of classifier_free, rescale",
+        ),
+        (
+            {"sample.guidance_radius": 2.0},
+            r"guidance_radius=2\.0 has no effect .* set --config\.sample\.guidance_kind=apg",
+        ),
+        ({"sample.guidance_kind": "cfg_zero", "sample.guidance_zero_steps": 10}, "must be fewer than the 10 steps"),
+        (
+            {"sample.guidance_kind": "cfg_plus_plus"},
+            "cfg_plus_plus is a step of DDIM without noise: set .*sampler=ddim",
+        ),
+        (
+            {"sample.guidance_kind": "cfg_plus_plus", "sample.sampler": "ddim", "sample.guidance": 1.5},
+            r"guidance=1\.5 must lie in \[0, 1\] for guidance_kind=cfg_plus_plus",
+        ),
+        (
+            {"sample.guidance_kind": "apg", "sample.guidance_momentum": -0.5},
+            "leave out sample.clip and sample.threshold",
+        ),
+        ({"sample.order": 3}, "order=3 has no effect on this run"),
+        ({"sample.sampler": "unipc", "sample.order": 4}, r"--config\.sample: order=4 must be a whole number in 1\.\.3"),
+        ({"sample.sampler": "edm", "sample.churn_low": 0.1}, "have no effect without churn"),
+        ({"sample.sampler": "edm", "sample.churn": 1.0}, "churn=1.0 is spread over sample.steps"),
+        (
+            {"sample.sampler": "edm", "sample.respacing": None, "sample.churn": 1.0, "sample.churn_high": 0.5}
+            | {"sample.churn_low": 0.5},
+            "churn_low=0.5 must be below churn_high=0.5",
+        ),
+        ({"sample.rho": 7.0}, "leave out sample.rho"),
+        ({"sample.rho": 7.0, "sample.respacing": None, "sample.last": 0.1}, "leave out sample.shift and sample.last"),
+        ({"sample.sigma_min": 0.01}, r"sigma_min=0\.01 has no effect .* set --config\.sample\.rho=7\.0"),
+        (
+            {"sample.rho": 7.0, "sample.respacing": None, "sample.sigma_min": 100.0},
+            r"--config\.sample\.rho, sigma_min, sigma_max: low=100\.0 must lie between 0 and high=80\.0",
+        ),
         ({"sample.threshold": 0.9}, "threshold=0.9 keeps estimates in range already: leave out clip"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -127,7 +164,12 @@ def test_labels_need_a_network_that_takes_them():
         ("train", "microbatch", 5, r"--config\.train\.microbatch=5 must divide the 64 examples"),
         ("sample", "steps", 0, r"--config\.sample\.steps=0 must be"),
         ("sample", "count", 0, r"--config\.sample\.count=0 must be"),
-        ("sample", "sampler", "dim", r"--config\.sample\.sampler='dim' is not one of ddim, ancestral, heun, dpmpp_2m"),
+        (
+            "sample",
+            "sampler",
+            "dim",
+            r"--config\.sample\.sampler='dim' is not one of ddim, ancestral, heun, dpmpp_2m, euler",
+        ),
         ("process", "path", "strait", r"--config\.process\.path='strait' is not one of linear"),
         ("process", "times", "often", r"--config\.process\.times='often' is not one of uniform"),
         ("process", "snr_splits", (0.25,), r"split=None: .* train one expert at a time, --split=0 to --split=1"),

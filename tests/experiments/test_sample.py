@@ -110,8 +110,17 @@ def test_every_flag_of_the_sampler_reaches_it(run):
     config, spec = RunDir(run.workdir).stored()
     given = {"seed": 5, "steps": 9, "sampler": "heun", "guidance": 1.5, "guidance_low": 0.1, "guidance_high": 0.8}
     given |= {"batch_size": 2, "shift": 2.0, "last": 0.1, "threshold": 0.9}
-    others = {"eta": 0.5, "overstep": 1.25, "clip": True}, {"respacing": "5"}, {}
-    assert {*given, *others[0], *others[1]} == {f.name for f in dataclasses.fields(configs.Sample)} - {"count"}
+    others = (
+        {"eta": 0.5, "overstep": 1.25, "clip": True, "guidance_kind": "rescale", "guidance_rescale": 0.5},
+        {"respacing": "5", "sampler": "unipc", "order": 3, "guidance_kind": "cfg_zero", "guidance_zero_steps": 2},
+        {"rho": 5.0, "sigma_min": 0.01, "sigma_max": 50.0, "sampler": "edm", "churn": 3.0, "churn_low": 0.1}
+        | {"churn_high": 20.0, "churn_noise": 1.01},
+        {"guidance_kind": "apg", "guidance_parallel": 0.1, "guidance_radius": 2.0, "guidance_momentum": -0.5},
+        {},
+    )
+    assert {*given, *(name for other in others for name in other)} == {
+        f.name for f in dataclasses.fields(configs.Sample)
+    } - {"count"}
     for flagged in (given, *others):
         with flagsaver.flagsaver():
             flags.FLAGS.unparse_flags()

@@ -8,6 +8,7 @@ from PIL import Image
 from diffusion import data
 from diffusion.models.vit import ViT
 from diffusion.sample import initial_noise
+from experiments import config as configs
 from experiments import inputs, parts, preflight, report, sampling
 from experiments.parts import DataSpec
 from experiments.run_dir import trained
@@ -138,17 +139,79 @@ def test_noise_on_the_conditioning_image_is_not_the_noise_that_sampling_starts_f
     assert 0.9 < noise.std() < 1.1
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "heun", "dpmpp_2m"])
+SAMPLERS = "ddim ancestral heun dpmpp_2m euler unipc adams_bashforth dpmpp_2m_sde edm"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.split())
 def test_every_sampler_of_the_config_samples(sampler):
     config = tiny_chain()
     config.model = ViT(patch_size=8, width=4, depth=1, heads=1)
     config.sample.sampler, config.sample.clip = sampler, False
+    if sampler == "edm":
+        config.sample.respacing, config.sample.steps, config.sample.rho, config.sample.churn = None, 4, 7.0, 2.0
     run = parts.resolve(config, DataSpec((8, 8, 1)))
     params = jax.tree.map(
         lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), parts.init_params(run)
     )
     images = np.asarray(sampling.sample_fn(run)(params, np.arange(2), np.zeros(2, np.int32)))
     assert images.shape == (2, 8, 8, 1) and len(np.unique(images)) > 10
+
+
+KINDS = {
+    "classifier_free": {},
+    "rescale": {"guidance_rescale": 1.0},
+    "cfg_zero": {"guidance_zero_steps": 2},
+    "apg": {"guidance_radius": 0.5},
+    "apg with momentum": {"guidance_radius": 0.5, "guidance_momentum": -0.5},
+    "cfg_plus_plus": {"guidance": 0.9},
+}
+
+
+def test_every_kind_of_guidance_reaches_the_samples_and_each_is_another():
+    config = tiny_chain()
+    config.process.path, config.process.variance, config.process.vlb_weight = "linear", "fixed_small", 0.0
+    config.process.times, config.model = "uniform", ViT(patch_size=8, width=4, depth=1, heads=1)
+    made = {}
+    for kind, options in KINDS.items():
+        options = {"guidance": 3.0, "guidance_kind": kind.removesuffix(" with momentum"), **options}
+        config.sample = configs.Sample(steps=5, **options)
+        run = parts.resolve(config, DataSpec((8, 8, 1), ("a", "b")))
+        params = jax.tree.map(
+            lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), parts.init_params(run)
+        )
+        made[kind] = np.asarray(sampling.sample_fn(run)(params, np.arange(2), np.arange(2)))
+    stacked = np.stack(list(made.values())).astype(int)
+    assert (np.abs(stacked[:, None] - stacked[None]).sum((2, 3, 4, 5)) > 0).sum() == len(KINDS) * (len(KINDS) - 1)
+
+
+def test_autoguidance_leads_away_from_the_weaker_run(chain_run, tmp_path):
+    """The second average of the run, or that of another run; with itself it changes nothing."""
+    arguments = [f"--workdir={chain_run}", "--num_samples=3", "--guidance=3"]
+    plain, _ = sampled(tmp_path / "plain", *arguments[:2], "--guidance=1")
+    average, _ = sampled(tmp_path / "average", *arguments, "--guide_average=1", "--trajectory")
+    assert not np.array_equal(plain, average)
+    itself, _ = sampled(tmp_path / "itself", *arguments, f"--guide_workdir={chain_run}")
+    assert np.abs(itself.astype(int) - plain).max() <= 1
+    same, _ = sampled(tmp_path / "same", *arguments, f"--guide_workdir={chain_run}", "--guide_average=1")
+    np.testing.assert_array_equal(same, average)
+    for wrong, message in (
+        (["--guide_average=2"], "--guide_average=2: .* has 2, with the decays"),
+        (["--guide_average=1", "--guidance_kind=apg"], "--guidance_kind=apg is of guidance by labels"),
+        (["--guide_average=1", "--guidance=1"], "--guidance=1.0 is no guidance"),
+        (["--guide_workdir=nowhere"], "nowhere"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            sampled(tmp_path / "wrong", *arguments, *wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_run_on_other_data_or_another_path_cannot_guide(chain_run, expert_runs, run):
+    for weaker, message in (
+        (run.workdir, "was trained on other data or on another path"),
+        (expert_runs[0][0], "cannot sample alone|another path"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(chain_run, f"--guide_workdir={weaker}", "--guidance=2")
 
 
 def test_held_out_images_have_the_labels_asked_for():
