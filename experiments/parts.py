@@ -515,7 +515,7 @@ def _guided_sampler(config: Config) -> Callable[[sample.Sampler, Denoise, Any], 
         return None
     if c.clip or c.threshold is not None:
         raise ValueError(
-            f"--config.sample.guidance_momentum={c.guidance_momentum} acts after estimates are clipped and would undo it: "
+            f"--config.sample.guidance_momentum={c.guidance_momentum} acts after estimates are clipped, and undoes it: "
             "leave out sample.clip and sample.threshold, or the momentum"
         )
     options = {"momentum": c.guidance_momentum, "eta": c.guidance_parallel, "radius": c.guidance_radius}
