@@ -20,8 +20,8 @@ class Log:
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._each(lambda tracker: tracker.close())
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        self._each(lambda tracker: tracker.close(error is None))
 
     def rows(self) -> list[dict[str, float]]:
         """The rows logged so far; an incomplete last line, left by a crash, is skipped."""

@@ -95,7 +95,7 @@ def page(folder: RunDir) -> str:
         _config(config),
         _commands(folder, found),
     ]
-    title = f"{config.name}, {config.data.name}"
+    title = f"{folder.path.resolve().name}, {config.data.name}"
     return (
         '<!DOCTYPE html>\n<html lang="en" xmlns="http://www.w3.org/1999/xhtml">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
@@ -114,7 +114,8 @@ def _summary(folder: RunDir, config: Config, found: Mapping[str, Any] | None, ro
         )
     else:
         words = report.paragraph(folder.path, found).split("\nNext: ")[0]
-    return f"<h1>{html.escape(config.name)}</h1>\n<p>{html.escape(words)}</p>"
+    about = f"Config {config.name}, data {config.data.name}. {words}"
+    return f"<h1>{html.escape(folder.path.resolve().name)}</h1>\n<p>{html.escape(about)}</p>"
 
 
 def _samples(folder: RunDir, config: Config, spec: DataSpec, found: Mapping[str, Any]) -> Iterator[str]:
@@ -125,7 +126,7 @@ def _samples(folder: RunDir, config: Config, spec: DataSpec, found: Mapping[str,
     count = f"{found['sample_count']:,} samples" if "sample_count" in found else "the samples"
     yield _figure(
         folder.samples_image,
-        f"Grid of samples of the run {config.name}",
+        f"Grid of samples of the run {folder.path.resolve().name}",
         f"The first of {count}; all are in samples.npz."
         + (" Each column is one class." if 1 < spec.num_classes <= 20 else "")
         + (f" Images show {part}." if part else ""),

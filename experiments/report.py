@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from diffusion.data import Source
-from diffusion.metrics.distances import nearest_ratio
 from diffusion.metrics.features import Extracted, Named, digits, efficientnet, inception
 from diffusion.metrics.report import report as measure
 from diffusion.metrics.seams import has_seams
@@ -25,8 +24,6 @@ ENOUGH = 100
 # Of a data set that is not digits at most so many real images are compared: a large network takes 20 ms for each.
 # They are in memory at once, so they are also at most so many bytes, as float64.
 REAL, REAL_BYTES = 5_000, 4 << 30
-# The nearest training image is looked for in all of them, or not at all if there are more.
-SEARCHED = 100_000
 
 
 def _image_features(images: np.ndarray) -> Extracted:
@@ -151,7 +148,7 @@ def quality(
     real = [display.converted(source, convert) for source in real]
     if features != DIGIT_FEATURES:
         labels = None
-    whole = real[0]
+    training = real[0].images  # a copy of any of them counts
     if features in (IMAGE_FEATURES, None):
         real = _subset(real)
     most = sum(len(source.labels) for source in real) // 2
@@ -159,12 +156,7 @@ def quality(
     if features != DIGIT_FEATURES:
         real = _splittable(real, len(chosen))
     labels = None if labels is None else labels[chosen]
-    values = measure(images[chosen], labels, *real, features=features, patches=patches)
-    if len(real[0].labels) < len(whole.labels):  # a copy of any training image counts
-        if len(whole.labels) <= SEARCHED:
-            values["nearest_ratio"] = nearest_ratio(images[chosen], whole.images, real[1].images)
-        else:
-            values.pop("nearest_ratio", None)
+    values = measure(images[chosen], labels, *real, features=features, patches=patches, training=training)
     return {"measured": len(chosen), **({} if features is None else {"features": features.name}), **values}
 
 

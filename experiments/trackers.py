@@ -18,12 +18,12 @@ class Tracker(NamedTuple):
 
     scalars  (step, {name: value})
     image    (step, name, uint8 [H, W, 3])
-    close    () once, at the end
+    close    (finished) once, at the end: False if the training was stopped or failed
     """
 
     scalars: Callable[[int, Mapping[str, float]], Any]
     image: Callable[[int, str, np.ndarray], Any]
-    close: Callable[[], Any]
+    close: Callable[[bool], Any]
 
 
 def tensorboard(folder: RunDir, name: str, config: Mapping[str, Any]) -> Tracker:
@@ -37,7 +37,9 @@ def tensorboard(folder: RunDir, name: str, config: Mapping[str, Any]) -> Tracker
             writer.add_scalar(each, value, step)
 
     return Tracker(
-        scalars, lambda step, each, image: writer.add_image(each, image, step, dataformats="HWC"), writer.close
+        scalars,
+        lambda step, each, image: writer.add_image(each, image, step, dataformats="HWC"),
+        lambda finished: writer.close(),
     )
 
 
@@ -58,7 +60,7 @@ def wandb(folder: RunDir, name: str, config: Mapping[str, Any]) -> Tracker:
     return Tracker(
         lambda step, values: run.log({"step": step, **values}),
         lambda step, each, image: run.log({"step": step, each: wandb.Image(image)}),
-        run.finish,
+        lambda finished: run.finish(exit_code=0 if finished else 1),
     )
 
 
@@ -72,7 +74,7 @@ def trackio(folder: RunDir, name: str, config: Mapping[str, Any]) -> Tracker:
     return Tracker(
         lambda step, values: trackio.log(dict(values), step=step),
         lambda step, each, image: trackio.log({each: trackio.Image(image)}, step=step),
-        trackio.finish,
+        lambda finished: trackio.finish(),
     )
 
 

@@ -17,6 +17,7 @@ from diffusion.patch import patchify, unpatchify
 from experiments.bench import (
     blog,
     commands,
+    decoding,
     features,
     jax_run,
     metrics,
@@ -380,6 +381,19 @@ def test_another_published_network_is_not_timed(tmp_path):
     torch_unet.train(module, np.ones((2, 8, 8, 3), np.float32), 3, rate=0.1, ema=0.9, **settings)()
     moved = [abs(p.detach() - b).max() for p, b in zip(module.parameters(), before, strict=True)]
     assert min(moved) > 0.05
+
+
+def test_decoding_reads_the_same_pixels_and_notices_others(monkeypatch):
+    # Grain needs flags of the command line.
+    monkeypatch.setattr(decoding.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(decoding, "SIZE", 16)
+    monkeypatch.setattr(decoding, "BATCH", 4)
+    result = decoding.run(images=7, rounds=1)
+    assert result["images"] == 4 and {"diffusion.data", decoding.PILLOW, decoding.ROOF} == set(result["programs"])
+    assert "4 JPEGs of 16x16" in decoding.report(result)
+    monkeypatch.setattr(decoding, "ours", lambda source, order: 0)
+    with pytest.raises(AssertionError, match="Pillow does not compute what ours does"):
+        decoding.run(images=4, rounds=1)
 
 
 def test_metrics_are_compared_with_other_programs(monkeypatch):

@@ -64,7 +64,7 @@ def load(
         to one image of twenty, which are listed in `Source.opened`.
       cache_dir: where to remember which files of a folder were checked, so that they are not read again at the next
         start. None remembers nothing.
-      progress: called now and then while the files of a folder are read: what is done, images done so far, all images.
+      progress: called now and then while files are read or checked: what is done, images done so far, all images.
       value_range: of arrays: the smallest and the largest value that there can be. None is 0 to 255 of uint8; any other
         type needs it.
 
@@ -105,7 +105,7 @@ def load(
     if is_array:
         from diffusion.data import arrays
 
-        return arrays.load(name, split, size, channels, value_range)
+        return arrays.load(name, split, size, channels, value_range, progress)
     from diffusion.data import tfds
 
     return tfds.load(name, split, size, crop, channels, data_dir, memory_limit)

@@ -8,10 +8,12 @@ A file alone is split by `layout`, eq. (1), with the number of an array, "0", "1
 "test", and of more than some dozens, arrays that are appended later do not change the split of the others.
 
 Arrays stay on disk, and those of a batch are read when it is needed. A compressed member of a `.npz`, which `savez`
-does not write and `savez_compressed` does, has to be read as a whole. Values are those of the file, in its own type;
-what is read is checked to lie within the stated range.
+does not write and `savez_compressed` does, has to be read as a whole, once in a process. Values are those of the file,
+in its own type. Unless they are uint8 in 0 .. 255, all of them are read once in a process, when the file is opened, and
+checked to lie within the stated range.
 """
 
+import functools
 import os
 import zipfile
 import zlib
@@ -23,11 +25,12 @@ import numpy as np
 
 from diffusion.data import layout, values
 from diffusion.data.batches import Opened, Source, checked_source
+from diffusion.data.images import Progress
 
 SUFFIXES = (".npy", ".npz")
 LABELS = "_labels"  # after the name of a .npy
 IMAGE_KEYS, LABEL_KEYS, NAMES_KEY = ("images", "x", "arr_0"), ("labels", "y", "arr_1"), "class_names"
-# Of an array whose values are to be checked when it is opened, so much is read at most.
+# Arrays that tell the type and, in messages, the extent of the values; and bytes that are read at once to check all.
 SAMPLE_ARRAYS, SAMPLE_BYTES = 64, 64 << 20
 
 
@@ -42,15 +45,12 @@ class File(NamedTuple):
 
 
 class Mapped:
-    """Arrays of one or several files, read when indexed: `arrays[indices]` is [B, *S, C], as for an array.
+    """Arrays of one or several files, read when indexed: `arrays[indices]` is [B, *S, C], as for an array."""
 
-    Raises ValueError where what is read does not lie within the range of values.
-    """
-
-    def __init__(self, name: str, arrays: Sequence[np.ndarray], rows: np.ndarray, value_range: tuple[float, float]):
+    def __init__(self, arrays: Sequence[np.ndarray], rows: np.ndarray):
         self.shape = (len(rows), *arrays[0].shape[1:])
         self.dtype = arrays[0].dtype.newbyteorder("=")
-        self._name, self._arrays, self._rows, self._range = name, arrays, rows, value_range
+        self._arrays, self._rows = arrays, rows
         self._starts = np.cumsum([0, *map(len, arrays)])
 
     def __len__(self) -> int:
@@ -64,7 +64,6 @@ class Mapped:
             here = which == i
             if here.any():
                 found[here] = array[picked.ravel()[here] - self._starts[i]]
-        values.check_values(self._name, found, self._range, values.FLAG)
         return found.reshape(*picked.shape, *self.shape[1:])
 
 
@@ -74,6 +73,7 @@ def load(
     size: tuple[int, int] | None,
     channels: int | None,
     value_range: Sequence[float] | None,
+    progress: Progress | None = None,
 ) -> Source:
     """The arrays of a split of `name`, "array:PATH"; `diffusion.data.load` documents the other arguments."""
     path = _path(name)
@@ -108,14 +108,14 @@ def load(
         )
     sample = np.concatenate([_sample(file.images) for file in files])
     stated = values.checked_range(f"the arrays of {name}", sample, value_range, values.FLAG)
-    values.check_values(f"the arrays of {name}", sample, stated, values.FLAG)
+    _check_values(f"the arrays of {name}", files, stated, progress)
     labels, class_names = _labels(name, files)
     opened = Opened(
         split=split,
         splits=tuple((each, int((part == each).sum())) for each in ("train", "validation", "test") if each in part),
         notes=tuple(dict.fromkeys(note for file in files for note in file.notes)),
     )
-    images = Mapped(f"the arrays of {name}", [file.images for file in files], rows, stated)
+    images = Mapped([file.images for file in files], rows)
     source = checked_source(name, images, None if labels is None else labels[rows], class_names, opened)
     return source._replace(value_range=stated)
 
@@ -170,7 +170,7 @@ def _read_npz(path: Path) -> File:
         key = found["images"][0]
         images, notes = _mapped(path, archive, key), ()
         if images is None:
-            images = arrays[key]
+            images = _inflated(path, key, _state(path))
             notes = (
                 f"{path.name} is compressed, and read as a whole ({images.nbytes / 1e6:,.0f} MB); np.savez is not",
             )
@@ -205,6 +205,43 @@ def _mapped(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray | None
     # The lengths of the name and of the extra field, which may differ from those in the archive's table.
     begin = member.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
     return np.memmap(path, dtype, "r", begin + header, shape, "F" if fortran else "C")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file is written again: its time in nanoseconds, and its size."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=2)  # a run opens a file once for each of its splits: training and held-out
+def _inflated(path: Path, key: str, state: tuple[int, int]) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as arrays:
+        images = arrays[key]
+    images.flags.writeable = False  # shared by all sources of this file
+    return images
+
+
+_CHECKED: set[tuple[Any, ...]] = set()  # files and ranges whose values were found to fit
+
+
+def _check_values(
+    owner: str, files: Sequence[File], value_range: tuple[float, float], progress: Progress | None
+) -> None:
+    """Raises ValueError if some value of some file lies outside the range, or is NaN."""
+    if values.is_plain(files[0].images.dtype, value_range):
+        return
+    new = [(file.images, (file.path, *_state(file.path), value_range)) for file in files]
+    new = [each for each in new if each[1] not in _CHECKED]
+    done, total = 0, sum(len(images) for images, _ in new)
+    for images, identity in new:
+        at_once = max(SAMPLE_BYTES // max(images[0].nbytes, 1), 1)
+        for i in range(0, len(images), at_once):
+            block = images[i : i + at_once]
+            values.check_values(owner, block, value_range, values.FLAG)
+            done += len(block)
+            if progress:
+                progress("checking values", done, total)
+        _CHECKED.add(identity)
 
 
 def _sample(images: np.ndarray) -> np.ndarray:

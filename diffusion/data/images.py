@@ -19,7 +19,9 @@ from PIL import Image
 
 T = TypeVar("T")
 
-WORKERS = min(8, os.cpu_count() or 1)
+SAMPLED = 16  # images that tell how many bits their values have
+WORKERS = min(8, os.cpu_count() or 1) + 1  # one waits for Python's lock, or for a file
+CHUNK = 8  # images of a task: few, so that the threads end together
 # What Pillow opens and has no pixels of its own: drawings, tables, films.
 NO_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF")
 ORIENTATION = 0x0112  # the EXIF tag
@@ -147,6 +149,26 @@ def described(encoded: Encoded, bad: Sequence[Bad]) -> list[str]:
     return [f"{encoded.describe(i)} ({why})" for i, why in bad]
 
 
+def depth_notes(encoded: Encoded) -> tuple[str, ...]:
+    """A note if the 16-bit images among some of them hold values of 12 bits or less, and so are nearly black."""
+    ids = np.unique(np.linspace(0, encoded.n - 1, min(encoded.n, SAMPLED)).astype(int)).tolist()
+    most: list[int] = []
+
+    def write(row: int, data: bytes) -> None:
+        image = Image.open(io.BytesIO(data))
+        if image.mode.startswith("I"):
+            most.append(int(np.asarray(image).max()))
+
+    _each(encoded, ids, write)  # those that cannot be read are named elsewhere
+    if not most or not 0 < max(most) < 1 << 12:
+        return ()
+    return (
+        f"16-bit images are scaled from 0 .. 65535, but of {len(most)} of them the largest value is {max(most)}, so "
+        f"they are nearly black: multiply them by {(1 << 16) // (1 << max(most).bit_length())}, or save them as an "
+        f'array and state its range, --config.data.range="(0, {(1 << max(most).bit_length()) - 1})"',
+    )
+
+
 @functools.cache
 def suffixes() -> frozenset[str]:
     """The suffixes of the images that Pillow reads here, ".png", ".jpg", ..., in lower case."""
@@ -187,7 +209,7 @@ def _each(
 ) -> list[tuple[int, str]]:
     """Calls use(row, bytes of image ids[row]) for every row, on threads; the rows for which it failed, and why."""
     bad: list[tuple[int, str]] = []
-    chunk = max(1, min(64, -(-len(ids) // WORKERS)))
+    chunk = max(1, min(CHUNK, -(-len(ids) // WORKERS)))
 
     def tried(rows: Sequence[int]) -> None:
         try:
@@ -298,6 +320,8 @@ def _plain(image: Image.Image, channels: int) -> Image.Image:
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     if channels == 4:
         return image.convert("RGBA")
+    if image.mode == {1: "L", 3: "RGB"}[channels] and not image.has_transparency_data:
+        return image  # which `convert` would copy
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

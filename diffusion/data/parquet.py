@@ -75,8 +75,10 @@ def load(
         channels = channels or (1 if all(header.grey for header in headers) else 3)
         size = size or images.common_size(everything, headers)
     rows = np.flatnonzero(np.isin(roles, parts))
-    decoded = images.decode(encoded(rows), size, crop, channels, memory_limit, progress)
-    opened = Opened(split, tuple((role, int((roles == role).sum())) for role in ROLES if role in roles))
+    chosen = encoded(rows)
+    decoded = images.decode(chosen, size, crop, channels, memory_limit, progress)
+    counts = tuple((role, int((roles == role).sum())) for role in ROLES if role in roles)
+    opened = Opened(split, counts, notes=images.depth_notes(chosen))
     if label is None:
         return checked_source(name, decoded, None, (), opened)
     labels = np.concatenate([_labels(table, file, label) for table, file in zip(tables, files, strict=True)])

@@ -97,9 +97,17 @@ def nearest_ratio(samples: np.ndarray, train: Any, held_out: Any) -> float:
     """Median distance of samples [N, ...] to the nearest training image, relative to held-out images, eq. (3).
 
     About 1 if the samples are new images, towards 0 if they are copies of training images. Images that are smoother
-    than real ones are nearer to all others, so a value slightly below 1 does not prove copying. `train` and `held_out`
-    may be the `images` of a `Source`, decoded when indexed: those of `train` are read once, a block at a time, those of
-    `held_out` are kept, in their own type. One block of each is float64.
+    than real ones are nearer to all others, so a value slightly below 1 does not prove copying. The arguments and the
+    errors are those of `nearest_ratios`.
+    """
+    return float(np.median(nearest_ratios(samples, train, held_out)))
+
+
+def nearest_ratios(samples: np.ndarray, train: Any, held_out: Any) -> np.ndarray:
+    """The ratio of each sample [N], whose median is the `nearest_ratio`.
+
+    `train` and `held_out` may be the `images` of a `Source`, decoded when indexed: those of `train` are read once, a
+    block at a time, those of `held_out` are kept, in their own type. One block of each is float64.
 
     Raises:
       ValueError: images of different shapes, no images, a non-finite value, or at least half of the held-out images are
@@ -118,7 +126,7 @@ def nearest_ratio(samples: np.ndarray, train: Any, held_out: Any) -> float:
     expected = float(np.median(np.sqrt(near_held_out)))
     if not expected:
         raise ValueError("at least half of held_out is also in train: pass images that were not used for training")
-    return float(np.median(np.sqrt(near))) / expected
+    return np.sqrt(near) / expected
 
 
 def nearest(samples: np.ndarray, train: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from diffusion.metrics.distances import (
     agreement,
     distance_and_reference,
     kernel_distance,
-    nearest_ratio,
+    nearest_ratios,
     split_real,
 )
 from diffusion.metrics.features import Extracted, Features, inception
@@ -29,6 +29,8 @@ RENAMED = {"floor": "reference", "kernel_floor": "kernel_reference"}  # names th
 AT_ONCE = 1000  # images that are decoded and given to the feature function at once
 # Of more features than these, the interval of the Frechet distance would take minutes, and is left out.
 MOST_RESAMPLED = 256
+# Of more training images than these the nearest ones are not searched.
+MOST_SEARCHED = 100_000
 SLICES = 50  # directions of the sliced distance of each resample
 
 
@@ -82,6 +84,7 @@ def report(
     *,
     features: Features | None,
     patches: tuple[int, int | None] | None = None,
+    training: Any = None,
     repeats: int = 5,
     resamples: int = 100,
     seed: int = 0,
@@ -96,7 +99,8 @@ def report(
     agreement, agreement_0 ..    share whose largest logit is at their label, of all and of each class that occurs;
                                  only with labels, and with a feature function that returns logits
     distance ... class_score     those of `comparison`
-    nearest_ratio                on pixels
+    nearest_ratio                on pixels, with its interval; not of more than MOST_SEARCHED training images.
+                                 `training` has all of them, [M, *S, C], where `train` has only some
     patch_distance, ..reference  `patch_distance` from n real images, and that of n others in place of the samples
     seam, seam_reference         `seams` of the samples, and of n real images, for `patches` (patch_size, stride)
 
@@ -112,7 +116,11 @@ def report(
         raise ValueError(f"measuring needs at least 4 images, better hundreds, not {n}: pass more samples")
     real_labels = np.concatenate([train.labels, held_out.labels])
     part, rest = split_real(real_labels, n, np.random.default_rng(seed))
-    nearest = nearest_ratio(images, train.images, held_out.images)  # before the features, because it checks the shapes
+    training, pixels = train.images if training is None else training, {}
+    if len(training) <= MOST_SEARCHED:  # before the features, because it checks the shapes
+        near = nearest_ratios(images, training, held_out.images)
+        pixels["nearest_ratio"] = float(np.median(near))
+        pixels |= _interval("nearest_ratio", _of_median(near, resamples, seed))
     in_place, seam = _picked(train, held_out, part), {}
     others = _picked(train, held_out, np.random.default_rng(seed).permutation(rest)[:n])
     patch = {"patch_distance": patch_distance(images, others, seed=seed)}
@@ -122,7 +130,7 @@ def report(
         found, real = seams(images, *patches), seams(in_place, *patches)
         seam = {"seam": found.ratio, **_interval("seam", _of_seams(found.sums, resamples, seed))}
         seam["seam_reference"] = real.ratio
-    pixels = {"nearest_ratio": nearest, **patch, **seam}
+    pixels |= patch | seam
     if features is None:
         return pixels
 
@@ -307,6 +315,12 @@ def _of_mean(rows: np.ndarray, resamples: int, seed: int) -> Interval | None:
     if not resamples:
         return None
     return bootstrap(lambda which: rows[which].mean(), len(rows), resamples=resamples, seed=seed)
+
+
+def _of_median(rows: np.ndarray, resamples: int, seed: int) -> Interval | None:
+    if not resamples:
+        return None
+    return bootstrap(lambda which: np.median(rows[which]), len(rows), resamples=resamples, seed=seed)
 
 
 def _of_slices(x: np.ndarray, others: np.ndarray, distance: float, resamples: int, seed: int) -> Interval:

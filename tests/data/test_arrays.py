@@ -65,6 +65,9 @@ def test_a_compressed_npz_is_read_and_says_so(tmp_path):
     np.testing.assert_array_equal(source.images[:], images)
     assert source.num_classes == 0
     assert "a.npz is compressed, and read as a whole" in data.describe(source)
+    assert np.shares_memory(load(tmp_path / "a.npz", "train").images._arrays[0], source.images._arrays[0])
+    np.savez_compressed(tmp_path / "a.npz", images=255 - images)  # another file of this name
+    np.testing.assert_array_equal(load(tmp_path / "a.npz", "all").images[:], 255 - images)
 
 
 def test_a_folder_has_a_file_for_each_split(tmp_path):
@@ -107,23 +110,28 @@ def test_uint8_needs_no_range_and_may_have_one(tmp_path):
     assert "from 0 to 1" in data.describe(load(tmp_path / "masks.npy", value_range=(0, 1)))
 
 
-def test_values_beyond_the_range_are_found_in_the_batch_that_has_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "SAMPLE_ARRAYS", 2)
-    images = np.zeros((40, 3, 2, 1), np.float32)
+def test_all_values_are_checked_when_a_file_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "SAMPLE_BYTES", 3 * 24)  # blocks of three arrays
+    images, seen = np.zeros((40, 3, 2, 1), np.float32), []
     for value, message in {
         1.5: r"values from 0\.0 to 1\.5, outside the stated range 0 to 1",
         np.nan: "hold NaN, 1 in",
     }.items():
         images[20, 1, 1, 0] = value
         np.save(tmp_path / "a.npy", images)
-        source = load(tmp_path / "a.npy", "all", value_range=(0, 1))
-        source.images[:20]
-        with pytest.raises(ValueError, match=message):
-            source.images[[3, 20]]
-        monkeypatch.setattr(arrays, "SAMPLE_ARRAYS", 40)
-        with pytest.raises(ValueError, match=f"the arrays of array:.*{message}"):
-            load(tmp_path / "a.npy", "all", value_range=(0, 1))
-        monkeypatch.setattr(arrays, "SAMPLE_ARRAYS", 2)
+        for _ in range(2):  # what was found bad once is not taken for good
+            with pytest.raises(ValueError, match=f"the arrays of array:.*{message}"):
+                load(tmp_path / "a.npy", "all", value_range=(0, 1))
+    images[20] = 1
+    np.save(tmp_path / "a.npy", images)
+    told = {"progress": lambda *state: seen.append(state)}
+    load(tmp_path / "a.npy", "all", value_range=(0, 1), **told)
+    assert seen[0] == ("checking values", 3, 40) and seen[-1] == ("checking values", 40, 40)
+    seen.clear()
+    load(tmp_path / "a.npy", "train", value_range=(0, 1), **told)
+    assert not seen  # once in a process
+    with pytest.raises(ValueError, match="outside the stated range 0 to 0.5"):
+        load(tmp_path / "a.npy", "all", value_range=(0, 0.5))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from diffusion import data
+from diffusion.data import images
 
 
 def save(path, array, **options):
@@ -205,6 +206,19 @@ def test_16_bit_and_1_bit_grey_are_scaled(tmp_path):
     save(tmp_path / "0.png", np.array([[0, 255, 32896, 65535]], np.uint16))
     Image.fromarray(np.array([[False, True, False, True]])).save(tmp_path / "1.png")
     assert folder(tmp_path).images[:, 0, :, 0].tolist() == [[0, 1, 128, 255], [0, 255, 0, 255]]
+
+
+def test_16_bit_images_with_values_of_12_bits_are_said(tmp_path):
+    for i in range(20):
+        save(tmp_path / f"{i:02d}.png", np.full((2, 2), 100 * i, np.uint16))
+    assert "of 16 of them the largest value is 1900, so they are nearly black: multiply them by 32" in data.describe(
+        folder(tmp_path)
+    )
+    save(tmp_path / "19.png", np.full((2, 2), 4096, np.uint16))
+    assert not folder(tmp_path).opened.notes
+    for i in range(20):
+        save(tmp_path / f"{i:02d}.png", grey(1))
+    assert not folder(tmp_path).opened.notes
 
 
 def test_channels_are_common_or_as_requested(tmp_path):
@@ -528,6 +542,7 @@ def counted(monkeypatch):
 
 
 def test_a_second_start_reads_no_file_that_was_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "SAMPLED", 0)  # but for some that tell how many bits their values have
     for i in range(10):
         save(tmp_path / "images" / f"{i}.png", coloured(i, (6, 8)))
     options = {"cache_dir": tmp_path / "cache", "memory_limit": 1}

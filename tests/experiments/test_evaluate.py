@@ -130,13 +130,9 @@ def test_of_many_real_images_some_are_compared(installed, monkeypatch):
     monkeypatch.setattr(inputs, "source", lambda config, split="train": sources[split])
     monkeypatch.setattr(report, "REAL", 30)
     given = []
-    monkeypatch.setattr(report, "measure", lambda *a, **k: given.extend(a[2:]) or {})
-    monkeypatch.setattr(report, "nearest_ratio", lambda x, train, held_out: (len(x), len(train), len(held_out)))
+    monkeypatch.setattr(report, "measure", lambda *a, **k: given.extend(a[2:]) or {"searched": len(k["training"])})
     found = report.quality(configs.Config(), images[:40], None, installed)
-    assert found["measured"] == 15 and found["nearest_ratio"] == (15, 60, 10)  # copies of any training image count
-    monkeypatch.setattr(report, "SEARCHED", 50)
-    given.clear()
-    assert "nearest_ratio" not in report.quality(configs.Config(), images[:40], None, installed)
+    assert found["measured"] == 15 and found["searched"] == 60  # copies of any training image count
     train, test = (source.images[:, 0, 0, 0] for source in given)
     assert (len(train), len(test)) == (20, 10) and max(train) < 60 <= min(test)
     assert len({*train, *test}) == 30

@@ -63,7 +63,8 @@ def test_the_table_has_the_numbers_of_the_report(run, whole):
     assert rows["Frechet distance"][2] == f"{found['reference']:.2f}"
     assert rows["Kernel distance"][2] == f"{found['kernel_reference']:.4f}"
     assert rows["Recall"][2] == f"{found['recall_reference']:.1%}"
-    assert rows["Nearest ratio"] == (f"{found['nearest_ratio']:.2f}", "", None)
+    interval = f"{found['nearest_ratio_low']:.2f} to {found['nearest_ratio_high']:.2f}"
+    assert rows["Nearest ratio"] == (f"{found['nearest_ratio']:.2f}", interval, None)
     assert len(rows) == 13
 
 
@@ -73,7 +74,7 @@ def test_names_that_look_like_html_are_shown_as_they_are(copy):
     stored["name"], stored["data_spec"]["class_names"][0] = odd, odd
     (copy / "config.json").write_text(json.dumps(stored))
     root = parsed(RunDir(copy))
-    assert texts(root, "h1") == [odd]
+    assert texts(root, "h1") == [copy.name] and f"Config {odd}, data mnist5k." in texts(root, "p")[0]
     assert any(odd in image.get("alt") for image in root.iter(f"{NAMESPACE}img"))
 
 

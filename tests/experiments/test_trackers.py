@@ -41,7 +41,7 @@ def test_every_tracker_is_told_numbers_and_images_and_closed_also_after_an_error
         trackers.Tracker(
             lambda step, values, to=to: to.append((step, dict(values))),
             lambda step, name, image, to=to: to.append((step, name, image.shape, image.dtype)),
-            lambda to=to: to.append("closed"),
+            lambda finished, to=to: to.append(finished),
         )
         for to in heard
     ]
@@ -52,7 +52,7 @@ def test_every_tracker_is_told_numbers_and_images_and_closed_also_after_an_error
             written.image(2, "samples", np.zeros(shape, np.uint8))
         raise FloatingPointError
     images = [(2, "samples", (4, 5, 3), np.uint8)] * 3
-    assert heard[0] == heard[1] == [(1, {"loss": 0.5}), (2, {"report/distance": 3.0}), *images, "closed"]
+    assert heard[0] == heard[1] == [(1, {"loss": 0.5}), (2, {"report/distance": 3.0}), *images, False]
     assert written.rows() == [{"step": 1, "loss": 0.5}]
 
 
@@ -63,12 +63,12 @@ def test_a_tracker_that_fails_is_left_out_and_ends_nothing(tmp_path, capsys):
     heard = []
     followers = [
         trackers.Tracker(fail, fail, fail),
-        trackers.Tracker(lambda step, values: heard.append(step), fail, lambda: heard.append("closed")),
+        trackers.Tracker(lambda step, values: heard.append(step), fail, heard.append),
     ]
     with log.Log(tmp_path / "metrics.jsonl", followers) as written:
         for step in (1, 2):
             written.scalars(step, {"loss": 0.5})
-    assert heard == [1, 2, "closed"] and len(written.rows()) == 2
+    assert heard == [1, 2, True] and len(written.rows()) == 2
     assert capsys.readouterr().out == "a tracker failed and is left out from here on: ConnectionError: no network\n"
 
 

@@ -38,7 +38,7 @@ NUMBERS = {
 DISTANCES = {"distance", "kernel_distance", "sliced_distance"}
 NEIGHBOURS = {"precision", "recall", "density", "coverage"}
 NUMBERS |= NEIGHBOURS | {f"{name}_reference" for name in NEIGHBOURS}
-NUMBERS |= {f"{name}_{end}" for name in NEIGHBOURS | DISTANCES for end in ("low", "high")}
+NUMBERS |= {f"{name}_{end}" for name in NEIGHBOURS | DISTANCES | {"nearest_ratio"} for end in ("low", "high")}
 AGREEMENT = {"agreement", "agreement_low", "agreement_high"}
 SCORES = {"class_score", "class_score_reference"}
 
@@ -92,7 +92,7 @@ def test_report_of_real_digits_and_of_noise(digits, features):
     for name in NEIGHBOURS | {"sliced", "class_score"}:
         value = real["sliced_distance" if name == "sliced" else name]
         assert value == pytest.approx(real[f"{name}_reference"], rel=0.4), name
-    for name in NEIGHBOURS | DISTANCES | {"agreement", "seam"}:
+    for name in NEIGHBOURS | DISTANCES | {"agreement", "seam", "nearest_ratio"}:
         assert real[f"{name}_low"] <= real[name] <= real[f"{name}_high"], name
     assert real["agreement"] == pytest.approx(np.mean([real[f"agreement_{c}"] for c in range(10)]))
 
@@ -114,6 +114,23 @@ def test_report_of_copies_with_some_wrong_labels(digits, features):
     assert copied["nearest_ratio"] == 0
     assert copied["agreement"] == 0.9 and copied["agreement_0"] == 0.5 and "agreement_1" not in copied
     assert all(copied[f"agreement_{c}"] == 1 for c in range(2, 10))
+
+
+def test_the_nearest_are_searched_in_all_training_images_but_not_in_too_many(monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 4, 4, 1), dtype=np.uint8)
+    train, held_out, samples = data.from_arrays(images[:20]), data.from_arrays(images[40:]), images[20:30]
+    apart = report(samples, None, train, held_out, features=None)
+    assert 0.7 < apart["nearest_ratio_low"] < apart["nearest_ratio"] < apart["nearest_ratio_high"] < 1.3
+    copies = report(samples, None, train, held_out, features=None, training=images[:40])
+    assert copies["nearest_ratio"] == 0
+    monkeypatch.setattr(module, "MOST_SEARCHED", 39)
+    left_out = report(samples, None, train, held_out, features=None, training=images[:40])
+    assert {name for name in copies if name not in left_out} == {
+        "nearest_ratio",
+        "nearest_ratio_low",
+        "nearest_ratio_high",
+    }
 
 
 def test_report_with_features_of_your_own_for_images_of_any_size_and_without_labels():
@@ -164,7 +181,8 @@ def test_report_is_the_sum_of_its_parts():
         ),
     }
     pixels_alone = report(fakes, None, train, held_out, features=None, repeats=2, seed=3)
-    assert pixels_alone == {name: values[name] for name in ("nearest_ratio", "patch_distance", "patch_reference")}
+    shown = ("nearest_ratio", "nearest_ratio_low", "nearest_ratio_high", "patch_distance", "patch_reference")
+    assert pixels_alone == {name: values[name] for name in shown}
     for name in ("patch_distance", "patch_reference"):  # sums in another order
         np.testing.assert_allclose(values.pop(name), expected.pop(name), rtol=1e-12)
     ends = {f"{name}_{end}" for name in expected for end in ("low", "high")}
@@ -227,7 +245,7 @@ def test_images_are_read_and_extracted_in_blocks(monkeypatch):
     train, held_out = (data.from_arrays(x) for x in (images[:40], images[40:70]))
     whole = report(images[70:], None, train, held_out, features=pixels, patches=(2, None))
     monkeypatch.setattr(module, "AT_ONCE", 7)
-    monkeypatch.setattr(module.nearest_ratio.__globals__["blocks"], "ROWS", 9)
+    monkeypatch.setattr(module.nearest_ratios.__globals__["blocks"], "ROWS", 9)
     decoded = Decoded(train.images)
     parts = report(
         images[70:], None, train._replace(images=decoded), held_out, features=pixels, patches=(2, None), resamples=0
