@@ -94,8 +94,8 @@ class Parts(NamedTuple):
     grid: np.ndarray  # [steps + 1]
     guidance: Callable[[Denoise, Any], Denoise]  # (denoiser, null condition) -> denoiser; of conditional networks
     guidance_scale: guide.Scale
-    # (sampler, denoiser, null condition) -> sampler: in place of `guidance`, where it has a memory.
-    guided_sampler: Callable[[sample.Sampler, Denoise, Any], sample.Sampler] | None
+    # (sampler, denoiser, null condition, prediction=) -> sampler: in place of `guidance`, where that has a memory.
+    guided_sampler: Callable[..., sample.Sampler] | None
     threshold: Callable[[Denoise], Denoise] | None
     sample_seed: int
 
@@ -509,7 +509,7 @@ def _plus_plus(config: Config, path: process.Path, grid: np.ndarray) -> guide.Sc
         return guide.interval(scale, c.guidance_low, c.guidance_high)
 
 
-def _guided_sampler(config: Config) -> Callable[[sample.Sampler, Denoise, Any], sample.Sampler] | None:
+def _guided_sampler(config: Config) -> Callable[..., sample.Sampler] | None:
     c = config.sample
     if not c.guidance_momentum:
         return None
@@ -519,8 +519,7 @@ def _guided_sampler(config: Config) -> Callable[[sample.Sampler, Denoise, Any], 
             "leave out sample.clip and sample.threshold, or the momentum"
         )
     options = {"momentum": c.guidance_momentum, "eta": c.guidance_parallel, "radius": c.guidance_radius}
-    scale, prediction = _guidance_scale(config), config.process.prediction
-    return lambda sampler, denoise, null: cfg.apg_momentum(sampler, denoise, null, scale, prediction, **options)
+    return partial(cfg.apg_momentum, scale=_guidance_scale(config), **options)
 
 
 def _threshold(config: Config, path: process.Path) -> Callable[[Denoise], Denoise] | None:

@@ -58,7 +58,7 @@ def guided(parts: Parts, denoise: Denoise, weak: Parts | None = None) -> sampler
     """The sampler for `denoiser`'s result, which guides too where guidance has a memory."""
     if weak is not None or not parts.spec.num_classes or not parts.guided_sampler:
         return parts.sampler
-    return parts.guided_sampler(parts.sampler, denoise, parts.spec.num_classes)
+    return parts.guided_sampler(parts.sampler, denoise, parts.spec.num_classes, prediction=parts.prediction)
 
 
 def sample_fn(

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.grids import karras_grid, logsnr_grid, respaced_grid, shifted_grid, uniform_grid
+from diffusion.grids import karras_grid, logsnr_grid, respaced_grid, rho_grid, shifted_grid, uniform_grid
 from diffusion.process import VP, Cosine, Linear, linear_betas, logsnr, times_of_snr
 
 
@@ -119,6 +119,23 @@ def test_edms_grid():
     edm = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     np.testing.assert_allclose(grid, np.append(edm, 0), rtol=1e-12)
     np.testing.assert_allclose(grid[[0, 17, 18]], [80, 0.002, 0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("path", "span"), [(Linear(), (0.0, 1.0)), (VP(linear_betas(1000)), (0.0, 1.0)), (exploding, (0.0, 99.0))]
+)
+def test_edms_grid_on_any_path_has_the_same_ratios_of_noise(path, span):
+    grid = rho_grid(path, 12, 80.0, 0.02, 5.0, span)
+    alpha, sigma = path(jnp.asarray(grid[:-1], jnp.float32))
+    np.testing.assert_allclose(sigma / alpha, karras_grid(12, 80.0, 0.02, 5.0)[:-1], rtol=1e-3)
+    assert grid[-1] == 0 and grid.dtype == np.float64
+
+
+def test_a_grid_that_a_path_does_not_reach_is_refused():
+    with pytest.raises(ValueError, match=r"sigma / alpha from high=100.0 to low=0.1: .* stays above 0.0001 up to t=1"):
+        rho_grid(exploding, 5, 100.0, 0.1)
+    with pytest.raises(ValueError, match="low=2.0 must lie between 0 and high=1.0"):
+        rho_grid(Linear(), 5, 1.0, 2.0)
 
 
 def test_a_uniform_grid_may_begin_beyond_1():

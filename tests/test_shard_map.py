@@ -7,7 +7,7 @@ import sys
 PROGRAM = """
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
-from diffusion import experts, grids, process, sample
+from diffusion import experts, grids, process, sample, solvers
 from diffusion.patch import fold, patchify, unpatchify
 
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -39,14 +39,16 @@ for ours, wanted in zip(jax.jit(sharded)(params, images, t), jax.value_and_grad(
     np.testing.assert_allclose(ours, wanted, atol=1e-6)
 assert (np.abs(wanted[1]).max() == 0) and (np.abs(wanted[jnp.array([0, 2])]) > 0).all()
 
-# A sampler with a memory, which must vary over the mesh as its images do.
+# Samplers with a memory, which must vary over the mesh as its images do, and one that searches a time.
 pick = experts.experts([partial(network, params[k]) for k in range(3)], np.array([0.3, 0.6], np.float32))
-def run(a):
+def run(sampler, a):
     keys = sample.sample_keys(jax.random.key(0), a[1])
     return sample.sample(keys, pick, process.Linear(), a[0], grids.uniform_grid(3, 0.9), prediction="v",
-                         sampler=sample.dpmpp_2m())
+                         sampler=sampler)
 a = images, jnp.arange(4)
-np.testing.assert_allclose(jax.jit(split(run))(a), jax.jit(run)(a), atol=1e-6)
+for sampler in sample.dpmpp_2m(), solvers.unipc(), solvers.adams_bashforth(), solvers.dpmpp_2m_sde(), solvers.edm(0.3):
+    of = partial(run, sampler)
+    np.testing.assert_allclose(jax.jit(split(of))(a), jax.jit(of)(a), atol=1e-6)
 print("done")
 """
 

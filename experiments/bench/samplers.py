@@ -128,9 +128,7 @@ def opened(path: str | None, run: Trained | None, sizes: dict[str, int]) -> dict
     found["run"] = found.get("run") or about
     for name, value in (sizes | ({"run": about} if run else {})).items():
         if found.get(name) != value:
-            raise ValueError(
-                f"--json={path} holds results for {name}={found.get(name)}, not {value}: pass another file"
-            )
+            raise ValueError(f"--json={path} holds results of {name}={found.get(name)}, not {value}: pass another file")
     return found
 
 

@@ -169,8 +169,7 @@ KINDS = {
 
 def test_every_kind_of_guidance_reaches_the_samples_and_each_is_another():
     config = tiny_chain()
-    config.process.path, config.process.variance, config.process.vlb_weight = "linear", "fixed_small", 0.0
-    config.process.times, config.model = "uniform", ViT(patch_size=8, width=4, depth=1, heads=1)
+    config.process, config.model = configs.Process(), ViT(patch_size=8, width=4, depth=1, heads=1)
     made = {}
     for kind, options in KINDS.items():
         options = {"guidance": 3.0, "guidance_kind": kind.removesuffix(" with momentum"), **options}
