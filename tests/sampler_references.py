@@ -87,7 +87,8 @@ def main() -> None:
         out.append(x.numpy())
     found["edm_euler"] = np.stack(out)
 
-    # One last step with noise; theirs evaluates the network before it adds the noise, so the estimate is given to it.
+    # One last step with noise, from 0 so that it shows; theirs evaluates the network before it adds the noise, so the
+    # estimate is given to it.
     euler = diffusers.EDMEulerScheduler()
     euler.set_timesteps(STEPS)
     euler.set_begin_index(STEPS - 1)
@@ -95,7 +96,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(x1.shape, generator=torch.Generator().manual_seed(0))
     options = {"s_churn": 2.4, "s_noise": 1.007}
-    churned = euler.step(torch.zeros(x1.shape), euler.timesteps[-1], torch.tensor(x1), generator=generator, **options)
+    churned = euler.step(
+        torch.zeros(x1.shape), euler.timesteps[-1], torch.zeros(x1.shape), generator=generator, **options
+    )
     found |= {"churned": churned.prev_sample.numpy(), "churned_z": drawn.numpy()}
     np.savez(FILE, **found)
     print(f"{FILE}: {', '.join(found)}")

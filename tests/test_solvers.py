@@ -186,7 +186,7 @@ def test_a_step_with_churn_matches_diffusers(stored, monkeypatch):
     given_noise(monkeypatch, stored["churned_z"][None])
     denoise = lambda xt, t, y: 0.5 * xt + 0.1 * expand(t, xt)  # noqa: E731
     sampler = edm(2.4 / STEPS, noise=1.007, span=(0.0, 80.0))
-    ours = walk(sampler, predictor(denoise, path, "x0"), path, jnp.asarray(stored["x1"]), [0.002, 0.0])
+    ours = walk(sampler, predictor(denoise, path, "x0"), path, jnp.zeros_like(stored["x1"]), [0.002, 0.0])
     close(ours[0], stored["churned"], 1e-5)
 
 
