@@ -59,6 +59,10 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     command.start()
+    if _REFERENCE.value is not None and not _REFERENCE.value.strip():
+        raise ValueError(
+            "--reference= names nothing; if it is a shell variable, it may not be set. Leave it out, or pass one"
+        )
     config, path, labelled, patches, spec = Config(), Path(_SAMPLES.value or ""), True, None, DataSpec((28, 28, 1))
     if command.has_workdir() or not (_SAMPLES.value or _SAVE_REFERENCE.value):
         folder = RunDir(command.workdir())
@@ -232,7 +236,7 @@ def table(path: Path, images: np.ndarray, values: dict[str, Any], features: str 
     """The numbers, a line each, with 95 % intervals and what to compare them with, and why they may mislead."""
     warnings = cautions(images, values)
     if values["measured"] < report.ENOUGH:
-        warnings.append(report.caution(values["measured"], "experiments.sample --num_samples"))
+        warnings.append(report.caution(values["measured"], "experiments.sample --num_samples, and here --samples=FILE"))
     on = f"{values['feature_count']:.0f} features ({features})" if features else "pixels"
     title = f"{values['measured']:,} images of {path}, against {reference}, on {on}"
     return "\n".join([title, "", *lines(values, features), *(f"\n{each}" for each in warnings)])

@@ -128,7 +128,7 @@ def _samples(folder: RunDir, config: Config, spec: DataSpec, found: Mapping[str,
         folder.samples_image,
         f"Grid of samples of the run {folder.path.resolve().name}",
         f"The first of {count}; all are in samples.npz."
-        + (" Each column is one class." if 1 < spec.num_classes <= 20 else "")
+        + (f" Columns are the classes {', '.join(spec.class_names)}." if 1 < spec.num_classes <= 20 else "")
         + (f" Images show {part}." if part else ""),
     )
     if folder.film_strip.exists():
@@ -150,7 +150,8 @@ def _numbers(found: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
     features = found.get("features", digits.NAME)
     on = f", in {found.get('feature_count', 64):.0f} features of {html.escape(features)}" if "distance" in found else ""
     yield (
-        f"<p>{found.get('measured', found['sample_count']):,} samples against real images{on}. “Real images” is what "
+        f"<p>{found.get('measured', found['sample_count']):,} samples against real images, both those of the training "
+        f"and held-out ones{on}. “Real images” is what "
         "as many real images reach in the place of the samples. Below a value: its 95 % bootstrap interval.</p>"
     )
     if found.get("sample_non_finite"):

@@ -14,6 +14,10 @@ class _Parser(flags.ArgumentParser):
     """Reads a path, or several with commas between them: ~ is the home folder, which a shell leaves after "="."""
 
     def parse(self, argument: str) -> str:
+        if not argument.strip():
+            raise ValueError(
+                "it names nothing; if it is a shell variable, it may not be set. Leave the flag out, or pass a path"
+            )
         return ",".join(map(os.path.expanduser, argument.split(",")))
 
 

@@ -135,7 +135,7 @@ def quality(
     The logits of digits are compared with the labels; other networks know other classes. At most half as many samples
     as there are real images are measured, chosen at random, since as many real images are compared with the other half.
     `measured` is their number. With EfficientNet-Lite0, or without features, at most `REAL` real images are compared.
-    Real images that are not digits are split without regard to their classes where one has too few for an equal share.
+    Real digits in the place of the samples have their classes; other real images have the shares of all of them.
 
     Raises:
       TypeError, ValueError: the samples are of another format, or too few; see `diffusion.metrics.report.report`.
@@ -153,8 +153,6 @@ def quality(
         real = _subset(real)
     most = sum(len(source.labels) for source in real) // 2
     chosen = np.random.default_rng(0).permutation(len(images))[:most] if len(images) > most else np.arange(len(images))
-    if features != DIGIT_FEATURES:
-        real = _splittable(real, len(chosen))
     labels = None if labels is None else labels[chosen]
     values = measure(images[chosen], labels, *real, features=features, patches=patches, training=training)
     return {"measured": len(chosen), **({} if features is None else {"features": features.name}), **values}
@@ -172,15 +170,6 @@ def _subset(real: list[Source]) -> list[Source]:
         rows = np.sort(np.random.default_rng(0).permutation(n)[: max(n * most // total, 2)])
         found.append(source._replace(images=source.images[rows], labels=source.labels[rows]))
     return found
-
-
-def _splittable(real: list[Source], n: int) -> list[Source]:
-    """The sources, as of one class if some class has fewer images than its share of n."""
-    counts = np.bincount(np.concatenate([source.labels for source in real]))
-    counts = counts[counts > 0]
-    if min(counts) >= -(-n // len(counts)):
-        return real
-    return [source._replace(labels=np.zeros_like(source.labels)) for source in real]
 
 
 def paragraph(workdir: Path, report: dict[str, Any]) -> str:
@@ -218,7 +207,9 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
     if report.get("agreement") is not None:
         words.append(f"An independent classifier reads the label as given in {report['agreement']:.1%} of them.")
     if report.get("measured", ENOUGH) < ENOUGH:
-        words.append(caution(report["measured"], "--config.sample.count"))
+        words.append(
+            caution(report["measured"], "experiments.sample --num_samples, and experiments.evaluate --samples")
+        )
     folder = RunDir(workdir)
     words.append(f"Report: {folder.page}; images: {folder.samples_image}; arrays: {folder.samples}.")
     enlarges = " --base_samples=runs/NAME/samples.npz" if report.get("condition") else " --num_samples=64 --trajectory"

@@ -245,7 +245,7 @@ def test_patch(tmp_path, monkeypatch, compiled):
 
 
 def test_patch_as_a_command_knows_its_flags():
-    command = [sys.executable, "-m", "experiments.bench.patch", "--rounds=1", "--json=", "--cases=none"]
+    command = [sys.executable, "-m", "experiments.bench.patch", "--rounds=1", "--cases=none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "--cases=['none'] are not among" in done.stdout + done.stderr
 
@@ -292,6 +292,7 @@ def test_the_first_step_of_the_main_job_ends_it(tmp_path):
     assert list(tmp_path.iterdir())  # the cache that a next start finds
 
 
+@pytest.mark.slow
 def test_a_main_job_that_cannot_start_is_told(tmp_path):
     with pytest.raises(ValueError, match="made no first step(.|\n)*--config.model.depht"):
         startup.first_step(["--config.model.depht=1"], str(tmp_path))
@@ -310,6 +311,7 @@ def linear_unet(*, patch_size, dtype, **fields):
     return models.Model(init, apply)
 
 
+@pytest.mark.slow
 def test_patch_size(tmp_path, monkeypatch):
     monkeypatch.setattr(patch_size_cases, "unet", linear_unet)
     fields = {"num_channels": 8, "channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": [4]}

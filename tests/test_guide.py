@@ -236,6 +236,7 @@ def test_clip_changes_nothing_inside_and_is_finite_without_noise(key):
     np.testing.assert_allclose(clipped(xt, t), xt, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dynamic_thresholding_matches_diffusers(key):
     torch = pytest.importorskip("torch", reason="diffusers needs torch: pip install 'patch-diffusion[torch]'")
     from diffusers import DDIMScheduler

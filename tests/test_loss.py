@@ -148,6 +148,7 @@ def test_plain_errors_are_weightings():
     np.testing.assert_allclose(losses.weighting("snr+1", "v")(coef), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_min_snr_matches_diffusers():
     pytest.importorskip("torch", reason="diffusers needs torch: pip install 'patch-diffusion[torch]'")
     import torch
@@ -207,6 +208,7 @@ def test_the_variational_term_trains_the_variance_and_leaves_the_prediction_to_t
     assert grads["v"] != 0 and plain["v"] == 0
 
 
+@pytest.mark.slow
 def test_a_variational_term_has_a_weight_or_is_the_whole_loss(x0):
     params = {"pred": jnp.float32(0.4), "v": jnp.float32(0.1)}
     value, parts = variational(params, x0)
@@ -336,6 +338,7 @@ def test_impossible_time_samplers_are_refused(make):
         make()
 
 
+@pytest.mark.slow
 def test_without_times_a_variational_term_is_measured_at_those_of_its_chain(key):
     chain, x0 = respaced_grid("", 20), jnp.zeros((400, 2, 1))
     _, found = losses.loss(

@@ -174,6 +174,7 @@ def test_muons_weight_decay_acts_on_its_matrices(some):
         np.testing.assert_allclose(update, -0.05 if two_matrices(params)[name] else 0.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_muons_clipping_bounds_the_gradient_norm(some):
     params, grads = some
     options = dict(hidden=two_matrices, eps=1.0, schedule="constant")  # so that Adam's step depends on the size

@@ -205,6 +205,7 @@ def test_networks_of_64x64_images_in_patches_of_4(fields):
     assert [leaf.shape for leaf in jax.tree.leaves(out)] == [(2, 64, 64, 3)] * (1 + ("process__variance" in fields))
 
 
+@pytest.mark.slow
 def test_classes_named_by_words_are_numbered(tmp_path):
     for name in ("n02084071", "n01440764", "n01443537"):
         (tmp_path / name).mkdir()
@@ -248,6 +249,7 @@ def test_every_gradient_of_a_float16_network_is_unscaled():
     assert np.abs(moved[0]["classes"]["embedding"][3]).max() > 0
 
 
+@pytest.mark.slow
 def test_super_resolution_samples_with_a_learned_variance():
     config = unet(process__variance="learned_sigmoid", process__vlb_weight=1.0, condition__size=(4, 4))
     run, params, low = resolved(config), random_params(config), uint8_images(4)[:, ::2, ::2]
@@ -292,6 +294,7 @@ def test_likelihood_makes_its_folder_before_it_measures(tmp_path, monkeypatch):
         likelihoods.measure(Trained(config, SPEC, random_params(config), 0), tmp_path / "file" / "below")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prediction", "clock"),
     [("x0", "1000 t"), ("eps", "index"), ("v", "1 - t"), ("flow", "index")],
@@ -362,6 +365,7 @@ def test_every_import_is_used():
     assert not idle
 
 
+@pytest.mark.slow
 def test_more_than_ten_experts_train_on_the_times_that_they_sample_at():
     config = vit(process__snr_splits=tuple(2.0 ** np.arange(6, -6, -1)), process__steps=1000)
     for config.process.times, config.process.split in (("grid", 1), ("grid", 11), ("uniform", 12)):
@@ -371,6 +375,7 @@ def test_more_than_ten_experts_train_on_the_times_that_they_sample_at():
             np.testing.assert_array_equal(experts.expert_of(run.bounds, jnp.asarray(times)), config.process.split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("splits", "split", "message"),
     [
@@ -388,6 +393,7 @@ def test_experts_that_do_not_fit_are_refused(splits, split, message):
         preflight.check(config)
 
 
+@pytest.mark.slow
 def test_pure_noise_has_an_expert():
     """On a path that ends with an SNR of 0."""
     config = vit(process__snr_splits=(4.0, 0.25))

@@ -135,6 +135,7 @@ def test_dpmpp_2m_is_of_second_order_in_steps_of_log_snr(key):
     np.testing.assert_allclose(np.log2([errors[0] / errors[1], errors[1] / errors[2]]), 2, atol=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(("prediction", "theirs"), [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")])
 def test_dpmpp_2m_matches_diffusers(key, prediction, theirs):

@@ -24,6 +24,7 @@ def test_times_lie_in_the_unit_interval_and_depend_on_the_key(key, name):
     assert (a != b).any()
 
 
+@pytest.mark.slow
 def test_time_samplers_have_their_distributions(key):
     a, b, c, d = jax.random.split(key, 4)
     np.testing.assert_allclose(jnp.quantile(times.uniform_times(a, 20000), 0.25), 0.25, atol=0.01)
@@ -86,6 +87,7 @@ def test_every_step_of_a_long_chain_finds_its_row():
     np.testing.assert_array_equal(state.losses[:, 0], np.arange(1000))
 
 
+@pytest.mark.slow
 def test_losses_of_zero_leave_the_times_uniform(key):
     _, weight = times.history_times(filled([0.0, 0.0]))(key, 5)
     np.testing.assert_array_equal(weight, 1)

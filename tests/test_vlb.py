@@ -44,6 +44,7 @@ def exact(images):
     return code(images)
 
 
+@pytest.mark.slow
 def test_terms_of_a_gaussian_are_those_in_closed_form(exact):
     """KL of two Gaussians of one variance: on average on_x0^2 Var(x0 | xt) / (2 var)."""
     t, s = jnp.asarray(CHAIN[:-2], jnp.float32), jnp.asarray(CHAIN[1:-1], jnp.float32)
@@ -101,6 +102,7 @@ def test_parts_add_up(images, exact):
     np.testing.assert_allclose(half.prior, expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_image_is_coded_alike_among_others(images):
     keys, denoise = sample_keys(jax.random.key(1), jnp.arange(4)), gaussian_denoiser("x0")
     chain, kind = respaced_grid("5", 200), {"prediction": "x0", "variance": "fixed_large"}
@@ -201,6 +203,7 @@ def test_the_decoder_gives_all_256_levels_a_mass_of_one(mean, deviation):
         assert abs(levels[jnp.argmax(mass)] - mean) < 0.03 + 1 / 255
 
 
+@pytest.mark.slow
 def test_terms_and_their_gradients_are_finite_at_both_ends_of_the_chain(key):
     path, grid = VP(linear_betas(20)), np.arange(20, -1, -1) / 20
     x0 = jnp.clip(jax.random.normal(key, (2, 3, 4)), -1, 1)

@@ -188,8 +188,9 @@ def common_size(encoded: Encoded, headers: Sequence[Header]) -> tuple[int, int]:
                 f"images of {encoded.name} differ in size: {encoded.describe(0)} is {first[0]}x{first[1]}, "
                 f"{encoded.describe(i)} is {header.height}x{header.width}; heights are {heights[0]} to {heights[-1]} "
                 f"(median {heights[len(heights) // 2]}), widths {widths[0]} to {widths[-1]} (median "
-                f"{widths[len(widths) // 2]}). Set one size: --config.data.size=64, with --config.data.crop=center or "
-                "resize"
+                f"{widths[len(widths) // 2]}). Set one size: "
+                '--config.data.size="(64, 64)", with --config.data.crop=center '
+                "or resize"
             )
     return first
 

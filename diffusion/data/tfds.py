@@ -96,6 +96,10 @@ def _open(name: str, root: Path) -> tfds.core.DatasetBuilder:
 
 def _unknown(name: str) -> ValueError:
     base = name.split("/")[0].split(":")[0]
+    if not base or base in (".", "..", "~"):
+        return ValueError(
+            f"{name!r} is not the name of a data set; a folder of images is --config.data.name=folder:{name}"
+        )
     near = difflib.get_close_matches(base, tfds.list_builders(with_community_datasets=False), 3, 0.5)
     hint = f"nearest names: {', '.join(near)}; " if near else ""
     return ValueError(

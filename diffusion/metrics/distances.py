@@ -144,16 +144,23 @@ def nearest(samples: np.ndarray, train: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distance_and_reference(
-    samples: np.ndarray, real: np.ndarray, real_labels: np.ndarray, *, repeats: int = 5, seed: int = 0
+    samples: np.ndarray,
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    *,
+    labels: np.ndarray | None = None,
+    repeats: int = 5,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Frechet distance of n samples [n, F] from real features [N, F], and the real-data reference of this distance.
 
-    `repeats` times the real features are split at random into n features, with an equal share of each class (as the
-    samples should have), and the rest. The distance is that of the samples from the rest; the reference is that of the
-    n real features from the rest; both are averaged. Their ratio is about 1 for samples as good as real images.
+    `repeats` times the real features are split at random (`split_real`) into n features, with the classes of the
+    samples if their `labels` [n] are given, and the rest. The distance is that of the samples from the rest; the
+    reference is that of the n real features from the rest; both are averaged. Their ratio is about 1 for samples as
+    good as real images.
 
     Raises:
-      ValueError: N < n + 2, a class has fewer real features than its share, repeats < 1, or as `frechet_distance`.
+      ValueError: N < n + 2, a class has fewer real features than samples, repeats < 1, or as `frechet_distance`.
     """
     samples, real = pair(samples, real)
     real_labels = checked_labels(real_labels, len(real), owner="of the real features ")
@@ -163,28 +170,39 @@ def distance_and_reference(
     values, of_samples = [], gaussian(moments(samples))
     root = square_root(of_samples.covariance)
     for _ in range(repeats):
-        part, rest = split_real(real_labels, len(samples), rng)
+        part, rest = split_real(real_labels, len(samples), rng, labels)
         of_rest = gaussian(moments(real[rest]))
         values.append([frechet(of_samples, of_rest, root), frechet(gaussian(moments(real[part])), of_rest)])
     distance, reference = np.mean(values, 0)
     return float(distance), float(reference)
 
 
-def split_real(labels: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random indices [n] with an equal share of each class of `labels` [N], and the remaining indices [N - n].
+def split_real(
+    labels: np.ndarray, n: int, rng: np.random.Generator, like: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random indices [n] of real images of classes `labels` [N], and the remaining indices [N - n].
 
-    If n is not a multiple of the number of classes, random classes get one more.
+    The n have the classes of the samples, `like` [n]; without it each class its share of the real images, so that both
+    parts have the same shares.
 
     Raises:
-      ValueError: fewer than 2 would remain, or a class has fewer than its share.
+      ValueError: fewer than 2 would remain, or a class has fewer real images than samples.
     """
     if n > len(labels) - 2:
         raise ValueError(
             f"comparing {n} samples needs at least {n + 2} real images, there are {len(labels)}: measure fewer samples"
         )
     classes, counts = np.unique(labels, return_counts=True)
-    shares = np.full(len(classes), n // len(classes))
-    shares[rng.permutation(len(classes))[: n % len(classes)]] += 1
+    order = rng.permutation(len(classes))  # of equal fractions the first of these are rounded up
+    if like is None:
+        exact = n * counts / len(labels)
+        shares = np.floor(exact).astype(int)
+        shares[order[np.argsort((shares - exact)[order], kind="stable")][: n - shares.sum()]] += 1
+    else:
+        unknown = np.setdiff1d(like, classes)
+        if len(unknown):
+            raise ValueError(f"samples of class {unknown[0]} cannot be compared: there is no real image of it")
+        shares = np.array([np.count_nonzero(like == c) for c in classes])
     if (shares > counts).any():
         scarce = int(np.argmax(shares - counts))
         raise ValueError(

@@ -31,6 +31,7 @@ AT_ONCE = 1000  # images that are decoded and given to the feature function at o
 MOST_RESAMPLED = 256
 # Of more training images than these the nearest ones are not searched.
 MOST_SEARCHED = 100_000
+SHARES = ("precision", "recall", "coverage", "agreement")  # of images: they lie in [0, 1]
 SLICES = 50  # directions of the sliced distance of each resample
 
 
@@ -89,7 +90,9 @@ def report(
     resamples: int = 100,
     seed: int = 0,
 ) -> dict[str, float]:
-    """All numbers of n samples uint8 [n, H, W, C] of classes `labels` [n], which should be nearly equal shares.
+    """All numbers of n samples uint8 [n, H, W, C] of classes `labels` [n].
+
+    Real images in the place of the samples have the samples' classes, or, without labels, the shares of all real ones.
 
     `train` has the images that the model was trained on, `held_out` those that it was not trained on. Distances are
     from both together. `features` maps images to features (`diffusion.metrics.features`); with None only the last
@@ -115,7 +118,7 @@ def report(
     if n < 4:
         raise ValueError(f"measuring needs at least 4 images, better hundreds, not {n}: pass more samples")
     real_labels = np.concatenate([train.labels, held_out.labels])
-    part, rest = split_real(real_labels, n, np.random.default_rng(seed))
+    part, rest = split_real(real_labels, n, np.random.default_rng(seed), labels)
     training, pixels = train.images if training is None else training, {}
     if len(training) <= MOST_SEARCHED:  # before the features, because it checks the shapes
         near = nearest_ratios(images, training, held_out.images)
@@ -144,14 +147,23 @@ def report(
         agreements |= _interval("agreement", _of_mean(read, resamples, seed))
         for c in np.unique(labels):
             agreements[f"agreement_{c}"] = agreement(fake.logits[labels == c], labels[labels == c])
-    numbers = comparison(fake, real, real_labels, repeats=repeats, resamples=resamples, seed=seed)
+    numbers = comparison(fake, real, real_labels, labels=labels, repeats=repeats, resamples=resamples, seed=seed)
     return {**agreements, **numbers, **pixels}
 
 
 def comparison(
-    fake: Extracted, real: Extracted, real_labels: np.ndarray, *, repeats: int = 5, resamples: int = 100, seed: int = 0
+    fake: Extracted,
+    real: Extracted,
+    real_labels: np.ndarray,
+    *,
+    labels: np.ndarray | None = None,
+    repeats: int = 5,
+    resamples: int = 100,
+    seed: int = 0,
 ) -> dict[str, float]:
     """The numbers of n samples that follow from features, with respect to N real images of classes `real_labels` [N].
+
+    `labels` [n] are the classes of the samples, which real images in their place then have too.
 
     feature_count                how many features there are
     distance, reference, ratio   `distance_and_reference`, and the first over the second
@@ -173,10 +185,10 @@ def comparison(
     """
     x, y = pair(fake.features, real.features)
     n = len(x)
-    part, rest = split_real(real_labels, n, np.random.default_rng(seed))
+    part, rest = split_real(real_labels, n, np.random.default_rng(seed), labels)
     others = y[np.random.default_rng(seed).permutation(rest)[:n]]
     enough = len(others) == n
-    distance, reference = distance_and_reference(x, y, real_labels, repeats=repeats, seed=seed)
+    distance, reference = distance_and_reference(x, y, real_labels, labels=labels, repeats=repeats, seed=seed)
     values = {"feature_count": float(x.shape[1]), "distance": distance, "reference": reference}
     values["ratio"] = distance / reference
     if x.shape[1] <= MOST_RESAMPLED:
@@ -350,4 +362,9 @@ def _of_distance(x: np.ndarray, real: Gaussian, resamples: int, seed: int, dista
 
 
 def _interval(name: str, interval: Interval | None) -> dict[str, float]:
-    return {} if interval is None else {f"{name}_low": interval.low, f"{name}_high": interval.high}
+    if interval is None:
+        return {}
+    low, high = interval
+    if name in SHARES:  # moved to its value, an interval may reach beyond what there can be
+        low, high = max(low, 0.0), min(high, 1.0)
+    return {f"{name}_low": low, f"{name}_high": high}

@@ -147,6 +147,7 @@ def test_volumes_are_sampled_by_the_command(volume_run, tmp_path):
 # Sequences, and 16 bits
 
 
+@pytest.mark.slow
 def test_a_sequence_is_trained_with_all_16_bits(series_run):
     images, labels = samples(series_run.workdir)
     assert (images.dtype, images.shape, labels) == (np.uint16, (5, 32, 2), None)

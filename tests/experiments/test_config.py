@@ -104,6 +104,7 @@ def test_dry_run_says_what_would_be_trained(name, blank_images, capsys):
         assert (parameters[:3], tokens) == ("131", "256")
 
 
+@pytest.mark.slow
 def test_guidance_without_labels_is_said_to_have_no_effect(blank_images, capsys):
     config = shipped("mnist")
     config.data.labels = False

@@ -90,6 +90,7 @@ def test_the_run_describes_itself_and_holds_the_weights(converted):
     jax.tree.map(np.testing.assert_array_equal, ema["0"], layouts.from_torch(dit(config, 3), like, layouts.dit(4)))
 
 
+@pytest.mark.slow
 def test_the_weights_of_an_entry_of_a_training_checkpoint_are_read(tmp_path):
     torch = pytest.importorskip("torch")
     tensors = {name: torch.tensor(array) for name, array in dit(tiny(), 3).items()}

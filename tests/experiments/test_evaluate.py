@@ -41,6 +41,7 @@ def test_evaluation_of_a_file_prints_a_table_with_the_real_data_reference(run):
     assert table["of 7"] == f"{run.report['agreement_7']:.1%}"
 
 
+@pytest.mark.slow
 def test_images_without_labels_have_no_agreement(run, blog_run, tmp_path):
     np.savez(tmp_path / "unlabelled.npz", samples(run.workdir)[0])
     for where in ({"workdir": blog_run.workdir}, {"workdir": None, "samples": tmp_path / "unlabelled.npz"}):
@@ -106,22 +107,6 @@ def test_fid_is_said_of_the_published_file_only(folder_run, installed, monkeypat
     assert "features (Inception-v3)" in printed and "\nFID  " in printed and "\nFrechet distance" not in printed
     values = json.loads(call(workdir, "--inception=weights.pth", "--json", command=evaluate))
     assert "FID to real images" in report.paragraph(workdir, folder_run.report | values)
-
-
-@pytest.mark.parametrize("labels", [np.arange(60) % 3, np.repeat([0, 1], [58, 2]), np.zeros(60, int)])
-def test_classes_too_small_for_an_equal_share_are_not_regarded(labels, installed, monkeypatch):
-    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
-    names = tuple(str(i) for i in range(labels.max() + 1))
-    sources = {
-        "train": data.from_arrays(images[:40], labels[:40], names),
-        "test": data.from_arrays(images[40:], labels[40:], names),
-    }
-    monkeypatch.setattr(inputs, "source", lambda config, split="train": sources[split])
-    given = []
-    monkeypatch.setattr(report, "measure", lambda *a, **k: given.extend(a[2:]) or {})
-    report.quality(configs.Config(), images[:30], labels[:30], installed)
-    kept = np.concatenate([source.labels for source in given])
-    np.testing.assert_array_equal(kept, labels if len(names) == 3 else np.zeros(60))
 
 
 def test_of_many_real_images_some_are_compared(installed, monkeypatch):

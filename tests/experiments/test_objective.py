@@ -70,6 +70,7 @@ def test_a_batch_cut_up_makes_the_same_step():
     assert one.carry.counts.sum() == other.carry.counts.sum() == 8
 
 
+@pytest.mark.slow
 def test_every_decay_of_the_list_has_its_average():
     _, before, after, _ = stepped()
     at_once, slow = (jax.tree.leaves(ema) for ema in after.ema)
@@ -100,6 +101,7 @@ def test_float16_scales_its_loss():
     assert scales[0] is None and scales[1].shape == ()
 
 
+@pytest.mark.slow
 def test_estimates_are_kept_in_range():
     config = small()
     config.process.variance, config.process.vlb_weight, config.sample.clip = "fixed_small", 0.0, False

@@ -93,6 +93,7 @@ def test_a_run_that_is_not_finished_has_a_page_of_what_there_is(copy):
     assert "Step 0 of 6" in texts(root, "p")[0]
 
 
+@pytest.mark.slow
 def test_without_features_there_are_the_numbers_of_pixels_and_the_reason(folder_run, copy):
     root = parsed(RunDir(folder_run.workdir))
     assert "Not compared in features: " + folder_run.report["unmeasured"] in " ".join(texts(root, "p"))

@@ -35,7 +35,7 @@ def test_every_text_flag_is_a_path_or_listed_as_none():
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("~/x", "/home/me/x"), ("~", "/home/me"), ("a/~/b", "a/~/b"), ("~/a,b,~/c", "/home/me/a,b,/home/me/c"), ("", "")],
+    [("~/x", "/home/me/x"), ("~", "/home/me"), ("a/~/b", "a/~/b"), ("~/a,b,~/c", "/home/me/a,b,/home/me/c")],
 )
 def test_a_path_flag_replaces_the_home_folder(given, meant):
     own = flags.FlagValues()
@@ -78,3 +78,12 @@ def test_what_is_kept_has_one_folder(monkeypatch):
     assert paths.cache_folder() == Path("/home/me/.cache/patch-diffusion")
     monkeypatch.setenv("PATCH_DIFFUSION_CACHE", "/tmp/kept")
     assert paths.cache_folder() == Path("/tmp/kept")
+
+
+def test_a_path_of_an_unset_variable_is_refused():
+    values = flags.FlagValues()
+    flags.DEFINE(paths._Parser(), "file", None, "A file.", flag_values=values)
+    with pytest.raises(flags.IllegalFlagValueError, match="it names nothing; if it is a shell variable"):
+        values(["program", "--file="])
+    values(["program", "--file=~/a"])
+    assert values.file == "/home/me/a"

@@ -85,6 +85,7 @@ def test_an_unknown_label_is_answered_with_the_names():
         sample.parse_labels(["x"], 1, tuple(f"c{i}" for i in range(1000)))
 
 
+@pytest.mark.slow
 def test_labels_and_the_sampler_of_the_run_reach_the_samples(folder_run, tmp_path):
     """The run samples with DPM-Solver++."""
     call(folder_run.workdir, f"--outdir={tmp_path / 'own'}", "--num_samples=3", "--seed=0")
@@ -212,6 +213,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_sampled(run, tmp_path
     assert file.read_text() == "not mine"
 
 
+@pytest.mark.slow
 def test_labels_and_guidance_belong_to_runs_with_labels(blog_run, monkeypatch):
     monkeypatch.setattr(report, "collect", lambda *_: pytest.fail("it sampled"))
     with pytest.raises(ValueError, match="--labels=3: this run was trained without labels"):

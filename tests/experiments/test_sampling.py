@@ -22,6 +22,7 @@ def sampled(outdir, *arguments):
     return samples(outdir)
 
 
+@pytest.mark.slow
 def test_an_expert_shows_what_it_denoises_and_says_how_to_go_on(expert_runs):
     workdirs, printed = expert_runs
     for workdir, words in zip(workdirs, printed, strict=True):
@@ -32,6 +33,7 @@ def test_an_expert_shows_what_it_denoises_and_says_how_to_go_on(expert_runs):
     assert "starting from the averaged weights" in printed[1]
 
 
+@pytest.mark.slow
 def test_experts_sample_together_in_any_order(expert_runs, tmp_path):
     workdirs, _ = expert_runs
     one, labels = sampled(tmp_path / "a", f"--workdir={workdirs[0]},{workdirs[1]}", "--num_samples=6", "--batch_size=3")
@@ -40,6 +42,7 @@ def test_experts_sample_together_in_any_order(expert_runs, tmp_path):
     assert one.shape == (6, 8, 8, 1) and labels.tolist() == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_each_expert_has_its_own_part_in_a_sample(expert_runs):
     run = trained(expert_runs[0])
     resolved, members = run.parts()
@@ -52,6 +55,7 @@ def test_each_expert_has_its_own_part_in_a_sample(expert_runs):
         assert not np.array_equal(sample(tuple(params), index, labels), together)
 
 
+@pytest.mark.slow
 def test_flags_of_the_chain_reach_the_sampler(chain_run, tmp_path):
     arguments = [f"--workdir={chain_run}", "--num_samples=3"]
     plain, _ = sampled(tmp_path / "a", *arguments)
@@ -223,6 +227,7 @@ def test_held_out_images_have_the_labels_asked_for():
     assert len(set(places[:100])) == 100
 
 
+@pytest.mark.slow
 def test_which_samples_are_finite_is_known():
     """A label whose embedding is NaN spoils its own samples, also in a batch that is filled up; the others stay."""
     config = tiny_chain()

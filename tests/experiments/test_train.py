@@ -83,7 +83,10 @@ def test_the_report_says_what_was_reached_and_what_to_type_next(run):
     assert f"{values['distance']:.2f}" in end
     assert f"{values['agreement']:.1%}" in end
     assert end.strip().splitlines()[-1].startswith(f"Next: python -m experiments.sample --workdir={run.workdir} ")
-    assert "Of 15 samples these numbers are mostly noise: make 100 or more, better 1,000 (--config.sample.count)" in end
+    assert (
+        "Of 15 samples these numbers are mostly noise: make 100 or more, better 1,000 (experiments.sample --num_samples"
+        in end
+    )
     assert "mostly noise" not in report.paragraph(run.workdir, {**values, "measured": 100})
     assert "NaN" not in end
     assert "2 of 15 samples hold NaN" in report.paragraph(run.workdir, {**values, "sample_non_finite": 2})
@@ -139,6 +142,7 @@ def test_a_run_from_before_a_field_existed_is_continued_and_sampled_from(copy):
     assert run_dir.trained([copy]).config == tiny()
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, copy, unmeasured):
     (copy / "report.json").unlink()
     largest = max((copy / "checkpoints" / str(STEPS)).rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
@@ -266,6 +270,7 @@ def test_early_stopping_keeps_the_best_weights(blog_run):
     assert float(check._loss(kept.ema[0])) == losses[best]
 
 
+@pytest.mark.slow
 def test_validation_takes_batches_no_larger_than_those_of_training(blog_run, monkeypatch, tmp_path):
     sizes, objective = [], hooks.objective
 
@@ -298,6 +303,7 @@ def test_validation_takes_batches_no_larger_than_those_of_training(blog_run, mon
     assert sizes == [3]
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_is_not_taken_up_again(blog_run, tmp_path, unmeasured):
     copy = shutil.copytree(blog_run.workdir, tmp_path / "copy")
     (copy / "report.json").unlink()

@@ -190,11 +190,32 @@ def test_the_reference_decreases_with_the_number_of_images(rng):
 
 
 @pytest.mark.parametrize("n", [2, 17, 63])
-def test_shares_of_classes_differ_by_at_most_one(n, rng):
-    labels = np.repeat(np.arange(10), 8)
-    part, _ = distances.split_real(labels, n, rng)
-    counts = np.bincount(labels[part], minlength=10)
-    assert len(part) == n and counts.max() - counts.min() <= 1
+def test_both_parts_have_the_shares_of_all_real_images(n, rng):
+    labels = np.repeat([0, 1, 2, 5], [50, 30, 15, 5])
+    part, rest = distances.split_real(labels, n, rng)
+    assert sorted([*part, *rest]) == list(range(100))
+    exact = n * np.array([50, 30, 15, 5]) / 100
+    assert (np.abs(np.bincount(labels[part], minlength=6)[[0, 1, 2, 5]] - exact) < 1).all()
+
+
+def test_real_images_in_place_of_labelled_samples_have_their_classes(rng):
+    labels, like = np.repeat([0, 1, 2], [50, 30, 20]), np.repeat([2, 0], [15, 6])
+    part, _ = distances.split_real(labels, 21, rng, like)
+    assert np.bincount(labels[part], minlength=3).tolist() == [6, 0, 15]
+    with pytest.raises(ValueError, match="needs 21 real images of class 2, there are 20: measure fewer samples"):
+        distances.split_real(labels, 21, rng, np.full(21, 2))
+    with pytest.raises(ValueError, match="samples of class 4 cannot be compared: there is no real image of it"):
+        distances.split_real(labels, 21, rng, np.full(21, 4))
+
+
+@pytest.mark.parametrize("n", [30, 60])
+def test_other_real_images_of_unequal_classes_are_as_good_as_the_reference(n, rng):
+    """Classes apart from each other, and of unequal sizes: what is left must have the shares of what was taken."""
+    labels = np.repeat([0, 1, 2], [100, 60, 20])
+    make = lambda y: rng.normal(size=(len(y), 2)) + 10 * np.stack([y == 1, y == 2], 1)  # noqa: E731
+    fresh = labels[:: len(labels) // n]
+    ratios = [np.divide(*distances.distance_and_reference(make(fresh), make(labels), labels)) for _ in range(10)]
+    assert 0.5 < np.median(ratios) < 2
 
 
 def test_too_few_real_images_are_an_error(rng):
@@ -202,7 +223,7 @@ def test_too_few_real_images_are_an_error(rng):
     with pytest.raises(ValueError, match="comparing 19 samples needs at least 21 real images, there are 20"):
         distances.distance_and_reference(real[:19], real, labels)
     with pytest.raises(ValueError, match="comparing 12 samples needs 6 real images of class 1, there are 4"):
-        distances.distance_and_reference(real[:12], real, np.arange(20) % 5 // 4)
+        distances.distance_and_reference(real[:12], real, np.arange(20) % 5 // 4, labels=np.arange(12) % 2)
     with pytest.raises(ValueError, match="repeats=0"):
         distances.distance_and_reference(real[:4], real, labels, repeats=0)
     with pytest.raises(ValueError, match=r"labels of the real features have shape \(19,\)"):

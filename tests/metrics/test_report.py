@@ -116,6 +116,11 @@ def test_report_of_copies_with_some_wrong_labels(digits, features):
     assert all(copied[f"agreement_{c}"] == 1 for c in range(2, 10))
 
 
+def test_intervals_of_shares_stay_in_their_range():
+    assert module._interval("coverage", module.Interval(-0.1, 1.1)) == {"coverage_low": 0.0, "coverage_high": 1.0}
+    assert module._interval("density", module.Interval(-0.1, 1.1)) == {"density_low": -0.1, "density_high": 1.1}
+
+
 def test_the_nearest_are_searched_in_all_training_images_but_not_in_too_many(monkeypatch):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (60, 4, 4, 1), dtype=np.uint8)

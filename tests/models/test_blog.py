@@ -12,6 +12,7 @@ from diffusion.process import Geometric
 from tests.models.networks import ready
 
 
+@pytest.mark.slow
 def test_blog_residual_is_taken_from_the_first_embedding():
     """With the last layer's output projection at zero the network returns its embedded input, however deep it is."""
     model = blog(Geometric(), patch_size=6, stride=2, heads=2, head_dim=4)

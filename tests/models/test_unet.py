@@ -94,6 +94,7 @@ def test_every_branch_answers_in_the_images_shape_and_learns_with_every_paramete
     assert {name for name in params if not _moves(of_pred[name])} == own
 
 
+@pytest.mark.slow
 def test_branches_of_both_mix():
     """What the two above leave out, traced: one patch size per axis, a condition among the channels, odd sides."""
     fields = {**TINY, "patch_size": (2, 1), "channel_mult": (1, 0.5), "num_head_channels": 4, "out_channels": 1}
@@ -119,6 +120,7 @@ def test_prediction_starts_at_zero():
     np.testing.assert_array_equal(run(jax.random.key(0)), 0)
 
 
+@pytest.mark.slow
 def test_examples_do_not_see_each_other(patch_unet):
     apply, params, xt, t, y = patch_unet
     other = apply(params, xt.at[1].multiply(2), t.at[1].set(0.3), y.at[1].set(2))
@@ -161,6 +163,7 @@ def _keys(*names):
     return tuple(map(jax.tree_util.DictKey, names))
 
 
+@pytest.mark.slow
 def test_half_precision_computes_close_to_float32_with_float32_parameters():
     fields = {**TINY, "channel_mult": (1,), "patch_size": 2, "num_classes": 2}
     params, *inputs = ready(fields, (1, 4, 8, 1))

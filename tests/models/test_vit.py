@@ -143,6 +143,7 @@ def test_dropout_needs_a_key_and_uses_it(key):
     assert str(jax.make_jaxpr(model.apply)(params, xt, t)) == str(jax.make_jaxpr(without)(params, xt, t))
 
 
+@pytest.mark.slow
 def test_remat_and_jit_change_nothing():
     params, xt, t, y = ready(vit(**JIT), (2, 8, 8, 1), 5)
     plain, remat = vit(**JIT), vit(**JIT | {"remat": True})
