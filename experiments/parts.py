@@ -92,6 +92,7 @@ class Parts(NamedTuple):
     image_model: Model  # predicts images
     sampler: sample.Sampler
     grid: np.ndarray  # [steps + 1]
+    rho: float | None  # of EDM's grid, whose first time is not that of pure noise
     guidance: Callable[[Denoise, Any], Denoise]  # (denoiser, null condition) -> denoiser; of conditional networks
     guidance_scale: guide.Scale
     # (sampler, denoiser, null condition, prediction=) -> sampler: in place of `guidance`, where that has a memory.
@@ -239,6 +240,7 @@ def _without_data(config: Config) -> dict[str, Any]:
         "optimizer": _optimizer(config),
         "sampler": _sampler(config),
         "grid": (grid := _grid(config, path)),
+        "rho": config.sample.rho,
         "guidance": _guidance(config, path, grid),
         "guidance_scale": _guidance_scale(config),
         "guided_sampler": _guided_sampler(config),

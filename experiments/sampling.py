@@ -86,7 +86,7 @@ def sample_fn(
             keys,
             denoise,
             parts.path,
-            samplers.initial_noise(keys, parts.spec.shape),
+            initial_noise(parts, keys),
             parts.grid,
             y if parts.spec.num_classes else None,
             prediction=parts.prediction,
@@ -100,6 +100,13 @@ def sample_fn(
         return images, jnp.isfinite(last).all(tuple(range(1, last.ndim)))
 
     return sample
+
+
+def initial_noise(parts: Parts, keys: jax.Array) -> jax.Array:
+    """The noise from which samples start [B, *S, C], one key per sample; on EDM's grid of its first time's scale."""
+    if parts.rho is not None:
+        return samplers.initial_noise(keys, parts.spec.shape, parts.path, parts.grid[0])
+    return samplers.initial_noise(keys, parts.spec.shape)
 
 
 def denoise_fn(parts: Parts) -> SampleFn:

@@ -161,6 +161,17 @@ def test_every_sampler_of_the_config_samples(sampler):
     assert images.shape == (2, 8, 8, 1) and len(np.unique(images)) > 10
 
 
+def test_noise_on_edms_grid_has_the_scale_of_its_first_time():
+    config = tiny_chain()
+    config.process, config.model = configs.Process(), ViT(patch_size=8, width=4, depth=1, heads=1)
+    config.sample = configs.Sample(steps=4, rho=7.0, sigma_max=1.5)
+    keys = jax.random.split(jax.random.key(0), 50)
+    assert np.std(sampling.initial_noise(parts.resolve(config, DataSpec((8, 8, 1))), keys)) == pytest.approx(0.6, 0.05)
+    config.sample = configs.Sample(steps=4)
+    keys = jax.random.split(jax.random.key(1), 50)
+    assert np.std(sampling.initial_noise(parts.resolve(config, DataSpec((8, 8, 1))), keys)) == pytest.approx(1.0, 0.05)
+
+
 KINDS = {
     "classifier_free": {},
     "rescale": {"guidance_rescale": 1.0},
