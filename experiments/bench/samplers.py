@@ -261,7 +261,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure  # the object, not pyplot: it needs no screen
 
     panels = [
-        (f"Exact mixture, {kind}", "distance W2 to the data", rows, "error") for kind, rows in result["mixture"].items()
+        (f"Exact mixture, {kind}", "distance W1 to the data", rows, "error") for kind, rows in result["mixture"].items()
     ]
     for metric, words in (("ratio", "feature distance / that of real images"), ("agreement", "label as given")):
         if any(metric in row for rows in result["digits"].values() for row in rows.values()):
@@ -277,6 +277,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axes.set_yscale("log")
         if metric == "error":
             axes.axhline(result["floor"], color="grey", linewidth=0.8, linestyle=":", label="independent draws")
+        counts = sorted({int(n) for row in rows.values() for n in row})
+        axes.set_xticks(counts, [str(n) for n in counts], fontsize="small")
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False, fontsize="small")
     figure.savefig(path, format="png", dpi=120)
