@@ -143,7 +143,9 @@ def against_reference(config: Config, images: np.ndarray, reference: str, featur
         with about(reference):
             values = against(extract(features, images), *real)
         return {"measured": len(images), "features": features.name, **values}
-    source = display.converted(opened(config, reference, images.shape[1:]), display.eight_bit)
+    source = opened(config, reference, images.shape[1:])
+    print(data.describe(source), end="\n\n", file=sys.stderr)
+    source = display.converted(source, display.eight_bit)
     most = len(source.labels) // 2
     if len(images) > most:
         images = images[np.random.default_rng(0).permutation(len(images))[:most]]
@@ -208,10 +210,13 @@ def opened(config: Config, reference: str, shape: Sequence[int] | None) -> data.
                 f"{reference} has arrays of shape {source.images.shape[1:]}, and the samples {tuple(shape)}"
             )
         return source
+    options = {"bad_files": c.bad_files} if reference.startswith("folder:") else {}
     try:
-        return inputs.load(reference, split, size=size, crop=c.crop, channels=channels, data_dir=c.data_dir)
-    except ValueError as e:  # which this command cannot be told
-        raise ValueError(str(e).replace(", or pass --config.data.bad_files=skip", "")) from e
+        return inputs.load(reference, split, size=size, crop=c.crop, channels=channels, data_dir=c.data_dir, **options)
+    except ValueError as e:
+        if "--config.data." not in str(e):
+            raise
+        raise ValueError(f"{e}. Here such fields are those of the run: pass --workdir of one that has them") from e
 
 
 def save_reference(config: Config, reference: str | None, path: Path) -> str:

@@ -113,7 +113,10 @@ def load(
     opened = Opened(
         split=split,
         splits=tuple((each, int((part == each).sum())) for each in ("train", "validation", "test") if each in part),
-        notes=tuple(dict.fromkeys(note for file in files for note in file.notes)),
+        notes=(
+            *dict.fromkeys(note for file in files for note in file.notes),
+            *values.span_notes(sample, stated, values.FLAG),
+        ),
     )
     images = Mapped([file.images for file in files], rows)
     source = checked_source(name, images, None if labels is None else labels[rows], class_names, opened)
@@ -159,14 +162,19 @@ def _read(name: str, path: Path) -> File:
         return File(path, np.load(path, mmap_mode="r", allow_pickle=False), labels, (), ())
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).split("\n")[0].rstrip(".")
-        raise ValueError(f"{name}: {path} cannot be read, as it is damaged or holds objects: {reason}") from error
+        if "allow_pickle" in reason or "objects in dtype" in reason:  # with and without a map to memory
+            reason = "it holds objects of Python; save numbers, as in np.asarray(labels.tolist())"
+        raise ValueError(f"{name}: {path} cannot be read: {reason}") from error
 
 
 def _read_npz(path: Path) -> File:
     with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
         found = {role: [key for key in keys if key in arrays.files] for role, keys in _ROLES.items()}
         if not found["images"]:
-            raise ValueError(f"it holds {arrays.files}, but no {', '.join(IMAGE_KEYS[:-1])} or {IMAGE_KEYS[-1]}")
+            raise ValueError(
+                f"it holds {layout.listed(arrays.files)}; save the images as {' or '.join(IMAGE_KEYS)}, and labels as "
+                f"{' or '.join(LABEL_KEYS)}"
+            )
         key = found["images"][0]
         images, notes = _mapped(path, archive, key), ()
         if images is None:
@@ -196,7 +204,7 @@ def _mapped(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray | None
         shape, fortran, dtype = read(file)
         header = file.tell()
     if dtype.hasobject:
-        raise ValueError(f"{key} holds objects of Python, not numbers")
+        raise ValueError(f"{key} holds objects of Python; save numbers, as in np.stack(images)")
     if not np.prod(shape, dtype=object):
         return np.empty(shape, dtype)  # nothing can be mapped
     with path.open("rb") as file:

@@ -85,7 +85,7 @@ def load(
         splits=tuple((part, counts[part]) for part in ("train", "validation", "test") if counts[part]),
         passed_over=tuple(passed),
         skipped=tuple(images.described(everything, bad)),
-        notes=(*laid.notes, *images.depth_notes(encoded)),
+        notes=(*laid.notes, *images.notes(encoded, size, crop)),
     )
     return checked_source(name, decoded, None if laid.classes is None else laid.classes[rows], laid.class_names, opened)
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 T = TypeVar("T")
 
-SAMPLED = 16  # images that tell how many bits their values have
+SAMPLED = 16  # images that tell their sizes and how many bits their values have
 WORKERS = min(8, os.cpu_count() or 1) + 1  # one waits for Python's lock, or for a file
 CHUNK = 8  # images of a task: few, so that the threads end together
 # What Pillow opens and has no pixels of its own: drawings, tables, films.
@@ -149,17 +149,32 @@ def described(encoded: Encoded, bad: Sequence[Bad]) -> list[str]:
     return [f"{encoded.describe(i)} ({why})" for i, why in bad]
 
 
-def depth_notes(encoded: Encoded) -> tuple[str, ...]:
-    """A note if the 16-bit images among some of them hold values of 12 bits or less, and so are nearly black."""
+def notes(encoded: Encoded, size: tuple[int, int], crop: str) -> tuple[str, ...]:
+    """What to know of how some of the images are read: that they are scaled to `size`, that 16-bit images are dark."""
     ids = np.unique(np.linspace(0, encoded.n - 1, min(encoded.n, SAMPLED)).astype(int)).tolist()
+    sizes: list[tuple[int, int]] = []
     most: list[int] = []
 
     def write(row: int, data: bytes) -> None:
+        sizes.append(_header(data)[:2])
         image = Image.open(io.BytesIO(data))
         if image.mode.startswith("I"):
             most.append(int(np.asarray(image).max()))
 
     _each(encoded, ids, write)  # those that cannot be read are named elsewhere
+    return (*_scaled_note(set(sizes), size, crop), *_depth_note(most))
+
+
+def _scaled_note(sizes: set[tuple[int, int]], size: tuple[int, int], crop: str) -> tuple[str, ...]:
+    if sizes <= {size}:
+        return ()
+    found = " to ".join(f"{h}x{w}" for h, w in sorted({min(sizes), max(sizes)}))
+    how = "scaled, and cropped at the center" if crop == "center" else "scaled, each axis by itself"
+    return (f"images of {found} are {how}, to {size[0]}x{size[1]}",)
+
+
+def _depth_note(most: Sequence[int]) -> tuple[str, ...]:
+    """A note if 16-bit images, of which these are the largest values, hold 12 bits or less, and so are nearly black."""
     if not most or not 0 < max(most) < 1 << 12:
         return ()
     return (
@@ -287,7 +302,7 @@ def _decode(data: bytes, size: tuple[int, int], crop: str, channels: int) -> np.
             raise ValueError(f"it is {height}x{width}, not {size[0]}x{size[1]}, and crop is 'none'")
         if crop == "center":
             scale = min(width / size[1], height / size[0])
-            left, top = (width - scale * size[1]) / 2, (height - scale * size[0]) / 2
+            left, top = (max(whole - scale * part, 0) / 2 for whole, part in ((width, size[1]), (height, size[0])))
             box = (left, top, width - left, height - top)
         image = image.resize(size[::-1], Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     return np.asarray(image, np.uint8).reshape(*size, channels)

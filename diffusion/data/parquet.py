@@ -78,7 +78,7 @@ def load(
     chosen = encoded(rows)
     decoded = images.decode(chosen, size, crop, channels, memory_limit, progress)
     counts = tuple((role, int((roles == role).sum())) for role in ROLES if role in roles)
-    opened = Opened(split, counts, notes=images.depth_notes(chosen))
+    opened = Opened(split, counts, notes=images.notes(chosen, size, crop))
     if label is None:
         return checked_source(name, decoded, None, (), opened)
     labels = np.concatenate([_labels(table, file, label) for table, file in zip(tables, files, strict=True)])

@@ -61,7 +61,8 @@ def load(
     if size is None:
         size = tuple(fixed) if None not in fixed else images.common_size(encoded, images.headers(encoded))
     decoded = images.decode(encoded, size, crop, channels, memory_limit)
-    opened = Opened(split, tuple((key, value.num_examples) for key, value in builder.info.splits.items()))
+    splits = tuple((key, value.num_examples) for key, value in builder.info.splits.items())
+    opened = Opened(split, splits, notes=images.notes(encoded, size, crop))
     if label_key is None:
         return checked_source(name, decoded, None, (), opened)
     parse_label, labels = parser(label_key), np.empty(n, np.int32)

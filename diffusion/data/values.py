@@ -111,6 +111,17 @@ def check_values(owner: str, x: np.ndarray, value_range: tuple[float, float], fl
     )
 
 
+def span_notes(sample: np.ndarray, value_range: tuple[float, float], flag: str) -> tuple[str, ...]:
+    """A note if the values of arrays, of which `sample` are some, take less than half of their range."""
+    low, high = float(sample.min()), float(sample.max())
+    if 2 * (high - low) >= value_range[1] - value_range[0]:
+        return ()
+    return (
+        f"in {len(sample)} of them values run from {low:g} to {high:g} only, of {value_range[0]:g} to "
+        f"{value_range[1]:g}: if that is all there is, state it, as in {_stated(flag, sample)}",
+    )
+
+
 def _stated(flag: str, sample: np.ndarray) -> str:
     """The flag with the range of the sample."""
     low, high = float(np.nanmin(sample)), float(np.nanmax(sample))

@@ -1,5 +1,7 @@
 """Arrays in files: [N, *S, C] of any type with a stated range, mapped from .npy and .npz."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -180,13 +182,34 @@ def test_all_values_are_checked_when_a_file_is_opened(tmp_path, monkeypatch):
         ),
         (np.zeros((9, 3, 2, 1), np.uint8), {"split": "val"}, ValueError, r"split='val' of .* not one of \('train', "),
         (np.zeros((9, 3, 2, 1), np.uint8), {"class_names_in": "none"}, ValueError, "is for folder:PATH"),
-        (np.array([None] * 9), {}, ValueError, "a.npy cannot be read, as it is damaged or holds objects"),
+        (np.array([None] * 9), {}, ValueError, r"a\.npy cannot be read: it holds objects of Python; save numbers"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_a_remedy(tmp_path, images, options, error, message):
     np.save(tmp_path / "a.npy", images)
     with pytest.raises(error, match=message):
         load(tmp_path / "a.npy", **options)
+
+
+def test_labels_that_are_objects_are_refused_with_a_remedy(tmp_path):
+    np.savez(tmp_path / "a.npz", images=numbers(9, 3, 2, 1), labels=np.array([None] * 9))
+    with pytest.raises(ValueError, match=r"a\.npz cannot be read: it holds objects of Python; .*labels\.tolist"):
+        load(tmp_path / "a.npz", **WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("images", "value_range", "note"),
+    [
+        (np.arange(2, dtype=np.uint8).repeat(18).reshape(9, 2, 2, 1), None, r'from 0 to 1 only, .*range="\(0, 1\)"'),
+        (np.linspace(0, 1, 36).reshape(9, 2, 2, 1), (-100.0, 100.0), r"from 0 to 1 only, of -100 to 100"),
+        (np.linspace(0, 1, 36).reshape(9, 2, 2, 1), (-0.5, 1.5), None),
+        (np.arange(36, dtype=np.uint8).reshape(9, 2, 2, 1) * 7, None, None),
+    ],
+)
+def test_values_that_take_little_of_their_range_are_said(tmp_path, images, value_range, note):
+    np.save(tmp_path / "a.npy", images)
+    shown = data.describe(load(tmp_path / "a.npy", value_range=value_range))
+    assert re.search(note, shown) if note else "only" not in shown
 
 
 def test_the_last_axis_holds_channels_where_one_says_so(tmp_path):
@@ -212,7 +235,7 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.npy cannot be read"):
         load(tmp_path / "a.npy", **WHOLE)
     np.savez(tmp_path / "a.npz", pictures=numbers(5, 2, 2, 1))
-    with pytest.raises(ValueError, match=r"it holds \['pictures'\], but no images, x or arr_0"):
+    with pytest.raises(ValueError, match=r"it holds pictures; save the images as images or x or arr_0, and labels"):
         load(tmp_path / "a.npz")
     np.save(tmp_path / "train.npy", numbers(5, 3, 2, 1))
     np.save(tmp_path / "test.npy", numbers(5, 2, 2, 1))

@@ -208,6 +208,21 @@ def test_16_bit_and_1_bit_grey_are_scaled(tmp_path):
     assert folder(tmp_path).images[:, 0, :, 0].tolist() == [[0, 1, 128, 255], [0, 255, 0, 255]]
 
 
+@pytest.mark.parametrize("width", range(28, 60))
+def test_the_cropped_box_lies_in_images_of_every_size(tmp_path, width):
+    """Also where width / 28 * 28 is a little more than the width: 29."""
+    save(tmp_path / "0.png", np.full((61, width), 9, np.uint8))
+    assert (folder(tmp_path, size=(28, 28)).images == 9).all()
+
+
+@pytest.mark.parametrize(("crop", "how"), [("center", "and cropped at the center"), ("resize", "each axis by itself")])
+def test_that_images_are_scaled_is_said(tmp_path, crop, how):
+    save(tmp_path / "0.png", np.zeros((6, 9), np.uint8))
+    save(tmp_path / "1.png", np.zeros((4, 3), np.uint8))
+    shown = data.describe(folder(tmp_path, size=(4, 3), crop=crop))
+    assert f"images of 4x3 to 6x9 are scaled, {how}, to 4x3" in shown
+
+
 def test_16_bit_images_with_values_of_12_bits_are_said(tmp_path):
     for i in range(20):
         save(tmp_path / f"{i:02d}.png", np.full((2, 2), 100 * i, np.uint16))

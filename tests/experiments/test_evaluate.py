@@ -287,6 +287,17 @@ def test_images_in_a_file_or_a_folder_are_a_reference(run, tmp_path):
             call(None, *arguments, command=evaluate)
 
 
+def test_real_images_of_another_size_are_scaled_and_said(run, tmp_path, capsys):
+    """Images of several sizes have none: a run states one."""
+    for i in range(60):
+        Image.new("L", (28 + i % 3, 40), 4 * i).save(tmp_path / f"{i:02d}.png")
+    folder = f"--reference=folder:{tmp_path}"
+    call(None, f"--samples={run.workdir / 'samples.npz'}", folder, "--json", command=evaluate)
+    assert "images of 40x28 to 40x30 are scaled, and cropped at the center, to 28x28" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"differ in size: .* Here such fields are those of the run: pass --workdir"):
+        call(None, folder, f"--save_reference={tmp_path / 'saved.npz'}", command=evaluate)
+
+
 def test_black_images_are_said(run, tmp_path):
     np.savez(tmp_path / "black.npz", np.zeros((20, 28, 28, 1), np.uint8))
     printed = call(None, f"--samples={tmp_path / 'black.npz'}", command=evaluate)
