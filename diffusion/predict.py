@@ -26,10 +26,12 @@ prediction that every sampler decodes without one.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from diffusion.process import Coefficients, Path, coefficients, expand
 
@@ -93,10 +95,15 @@ def row(prediction: Prediction, coef: Coefficients) -> tuple[jax.Array, jax.Arra
     return rows[prediction]
 
 
-def determinant(prediction: Prediction, coef: Coefficients) -> jax.Array:
-    """det of eq. (2), [B]."""
+def determinant(prediction: Prediction, coef: Coefficients, floor: float = 0.0) -> jax.Array:
+    """det of eq. (2), [B], with |det| kept above `floor`."""
     u, w = row(prediction, coef)
-    return coef.alpha * w - coef.sigma * u
+    det = coef.alpha * w - coef.sigma * u
+    if not floor:
+        return det
+    # Where det is 0, at an end of the path, its sign is the one beside it: that of -sigma for x0, of alpha for eps.
+    negative = jnp.where(det == 0, w - u, det) < 0
+    return jnp.where(negative, -1, 1) * jnp.maximum(jnp.abs(det), floor)
 
 
 def target(prediction: Prediction, coef: Coefficients, x0: jax.Array, eps: jax.Array) -> jax.Array:
@@ -115,13 +122,10 @@ def decode(
     information: to sample with the eps prediction on a path that reaches alpha = 0, start just below t = 1.
     """
     u, w = (expand(a, xt) for a in row(prediction, coef))
-    det = expand(determinant(prediction, coef), xt)
+    det = expand(determinant(prediction, coef, floor), xt)
     alpha, sigma = expand(coef.alpha, xt), expand(coef.sigma, xt)
     if floor:
-        # Where det is 0, at an end of the path, its sign is the one beside it: that of -sigma for x0, of alpha for eps.
-        negative = jnp.where(det == 0, w - u, det) < 0
-        bounded = jnp.where(negative, -1, 1) * jnp.maximum(jnp.abs(det), floor)
-        return (w * xt - sigma * pred) / bounded, (alpha * pred - u * xt) / bounded
+        return (w * xt - sigma * pred) / det, (alpha * pred - u * xt) / det
     singular = jnp.abs(det) < _SINGULAR
     safe = jnp.where(singular, 1, det)
     norm = alpha**2 + sigma**2 + u**2 + w**2
@@ -136,17 +140,31 @@ def estimate(prediction: Prediction, coef: Coefficients, xt: jax.Array, output: 
     return Estimate(*decode(prediction, coef, xt, pred_of(output)), v)
 
 
-def predictor(denoise: Denoise, path: Path, prediction: Prediction, y: Any = None) -> Predict:
+def predictor(
+    denoise: Denoise, path: Path, prediction: Prediction, y: Any = None, *, dtype: DTypeLike | None = None
+) -> "Predictor":
     """What a sampler calls in each step: (xt [B, *S, C], t) -> `Estimate`, for the condition y.
 
-    t is [] or [B]; or [B, 2] for a network of two times, whose first is that of xt.
+    t is [] or [B]; or [B, 2] for a network of two times, whose first is that of xt. The denoiser is given xt in
+    `dtype`, that of xt itself by default.
     """
+    return Predictor(denoise, path, prediction, y, dtype)
 
-    def predict(xt: jax.Array, t: jax.Array) -> Estimate:
+
+@dataclass(frozen=True)
+class Predictor:
+    """A `predictor`, with what it was made of: for guidance, `dataclasses.replace` changes the condition."""
+
+    denoise: Denoise
+    path: Path
+    prediction: Prediction
+    y: Any
+    dtype: DTypeLike | None
+
+    def __call__(self, xt: jax.Array, t: jax.Array) -> Estimate:
         t = t if jnp.ndim(t) == 2 else jnp.broadcast_to(t, xt.shape[:1])
-        return estimate(prediction, coefficients(path, first_time(t)), xt, denoise(xt, t, y))
-
-    return predict
+        output = self.denoise(xt if self.dtype is None else xt.astype(self.dtype), t, self.y)
+        return estimate(self.prediction, coefficients(self.path, first_time(t)), xt, output)
 
 
 def first_time(t: jax.Array) -> jax.Array:

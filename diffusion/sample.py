@@ -194,7 +194,7 @@ def _walk(
     # In bfloat16 neighbouring times would be equal, and rounding would accumulate over the steps.
     wide = jnp.promote_types(x1.dtype, jnp.float32)
     times = jnp.asarray(times, wide)
-    predict = predictor(lambda xt, t, y: denoise(xt.astype(x1.dtype), t, y), path, prediction, y)
+    predict = predictor(denoise, path, prediction, y, dtype=x1.dtype)
 
     # Frame k is kept after step_of[k] steps; slot `keep` lies outside the buffer, and writes to it are dropped.
     slots = np.full(steps + 1, keep or 0)
@@ -240,12 +240,12 @@ def normal(keys: jax.Array | None, like: jax.Array) -> jax.Array:
     """Standard normal noise of the shape and dtype of `like` [B, ...], one key per example [B].
 
     Raises:
-      ValueError: there are no keys, as in `invert`.
+      ValueError: there are no keys, as in `invert` and for the teacher of `methods.distill`.
     """
     if keys is None:
         raise ValueError(
-            "this sampler adds noise, which cannot be inverted: use ddim(), heun() or dpmpp_2m(), or one of `solvers` "
-            "without noise"
+            "this sampler adds noise, which cannot be inverted or distilled: use ddim(), heun() or dpmpp_2m(), or one "
+            "of `solvers` without noise"
         )
     return jax.vmap(lambda k: jax.random.normal(k, like.shape[1:], like.dtype))(keys)
 
@@ -363,8 +363,7 @@ def dpmpp_2m() -> Sampler:
         now = predict(xt, t)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
         log_t, log_s = log_ratio(alpha_t, sigma_t), log_ratio(alpha_s, sigma_s)
-        # A sum, not a broadcast: inside `shard_map` the memory varies over the mesh, and times may not.
-        log_t = jnp.zeros_like(log_before) + log_t
+        log_t = per_example(log_t, xt)
         h, before = log_s - log_t, log_t - log_before
         second = jnp.isfinite(h) & jnp.isfinite(before)
         weight = jnp.where(second, h / jnp.where(second, 2 * before, 1), 0)
@@ -374,6 +373,12 @@ def dpmpp_2m() -> Sampler:
         return xs, (now.x0, log_t)
 
     return Sampler(init, step)
+
+
+def per_example(a: jax.Array, xt: jax.Array) -> jax.Array:
+    """a, [] or [B], as [B], to be kept in the memory of a sampler of xt [B, *S, C]."""
+    # A sum, not a broadcast: inside `shard_map` the memory varies over the mesh, and times may not.
+    return jnp.zeros_like(xt, shape=len(xt)) + a
 
 
 def root(x: jax.Array) -> jax.Array:

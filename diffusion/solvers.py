@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.process import Path, expand
-from diffusion.sample import Memory, Sampler, log_ratio, normal, one_step, root, unless, velocity
+from diffusion.sample import Memory, Sampler, log_ratio, normal, one_step, per_example, root, unless, velocity
 
 
 def euler() -> Sampler:
@@ -71,7 +71,7 @@ def adams_bashforth(order: int = 2) -> Sampler:
         points = _points(t, s - t, times)
         weights = _integral(points, lambda n: [1 / (i + 1) for i in range(n)])
         xs = xt + expand(s - t, xt) * _weighted(weights, (now, *before))
-        return xs, ((now, *before)[: order - 1], (_like(t, xt), *times)[: order - 1])
+        return xs, ((now, *before)[: order - 1], (per_example(t, xt), *times)[: order - 1])
 
     return Sampler(init, step)
 
@@ -88,16 +88,17 @@ def unipc(order: int = 2) -> Sampler:
     _check_order(order, 3)
 
     def init(xt: jax.Array) -> Memory:
-        # Of the steps before, the latest first: D [B, *S, C] and lambda [B]; of the last one, xt, alpha and sigma [B].
+        # Of the steps before, the latest first: D [B, *S, C] and lambda [B]; of the last one, the mean of X in (3), and
+        # alpha and sigma [B].
         one = jnp.ones_like(xt, shape=len(xt))
         return (jnp.zeros_like(xt),) * order, (-jnp.inf * one,) * order, jnp.zeros_like(xt), (one, one)
 
     def step(key, predict, path, xt, t, s, memory):
         del key
-        before, logs, x_before, (alpha_before, sigma_before) = memory
+        before, logs, guess, (alpha_before, sigma_before) = memory
         now = predict(xt, t).x0
         (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
-        log_t, log_s = _like(log_ratio(alpha_t, sigma_t), xt), log_ratio(alpha_s, sigma_s)
+        log_t, log_s = per_example(log_ratio(alpha_t, sigma_t), xt), log_ratio(alpha_s, sigma_s)
 
         known = jnp.isfinite(log_t) & jnp.isfinite(logs[0])
         h = jnp.where(known, log_t - logs[0], 1)
@@ -105,15 +106,16 @@ def unipc(order: int = 2) -> Sampler:
         arrived = (jnp.ones_like(h), known)
         weights = _integral((origin, arrived, *earlier), partial(_exponential, h))
         mean, ratio = _weighted(weights, (before[0], now, *before[1:])), sigma_t / sigma_before
-        corrected = expand(ratio, xt) * x_before + expand(alpha_t - alpha_before * ratio, xt) * mean
+        # What is given, rather than the step again: between steps it may have been changed, as by `edit.dps`.
+        corrected = xt + expand(alpha_t - alpha_before * ratio, xt) * (mean - guess)
         xt = jnp.where(expand(known, xt), corrected, xt)
 
         h = log_s - log_t
         weights = _integral(_points(log_t, h, logs[: order - 1]), partial(_exponential, h))
         mean, ratio = _weighted(weights, (now, *before[: order - 1])), sigma_s / sigma_t
         xs = expand(ratio, xt) * xt + expand(alpha_s - alpha_t * ratio, xt) * mean
-        scales = (_like(alpha_t, xt), _like(sigma_t, xt))
-        return xs, ((now, *before)[:order], (log_t, *logs)[:order], xt, scales)
+        scales = (per_example(alpha_t, xt), per_example(sigma_t, xt))
+        return xs, ((now, *before)[:order], (log_t, *logs)[:order], mean, scales)
 
     return Sampler(init, step)
 
@@ -137,7 +139,7 @@ def dpmpp_2m_sde(eta: float = 1.0) -> Sampler:
         x0_before, log_before = memory
         now = predict(xt, t).x0
         (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
-        log_t = _like(log_ratio(alpha_t, sigma_t), xt)
+        log_t = per_example(log_ratio(alpha_t, sigma_t), xt)
         h, before = log_ratio(alpha_s, sigma_s) - log_t, log_t - log_before
         second = jnp.isfinite(h) & jnp.isfinite(before)
         weight = jnp.where(second, h / jnp.where(second, 2 * before, 1), 0)
@@ -169,10 +171,10 @@ def edm(
         ImageNet at 64x64.
       low, high: S_min and S_max, sigma / alpha between which noise is added.
       noise: S_noise, standard deviation of the noise that is added, relative to what sigma says.
-      span: the range of times of the path; sigma / alpha must rise with t there.
+      span: the range of times of the path; sigma / alpha must rise with t there, to above 1.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range, or in sampling with churn, the path does not end with `span`.
     """
     if not churn >= 0:
         raise ValueError(f"churn={churn} must not be negative: it is S_churn / N of N steps")
@@ -184,6 +186,7 @@ def edm(
 
     def step(key, predict, path, xt, t, s):
         if gamma:
+            _check_end(path, span[1])
             u = _noisier(path, t, gamma, low, high, span[1])
             (alpha_t, sigma_t), (alpha, sigma) = path(t), path(u)
             ratio = jnp.where(alpha_t > 0, alpha / jnp.where(alpha_t > 0, alpha_t, 1), 1)
@@ -200,6 +203,19 @@ def edm(
         return unless((alpha_t <= 0) | (sigma_s <= 0), first, second)
 
     return one_step(step)
+
+
+def _check_end(path: Path, end: float) -> None:
+    """Raises ValueError if there is not yet more noise than data at the time `end`, where the path should end."""
+    with jax.ensure_compile_time_eval():
+        alpha, sigma = path(jnp.float32(end))
+    if isinstance(alpha, jax.core.Tracer) or isinstance(sigma, jax.core.Tracer) or float(sigma) > float(alpha):
+        return
+    raise ValueError(
+        f"the path does not end at t={end:g}, where sigma={float(sigma):g} and alpha={float(alpha):g}, and noise would "
+        "be added up to there only: pass edm(churn, span=(0, last)) with the last time of the path, or more than the "
+        "first of the grid"
+    )
 
 
 def _noisier(path: Path, t: jax.Array, gamma: float, low: float, high: float, end: float) -> jax.Array:
@@ -233,9 +249,11 @@ def _points(
     """
     known = known & jnp.isfinite(origin) & jnp.isfinite(h)
     points = [(jnp.zeros_like(origin), jnp.ones_like(known))]
-    for k, place in enumerate(before, 1):
+    for place in before:
         known = known & jnp.isfinite(place)
-        points.append((jnp.where(known, (place - origin) / jnp.where(known, h, 1), -k), known))
+        # An unknown place is another one than all known ones, or the polynomial, unused, has gradients that are NaN.
+        beyond = points[-1][0] - 1
+        points.append((jnp.where(known, (place - origin) / jnp.where(known, h, 1), beyond), known))
     return points
 
 
@@ -285,12 +303,6 @@ def _exponential(h: jax.Array, n: int) -> list[jax.Array | float]:
 def _weighted(weights: Sequence[jax.Array | float], values: Sequence[jax.Array]) -> jax.Array:
     """The sum of values [B, *S, C] with weights, [] or [B]."""
     return sum(expand(jnp.asarray(w), value) * value for w, value in zip(weights, values, strict=True))
-
-
-def _like(a: jax.Array, xt: jax.Array) -> jax.Array:
-    """a, [] or [B], as [B]."""
-    # A sum, not a broadcast: inside `shard_map` the memory varies over the mesh, and times may not.
-    return jnp.zeros_like(xt, shape=len(xt)) + a
 
 
 def _check_order(order: int, most: int) -> None:

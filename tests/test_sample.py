@@ -527,7 +527,7 @@ def test_gradients_with_respect_to_eta_and_times_are_those_of_finite_differences
 
 @pytest.mark.parametrize("sampler", [ancestral(), ddim(1.0), ddim(jnp.float32(0.5))])
 def test_an_inversion_with_noise_is_refused(sampler):
-    with pytest.raises(ValueError, match=r"adds noise, which cannot be inverted: use ddim\(\), heun\(\) or dpmpp_2m"):
+    with pytest.raises(ValueError, match=r"cannot be inverted or distilled: use ddim\(\), heun\(\) or dpmpp_2m"):
         invert(
             gaussian_denoiser(Cosine(), "v"),
             Cosine(),

@@ -337,6 +337,16 @@ def test_methods_that_are_one_another(key):
         np.testing.assert_allclose(run(sampler=adams_bashforth(1)), run(sampler=euler()), atol=1e-5)
         alike = np.allclose(run(sampler=euler()), run(sampler=ddim()), atol=1e-5)
         assert alike == (path == Linear())
+    # Two steps, and before the second a memory in which D is what the first one took it for: nothing is corrected.
+    predict, (t, s, last) = predictor(gaussian_denoiser(Linear(), "x0"), Linear(), "x0"), jnp.array([0.9, 0.6, 0.2])
+    found = []
+    for sampler in (unipc(2), dpmpp_2m()):
+        x, memory = sampler.step(None, predict, Linear(), x1, t, s, sampler.init(x1))
+        if len(memory) == 4:
+            before, logs, _, scales = memory
+            memory = before, logs, (before[0] + predict(x, s).x0) / 2, scales
+        found.append(sampler.step(None, predict, Linear(), x, s, last, memory)[0])
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -413,6 +423,17 @@ def test_gradients_are_finite_and_those_of_finite_differences(key, sampler):
             np.testing.assert_allclose(slopes, expected, rtol=1e-4)
 
 
+def test_places_that_are_not_known_yet_give_no_nan():
+    """On a grid that halves the time the place before is -2, which the one before that, unknown, must not be."""
+
+    def weights(t):
+        points = solvers._points(t, -t / 2, (2 * t, jnp.inf + 0 * t))
+        return jnp.stack(solvers._integral(points, lambda n: [1 / (i + 1) for i in range(n)]))
+
+    slope = jax.jacrev(lambda t: weights(t)[:2].sum() + weights(t)[2])(jnp.float32(0.24))
+    assert np.isfinite(slope)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -422,6 +443,10 @@ def test_gradients_are_finite_and_those_of_finite_differences(key, sampler):
         (lambda: edm(-1.0), "churn=-1.0 must not be negative"),
         (lambda: edm(low=2.0, high=1.0), "low=2.0 must lie between 0 and high=1.0"),
         (lambda: edm(noise=0.0), "noise=0.0 must be positive"),
+        (
+            lambda: edm(0.2).step(None, None, karras.Exploding(), jnp.ones((1, 1)), jnp.float32(5), jnp.float32(2), ()),
+            r"does not end at t=1, where sigma=1 and alpha=1.*: pass edm\(churn, span=\(0, last\)\)",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(make, message):
