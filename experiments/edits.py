@@ -119,7 +119,7 @@ def restoration(parts: Parts, measure: edit.Operator, deviation: float, scale: f
         x1, sampler = sampling.initial_noise(parts, keys), parts.sampler
         if scale is None:
             denoise = edit.given(
-                denoise, parts.path, parts.denoiser_prediction, measure, measured, noise=noise, spread=spread
+                denoise, parts.path, parts.denoiser_prediction, measure, measured, deviation=noise, spread=spread
             )
         else:
             sampler = edit.dps(sampler, measure, measured, scale)

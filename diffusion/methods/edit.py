@@ -5,11 +5,11 @@
               x_t = alpha_t / alpha_s xs + sqrt(large) z, back by `jump` steps, which are repeated    (2)
     dps       xs - scale grad_xt ||b - A x0_hat(xt)||    after each step                             (3)
     given     x0_hat + sigma^2 / alpha g,  eps_hat - sigma g,    g = grad_xt log p(b | xt)           (4)
-              log p(b | xt) = log N(b; A x0_hat(xt), noise^2 I + spread A A^T)                       (5)
+              log p(b | xt) = log N(b; A x0_hat(xt), deviation^2 I + spread A A^T)                   (5)
 
 (1) is SDEdit, Meng et al. 2021 (2108.01073). (2) is RePaint, Lugmayr et al. 2022 (2201.09865), with `large` of
 `posterior`: a step that sees the known pixels only through their noise needs some repetitions to agree with them. (3)
-and (4) sample from p(x0 | b) for a measurement b = A x0 + noise z with a linear A. (3) is algorithm 1 of diffusion
+and (4) sample from p(x0 | b) for a measurement b = A x0 + deviation z with a linear A. (3) is algorithm 1 of diffusion
 posterior sampling, Chung et al. 2022 (2209.14687), a sampler from a sampler; (4) is Bayes' rule for the score, a
 denoiser from a denoiser, and with spread = 0 their eq. (16). With the variance of x0 given xt for `spread`, as in
 Song et al. 2023 ("Pseudoinverse-guided diffusion models for inverse problems", ICLR), (4) is exact for independent
@@ -29,7 +29,7 @@ import numpy as np
 from diffusion.posterior import between
 from diffusion.predict import Denoise, Output, Prediction, decode, pred_of, predictor, replace_pred, target
 from diffusion.process import Path, coefficients, expand, noise
-from diffusion.sample import Sampler, ancestral, heun, initial_noise, invert, keys_of, normal, sample
+from diffusion.sample import Sampler, ancestral, heun, initial_noise, invert, keys_of, normal, root, sample
 
 Operator = Callable[[jax.Array], jax.Array]  # linear, [B, *S, C] -> [B, ...]
 
@@ -124,17 +124,20 @@ def repaint(
       key: one key, or one per sample [B], as in `sample.sample`.
       known: images [B, *S, C]; what they hold where the mask is false is not used.
       mask: boolean, broadcasts to them.
-      times: of `repaint_times`, or falling ones for no repetition; they begin with noise and end at 0.
+      times: of `repaint_times`, or falling ones for no repetition; they begin with noise, of which sigma is all that
+        there is, and end at 0.
       sampler: default `ancestral()`, as published.
 
     Raises:
-      ValueError: the mask is not boolean, or does not broadcast to the images.
+      ValueError: the mask is not boolean, or does not broadcast to the images, or the times are no such vector.
     """
     check_mask(mask, known.shape)
+    times = times if isinstance(times, jax.core.Tracer) else np.asarray(times, np.float64)
+    _check_times(times)
     sampler = keeping(sampler or ancestral(), known, mask)
     keys = keys_of(key, len(known))
     wide = jnp.promote_types(known.dtype, jnp.float32)
-    predict = predictor(lambda xt, t, y: denoise(xt.astype(known.dtype), t, y), path, prediction, y)
+    predict = predictor(denoise, path, prediction, y, dtype=known.dtype)
 
     def advance(carry, now):
         xt, memory = carry
@@ -151,11 +154,21 @@ def repaint(
 
         return jax.lax.cond(s < t, fall, rise), None
 
-    x1 = initial_noise(keys, known.shape[1:]).astype(known.dtype).astype(wide)
+    x1 = initial_noise(keys, known.shape[1:], path, times[0]).astype(known.dtype).astype(wide)
     times = jnp.asarray(times, wide)
     grid = (times[:-1], times[1:], jnp.arange(len(times) - 1))
     (x0, _), _ = jax.lax.scan(advance, (x1, sampler.init(x1)), grid)
     return jnp.where(mask, known, x0.astype(known.dtype))
+
+
+def _check_times(times: np.ndarray | jax.Array) -> None:
+    shaped = len(times.shape) == 1 and len(times) >= 2
+    known = shaped and not isinstance(times, jax.core.Tracer)
+    if not shaped or (known and not (times[-1] == 0 and times.max() <= times[0] and np.diff(times).all())):
+        raise ValueError(
+            "times must be a vector of two or more values, none above the first, that ends at 0, see `repaint_times`, "
+            f"not of shape {tuple(times.shape)}{f' from {times[0]:g} to {times[-1]:g}' if known else ''}"
+        )
 
 
 def check_mask(mask: jax.Array, shape: Sequence[int]) -> None:
@@ -204,8 +217,7 @@ def dps(sampler: Sampler, operator: Operator, measured: jax.Array, scale: float 
     def step(key, predict, path, xt, t, s, memory):
         def distance(x: jax.Array) -> jax.Array:
             square = jnp.square(measured - operator(predict(x, t).x0)).reshape(len(x), -1).sum(1)
-            # The root has no slope at 0.
-            return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0).sum()
+            return root(square).sum()
 
         slope = jax.grad(distance)(xt)
         xs, memory = sampler.step(key, predict, path, xt, t, s, memory)
@@ -221,27 +233,27 @@ def given(
     operator: Operator,
     measured: jax.Array,
     *,
-    noise: float,
+    deviation: float,
     spread: Callable[[jax.Array], jax.Array] | None = None,
     iterations: int = 8,
 ) -> Denoise:
-    """The denoiser of images given measurements b = A x0 + noise z, eqs. (4) and (5).
+    """The denoiser of images given measurements b = A x0 + deviation z, eqs. (4) and (5).
 
     At alpha = 0, where (4) is a limit, the denoiser is left as it is: begin to sample just below.
 
     Args:
       operator: linear, images [B, *S, C] -> measurements [B, ...].
       measured: b.
-      noise: its standard deviation.
+      deviation: the standard deviation of its noise.
       spread: t [B] -> the variance [B] of a pixel of x0 given xt; see `gaussian_spread`. None is 0.
       iterations: of conjugate gradients, which solve (5); one is enough if A A^T is a multiple of the identity, as it
         is for `downscale` and for a mask on what is not masked.
 
     Raises:
-      ValueError: the noise is not positive.
+      ValueError: the deviation is not positive.
     """
-    if not noise > 0:
-        raise ValueError(f"noise={noise} must be positive; for an exact measurement take a little, such as 0.01")
+    if not deviation > 0:
+        raise ValueError(f"deviation={deviation} must be positive; for an exact measurement take a little, as 0.01")
 
     def denoise_given(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
         coef = coefficients(path, t)
@@ -256,10 +268,10 @@ def given(
         variance = jnp.zeros_like(t) if spread is None else spread(t)
 
         def covariance(u: jax.Array) -> jax.Array:
-            return noise**2 * u + expand(variance, u) * operator(transpose(u)[0])
+            return deviation**2 * u + expand(variance, u) * operator(transpose(u)[0])
 
         residual = measured - operator(x0)
-        solved = residual / noise**2 if spread is None else _conjugate_gradients(covariance, residual, iterations)
+        solved = residual / deviation**2 if spread is None else _conjugate_gradients(covariance, residual, iterations)
         (slope,) = pull(transpose(solved)[0])
         alpha, sigma = expand(coef.alpha, xt), expand(coef.sigma, xt)
         slope = jnp.where(alpha == 0, 0, slope)

@@ -14,6 +14,7 @@ from diffusion.methods import edit
 from diffusion.predict import predictor
 from diffusion.process import Cosine, Linear
 from diffusion.sample import ancestral, ddim, dpmpp_2m, heun, initial_noise, sample, sample_keys
+from diffusion.solvers import unipc
 from tests.gaussians import COVARIANCE, MEAN, correlated
 from tests.test_process import PATHS
 
@@ -87,17 +88,21 @@ def test_one_pass_takes_the_grid_itself():
             edit.repaint_times(uniform_grid(5), jump, resamples)
 
 
-@pytest.mark.parametrize("sampler", [ddim(), ancestral(), dpmpp_2m()], ids=["ddim", "ancestral", "dpmpp_2m"])
-def test_with_nothing_known_and_one_pass_it_is_sampling(key, sampler):
+@pytest.mark.parametrize(
+    ("sampler", "path"),
+    [(ddim(), PATH), (ancestral(), PATH), (dpmpp_2m(), PATH), (ddim(), PATHS["linear, scale 2"])],
+    ids=["ddim", "ancestral", "dpmpp_2m", "ddim, scale 2"],
+)
+def test_with_nothing_known_and_one_pass_it_is_sampling(key, sampler, path):
     known, mask, options = (
         three(jax.random.key(1)),
         jnp.zeros((1, 3, 1), bool),
         {"prediction": "x0", "sampler": sampler},
     )
-    painted = edit.repaint(key, correlated(PATH, "x0"), PATH, known, mask, uniform_grid(5), **options)
+    painted = edit.repaint(key, correlated(path, "x0"), path, known, mask, uniform_grid(5), **options)
     keys = sample_keys(jax.random.clone(key), jnp.arange(4))
-    x1 = initial_noise(keys, (3, 1))
-    sampled = sample(keys, correlated(PATH, "x0"), PATH, x1, uniform_grid(5), **options)
+    x1 = initial_noise(keys, (3, 1), path, 1.0)
+    sampled = sample(keys, correlated(path, "x0"), path, x1, uniform_grid(5), **options)
     np.testing.assert_allclose(painted, sampled, rtol=1e-5, atol=1e-6)
 
 
@@ -159,6 +164,13 @@ def test_masks_that_do_not_fit_are_refused(key, mask, message):
         edit.repaint(key, None, PATH, three(jax.random.key(1)), mask, uniform_grid(3), prediction="x0")
 
 
+@pytest.mark.parametrize("times", [[0.0, 1.0], [0.5, 0.8, 0.0], [1.0, 0.5], [1.0, 1.0, 0.0], [[1.0], [0.0]], [1.0]])
+def test_times_that_do_not_lead_from_noise_to_data_are_refused(key, times):
+    known, mask = three(jax.random.key(1)), np.ones((1, 3, 1), bool)
+    with pytest.raises(ValueError, match="none above the first, that ends at 0, see `repaint_times`, not of shape"):
+        edit.repaint(key, None, PATH, known, mask, times, prediction="x0")
+
+
 @pytest.mark.parametrize("path", [Linear(), Cosine()], ids=["linear", "cosine"])
 def test_inversion_and_back_differ_by_the_error_of_the_sampler(path):
     x0 = three(jax.random.key(1))
@@ -197,7 +209,7 @@ def test_samples_given_measurements_are_those_of_the_exact_posterior(name, predi
             prediction,
             operator,
             jnp.asarray(b)[None, :, None].repeat(5, 0),
-            noise=noise,
+            deviation=noise,
             spread=edit.gaussian_spread(PATH, v),
         )
         x1 = jnp.concatenate([jnp.zeros((1, 4)), jnp.eye(4)])[..., None]
@@ -219,7 +231,7 @@ def test_without_a_spread_it_is_the_gradient_of_the_squared_residual():
     with jax.enable_x64(True):
 
         def estimates(x, guided=False):
-            used = edit.given(denoise, PATH, "flow", operator, jnp.asarray(b), noise=noise) if guided else denoise
+            used = edit.given(denoise, PATH, "flow", operator, jnp.asarray(b), deviation=noise) if guided else denoise
             now = predictor(used, PATH, "flow")(x, jnp.asarray(t))
             return now.x0, now.eps, -0.5 / noise**2 * jnp.square(b - operator(now.x0)).sum((1, 2))
 
@@ -233,8 +245,8 @@ def test_without_a_spread_it_is_the_gradient_of_the_squared_residual():
     sigma, alpha = t.reshape(2, 1, 1), 1 - t.reshape(2, 1, 1)
     np.testing.assert_allclose(after[1], before[1] - sigma * slope, rtol=1e-6)
     np.testing.assert_allclose(after[0], before[0] + sigma**2 / alpha * slope, rtol=1e-6)
-    with pytest.raises(ValueError, match="noise=0 must be positive"):
-        edit.given(denoise, PATH, "flow", operator, jnp.asarray(b), noise=0)
+    with pytest.raises(ValueError, match="deviation=0 must be positive"):
+        edit.given(denoise, PATH, "flow", operator, jnp.asarray(b), deviation=0)
 
 
 def test_a_step_of_dps_is_that_of_a_pytorch_program():
@@ -271,6 +283,15 @@ def test_dps_meets_the_measurement_and_moves_what_depends_on_it(key):
     exact = MEAN + COVARIANCE[:, 0] / COVARIANCE[0, 0] * (b - MEAN[0])
     np.testing.assert_allclose(found[:, 0], b, atol=0.1)
     np.testing.assert_allclose(found.mean(0)[1:], exact[1:], atol=0.15)
+
+
+def test_dps_reaches_a_sampler_that_corrects_its_last_step(key):
+    """One that made that step again, from what it remembers of it, would undo the step of dps."""
+    mask, b = jnp.array([True, False, False]).reshape(1, 3, 1), jnp.zeros((8, 3, 1)).at[:, 0].set(1.5)
+    guided = edit.dps(unipc(3), edit.masked(mask), b, 0.1)
+    x1 = initial_noise(sample_keys(key, jnp.arange(8)), (3, 1))
+    found = sample(key, correlated(PATH, "x0"), PATH, x1, uniform_grid(50, 0.98), prediction="x0", sampler=guided)
+    assert float(jnp.square(found[:, 0] - 1.5).mean()) ** 0.5 < 0.15
 
 
 def test_measurements_that_are_met_exactly_have_no_slope():
@@ -312,7 +333,7 @@ def test_results_do_not_depend_on_the_batch(key):
 
     @jax.jit
     def run(b, xt, t):
-        options = {"noise": 0.1, "spread": spread, "iterations": 4}
+        options = {"deviation": 0.1, "spread": spread, "iterations": 4}
         return edit.given(correlated(PATH, "x0"), PATH, "x0", operator, b, **options)(xt, t)
 
     np.testing.assert_allclose(run(b, xt, t)[2:3], run(b[2:3], xt[2:3], t[2:3]), rtol=1e-5, atol=1e-6)
