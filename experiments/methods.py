@@ -51,7 +51,8 @@ def method(config: Config, shape: tuple[int, ...]) -> Method | None:
         choose("objective.features", c.features, dict.fromkeys((None, "digits", "efficientnet")))
         with named("objective.features"):
             features = _features(config, shape)
-        return MeanFlow(shares, dict(floor=p.loss_floor, power=c.adaptive_power, features=features, **used))
+        floor = p.loss_floor * p.noise_scale  # of t, and the loss takes that of sigma
+        return MeanFlow(shares, dict(floor=floor, power=c.adaptive_power, features=features, **used))
     guidance = _guidance(config)
     options = {
         "denoise": lambda: None,

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion.guide import null_like
-from diffusion.predict import Denoise, Prediction, WithVelocity, determinant, pred_of, row
+from diffusion.predict import Denoise, Prediction, WithVelocity, decode, determinant, pred_of, row
 from diffusion.process import Coefficients, Path, check_images, coefficients, expand, noise
 from diffusion.sample import Sampler, one_step
 from diffusion.times import Times, uniform_times
@@ -75,7 +75,13 @@ class Velocities(NamedTuple):
 def guided(
     y: Any, scale: float | jax.Array, low: float | jax.Array, high: float | jax.Array, like: jax.Array
 ) -> Guided:
-    """The condition y with a guidance scale w >= 1 and its interval [low, high], numbers or [B], for images `like`."""
+    """The condition y with a guidance scale w >= 1 and its interval [low, high], numbers or [B], for images `like`.
+
+    Raises:
+      ValueError: the scale is a number below 1.
+    """
+    if isinstance(scale, int | float) and not scale >= 1:
+        raise ValueError(f"scale={scale} must be at least 1, which is no guidance: a mean-flow network knows no other")
     columns = (1 - 1 / jnp.asarray(scale, like.dtype), low, high)
     return Guided(y, jnp.stack([jnp.broadcast_to(jnp.asarray(a, like.dtype), like.shape[:1]) for a in columns], -1))
 
@@ -138,11 +144,10 @@ def _power_law(quantile: jax.Array, largest: float, power: float) -> jax.Array:
 def velocity(prediction: Prediction, coef: Coefficients, xt: jax.Array, pred: jax.Array, floor: float) -> jax.Array:
     """The velocity alpha' x0 + sigma' eps of a prediction at xt, [B, *S, C]; `floor` bounds the divisor from below.
 
-    Of x0 on the linear path: (xt - x0) / max(t, floor).
+    Of x0 the divisor is sigma: on the linear path the velocity is (xt - x0) / max(t, floor / scale).
     """
     u, w = row(prediction, coef)
-    det = determinant(prediction, coef)
-    det = jnp.where(det < 0, -1, 1) * jnp.maximum(jnp.abs(det), floor)
+    det = determinant(prediction, coef, floor)
     of_xt = (coef.dalpha * w - coef.dsigma * u) / det
     return expand(of_xt, xt) * xt + expand(determinant("flow", coef) / det, xt) * pred
 
@@ -164,7 +169,8 @@ def velocities(
       denoise: a mean-flow network.
       y, null: the condition, and that of one example without one; y=None for an unconditional network.
       prediction: what the network predicts, with both outputs: x0 or flow.
-      floor: of the divisor that turns x0 into a velocity, in the network's output as in v_t.
+      floor: of the divisor that turns x0 into a velocity, sigma, in the network's output as in v_t; of a path of
+        another noise scale, the published 0.05 times the scale.
 
     Raises:
       ValueError: the network has no second output.
@@ -250,9 +256,7 @@ def loss_at(
 
 def velocity_to_image(path: Path, t: jax.Array, xt: jax.Array, u: jax.Array) -> jax.Array:
     """The x0 [B, *S, C] whose velocity at xt is u: xt - t u on the linear path."""
-    coef = coefficients(path, t)
-    det = determinant("flow", coef)
-    return expand(coef.dsigma / det, xt) * xt - expand(coef.sigma / det, xt) * u
+    return decode("flow", coefficients(path, t), xt, u)[0]
 
 
 def _adaptive(value: jax.Array, power: float) -> jax.Array:

@@ -15,6 +15,8 @@ from diffusion.predict import WithVelocity, convert
 from diffusion.process import Cosine, Linear, coefficients, noise
 from diffusion.sample import heun, sample
 from diffusion.times import logit_normal_times
+from experiments import config
+from experiments.methods import method
 from tests.methods.test_distill import flow
 from tests.test_sample import MEAN, SCALE, exact_flow, gaussian_denoiser
 
@@ -142,6 +144,24 @@ def test_predictions_become_velocities_with_a_bounded_divisor(key, prediction):
     np.testing.assert_allclose(back, gaussian_denoiser(path, "x0")(xt, t)[:3], atol=1e-5)
 
 
+@pytest.mark.parametrize("path", [Linear(), Linear(2.0)], ids=["linear", "scale 2"])
+def test_the_velocity_is_continuous_at_the_data_and_its_floor_is_one_of_sigma(path):
+    """A determinant of -0 has the sign of those beside it."""
+    t, floor = jnp.float32([0.0, 1e-6, 0.04, 0.5]), 0.1
+    found = meanflow.velocity("x0", coefficients(path, t), jnp.ones((4, 2)), jnp.zeros((4, 2)), floor)
+    expected = 1 / np.maximum(t, floor / path.scale)[:, None].repeat(2, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_the_floor_of_a_run_is_one_of_t():
+    """The loss takes that of sigma, noise_scale t."""
+    run = config.Config(name="x", objective=config.Objective(kind="mean_flow"))
+    floors = []
+    for run.process.noise_scale in (1.0, 2.0):
+        floors.append(method(run, (8, 8, 1)).loss["floor"])
+    assert floors == [run.process.loss_floor, 2 * run.process.loss_floor]
+
+
 def test_targets_and_the_time_derivative_have_no_gradient(key):
     """The gradient is that of u and v alone, with all that they are compared with held fixed."""
     sampled, x0 = drawn(key)
@@ -222,6 +242,8 @@ def test_wrong_arguments_are_named(key):
     ):
         with pytest.raises(ValueError, match=message):
             meanflow.draw(key, x0, times, **given)
+    with pytest.raises(ValueError, match=r"scale=0\.5 must be at least 1, which is no guidance"):
+        meanflow.guided(None, 0.5, 0.0, 1.0, x0)
     with pytest.raises(ValueError, match=r"needs a network with a second output, Task\(velocity=True\)"):
         meanflow.loss_at(meanflow.draw(key, x0), lambda z, t, y: z, Linear(), x0, prediction="x0")
 
