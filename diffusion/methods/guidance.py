@@ -30,13 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion.guide import Scale, factor, paired
+from diffusion.guide import Scale, factor, null_like, paired
 from diffusion.predict import Denoise, Estimate, Prediction, convert, predictor
 from diffusion.process import Path, expand
 from diffusion.sample import Memory, Sampler
 
 
-def rescale(denoise: Denoise, null: Any, scale: Scale, phi: float = 0.7) -> Denoise:
+def rescale(denoise: Denoise, null: Any, scale: Scale, *, phi: float = 0.7) -> Denoise:
     """Guidance whose result has the standard deviation of the conditional prediction, to the share `phi`, eq. (1).
 
     Raises:
@@ -54,7 +54,7 @@ def rescale(denoise: Denoise, null: Any, scale: Scale, phi: float = 0.7) -> Deno
 
 
 def zero(
-    denoise: Denoise, null: Any, scale: Scale, path: Path, prediction: Prediction, still_above: float = np.inf
+    denoise: Denoise, null: Any, scale: Scale, path: Path, prediction: Prediction, *, still_above: float = np.inf
 ) -> Denoise:
     """CFG-Zero*, eq. (2): the unconditional velocity is first fitted to the conditional one.
 
@@ -113,17 +113,19 @@ def apg_momentum(
     """A sampler that guides by `apg` with momentum, eq. (3).
 
     A denoiser has no memory, so this guidance is a wrapper of the sampler, whose memory it extends by d', the
-    difference at the first evaluation of the step before. Pass `sample` the denoiser without guidance, and here the
-    same one, with `null` of one example in its full shape:
+    difference at the start (xt, t) of the step before. Pass `sample` the denoiser without guidance, and here the same
+    one:
 
         guided = apg_momentum(ddim(), denoise, null, 3.0, "x0")
         sample(key, denoise, path, x1, times, y, prediction="x0", sampler=guided)
 
     Each evaluation of the sampler calls the denoiser twice, with y and with `null`. A sampler with several evaluations
-    a step (`heun`) uses one d' for all of them. A threshold around the denoiser acts before guidance.
+    a step (`heun`) uses one d' for all of them; one that does not begin at xt (`edm` with churn), or differentiates
+    there (`edit.dps`), costs one more. A threshold around the denoiser acts before guidance.
 
     Raises:
-      ValueError: the momentum is not above -1 and below 1, or the radius is not positive.
+      ValueError: the momentum is not above -1 and below 1, or the radius is not positive; in sampling, there is no
+        condition y, or `null` does not fit it, see `guide.null_like`.
     """
     if not -1 < momentum < 1:
         raise ValueError(f"momentum={momentum} must lie between -1 and 1; negative in the paper")
@@ -134,14 +136,18 @@ def apg_momentum(
 
     def step(key, predict, path, xt, t, s, memory):
         inner, before = memory
-        nulls = jax.tree.map(lambda n: jnp.broadcast_to(n, (len(xt), *jnp.shape(n))), null)
-        unconditional = predictor(denoise, path, prediction, nulls)
-        differences = []
+        nulls = null_like(predict.y, null)
+        unconditional = predictor(denoise, path, prediction, nulls, dtype=predict.dtype)
+
+        def compared(x: jax.Array, at: jax.Array) -> tuple[Estimate, jax.Array]:
+            now = predict(x, at)
+            return now, now.x0 - unconditional(x, at).x0 + momentum * before
+
+        # Not taken from the sampler's own call, which may be inside a transformation, whose values must not leave it.
+        first = compared(xt, t)
 
         def guided(x: jax.Array, at: jax.Array) -> Estimate:
-            now = predict(x, at)
-            difference = now.x0 - unconditional(x, at).x0 + momentum * before
-            differences.append(difference)
+            now, difference = first if x is xt and at is t else compared(x, at)
             times = jnp.broadcast_to(at, x.shape[:1])
             x0 = now.x0 + (factor(scale, times, x) - 1) * _projected(difference, now.x0, eta, radius)
             alpha, sigma = (expand(a, x) for a in path(at))
@@ -149,7 +155,7 @@ def apg_momentum(
             return now._replace(x0=x0, eps=now.eps + gain * (now.x0 - x0))
 
         xs, inner = sampler.step(key, guided, path, xt, t, s, inner)
-        return xs, (inner, differences[0])
+        return xs, (inner, first[1])
 
     return Sampler(init, step)
 

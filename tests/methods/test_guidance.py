@@ -9,7 +9,7 @@ import pytest
 
 from diffusion import guide
 from diffusion.grids import shifted_grid, uniform_grid
-from diffusion.methods import guidance
+from diffusion.methods import edit, guidance
 from diffusion.predict import WithVariance, convert
 from diffusion.process import Cosine, Linear
 from diffusion.sample import ddim, dpmpp_2m, heun, sample
@@ -186,6 +186,26 @@ def test_without_momentum_the_wrapped_sampler_is_apg(key, inputs, make):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
     moved = guidance.apg_momentum(make(), denoise, NULL, 3.0, "v", momentum=-0.75, **options)
     assert np.abs(run(denoise, sampler=moved) - expected).max() > 0.01
+
+
+def test_momentum_guides_a_sampler_that_differentiates(key, inputs):
+    """DPS of no effect, whose evaluations have a gradient taken, leaves the guided sampler as it is."""
+    xt, _, y = inputs
+    run = partial(sample, key, denoise, Linear(), xt, uniform_grid(4, 0.95), y, prediction="x0")
+    guided = lambda sampler: guidance.apg_momentum(sampler, denoise, NULL, 3.0, "x0")  # noqa: E731
+    same = guided(edit.dps(ddim(), lambda x: x, jnp.zeros_like(xt), 0.0))
+    np.testing.assert_allclose(run(sampler=same), run(sampler=guided(ddim())), rtol=1e-5, atol=1e-5)
+
+
+def test_both_passes_of_momentum_see_the_type_of_the_images_and_need_a_condition(key, inputs):
+    xt, _, y = inputs
+    seen = set()
+    network = lambda xt, t, y: seen.add(xt.dtype) or 0.5 * xt  # noqa: E731
+    guided = guidance.apg_momentum(ddim(), network, NULL, 3.0, "x0")
+    run = partial(sample, key, network, Linear(), xt.astype(jnp.bfloat16), uniform_grid(3), prediction="x0")
+    assert run(y, sampler=guided).dtype == jnp.bfloat16 and seen == {jnp.dtype(jnp.bfloat16)}
+    with pytest.raises(ValueError, match="null must have the structure of the condition y"):
+        run(None, sampler=guided)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.6, 1.0])
