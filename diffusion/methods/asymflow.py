@@ -83,12 +83,16 @@ def target(project: Project, coef: Coefficients, x0: jax.Array, eps: jax.Array) 
     return project(combined("flow", coef, x0, eps)) + (x0 - project(x0))
 
 
-def velocity(denoise: Denoise, path: Path, project: Project, floor: float = 0.05) -> Denoise:
+def velocity(denoise: Denoise, path: Path, project: Project, *, floor: float = 0.05) -> Denoise:
     """The network's prediction (1) as one of the velocity, "flow", eq. (2), for samplers and guidance.
 
     Args:
       floor: of sigma as a divisor; of a path of another noise scale, this times the scale. The paper samples at 0.04.
+
+    Raises:
+      ValueError: the floor is negative.
     """
+    _check_floor(floor)
 
     def recovered(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
         coef, output = coefficients(path, t), denoise(xt, t, y)
@@ -129,8 +133,9 @@ def loss_at(
     Returns also {"t", "mse", "loss"} [B], as `diffusion.loss.loss_at`: mse is that of (1).
 
     Raises:
-      ValueError: the denoiser returns another shape than x0's, or a learned variance.
+      ValueError: the denoiser returns another shape than x0's, or a learned variance, or the floor is negative.
     """
+    _check_floor(floor)
     t, eps, importance = sampled
     coef, xt = coefficients(path, t), noise(path, x0, t, eps)
     pred = denoise(xt.astype(x0.dtype), t, y)
@@ -144,3 +149,8 @@ def loss_at(
     value = inside + measured_in("flow", "x0", floor)(coef) * outside
     parts = {"t": t, "mse": inside + outside, "loss": value}
     return value if importance is None else importance * value, parts
+
+
+def _check_floor(floor: float) -> None:
+    if not floor >= 0:
+        raise ValueError(f"floor={floor} must not be negative: it is the smallest divisor, 0 for no bound")

@@ -15,7 +15,7 @@ Consistency distillation (Song et al. 2023, 2303.01469; with the distance, weigh
     f(z, t) = c z / alpha + (1 - c) x0_hat,   c = d^2 / (d^2 + (sigma / alpha)^2),   f(z, 0) = z     (4)
     d(a, b) = sqrt(|a - b|^2 + c^2) - c,   c = 0.00054 sqrt(D)                                      (5)
     t = i / N,  s = (i - 1) / N,   N = min(first 2^floor(k / K'), last) at training step k of K,
-    K' = floor(K / (log2(last / first) + 1))                                                        (6)
+    K' = floor(K / (floor(log2(last / first)) + 1))                                                 (6)
 
 d is about the standard deviation of the data. Without (4) a network that predicts x0 could be constant. The student of
 (3) is the trained network itself, without an average. A teacher is a `Predict`: guided or not.
@@ -55,8 +55,19 @@ def two_steps(teacher: Predict, path: Path, xt: jax.Array, t: jax.Array, s: jax.
     return Estimate((sigma_t * xs - sigma_s * xt) / det, (alpha_s * xt - alpha_t * xs) / det)
 
 
-def anchored(denoise: Denoise, path: Path, prediction: Prediction, data_std: float = 0.5) -> Denoise:
-    """The denoiser whose x0_hat is f of eq. (4), which is xt itself at t = 0 whatever the network says."""
+def anchored(denoise: Denoise, path: Path, prediction: Prediction, *, data_std: float = 0.5) -> Denoise:
+    """The denoiser whose x0_hat is f of eq. (4), which is xt itself at t = 0 whatever the network says.
+
+    Raises:
+      ValueError: the prediction is eps, or data_std, d of eq. (4), is not positive.
+    """
+    if prediction == "eps":
+        raise ValueError(
+            "prediction='eps' does not determine x0 at t = 1, where consistency models start to sample: take x0, v or "
+            "flow, also for the teacher"
+        )
+    if not data_std > 0:
+        raise ValueError(f"data_std={data_std}, the standard deviation of the data, must be positive")
 
     def f(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
         coef, output = coefficients(path, t), denoise(xt, t, y)
@@ -83,6 +94,9 @@ def consistency_target(
     """sg f(z_s, s) of eq. (3), [B, *S, C], for z = xt at times t and s, [B]; of s = 0 it is the teacher's own image.
 
     `student` is that of an `anchored` denoiser; `solver`, default `sample.heun()`, steps the teacher, without noise.
+
+    Raises:
+      ValueError: the solver adds noise.
     """
     xs = _moved(solver or heun(), teacher, path, xt, t, s)
     x0 = jnp.where(expand(s > 0, xt), student(xs, s).x0, xs)

@@ -2,12 +2,12 @@
 
     D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)                                              (1)
 
-    c_skip  = sigma_data^2 / (sigma^2 + sigma_data^2)      c_out   = sigma sigma_data / sqrt(sigma^2 + sigma_data^2)
-    c_in    = 1 / sqrt(sigma^2 + sigma_data^2)             c_noise = log(sigma) / 4                (2)
+    c_skip  = data_std^2 / (sigma^2 + data_std^2)      c_out   = sigma data_std / sqrt(sigma^2 + data_std^2)
+    c_in    = 1 / sqrt(sigma^2 + data_std^2)             c_noise = log(sigma) / 4                (2)
 
     L = E w(sigma) ||D(x0 + sigma eps, sigma) - x0||^2,    w = 1 / c_out^2,    log sigma ~ N(mean, std^2)  (3)
 
-(1) is eq. 7, (2) table 1, (3) eqs. 2 and 8 with table 1. With data of deviation sigma_data, input and target of F have
+(1) is eq. 7, (2) table 1, (3) eqs. 2 and 8 with table 1. With data of deviation data_std, input and target of F have
 unit variance at every sigma, and w makes the loss of F the same everywhere. The paper's path is `Exploding`, whose time
 is sigma; on any other path x is xt / alpha and sigma is sigma / alpha in (2), so that one network serves all paths.
 
@@ -25,6 +25,9 @@ from diffusion.loss import Weight
 from diffusion.predict import Denoise, Output, pred_of, replace_pred
 from diffusion.process import Coefficients, Path, expand
 from diffusion.times import Times, antithetic_times
+
+# Keeps c_noise finite at the ends of a path.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -47,48 +50,49 @@ class Scalings(NamedTuple):
     noise: jax.Array
 
 
-def scalings(path: Path, t: jax.Array, sigma_data: float = 0.5) -> Scalings:
+def scalings(path: Path, t: jax.Array, data_std: float = 0.5) -> Scalings:
     """c_skip, c_out, c_in and c_noise at times t [B], eq. (2)."""
     alpha, sigma = path(t)
-    total = jnp.square(sigma) + jnp.square(alpha * sigma_data)
+    total = jnp.square(sigma) + jnp.square(alpha * data_std)
     return Scalings(
-        skip=alpha * sigma_data**2 / total,
-        out=sigma * sigma_data / jnp.sqrt(total),
+        skip=alpha * data_std**2 / total,
+        out=sigma * data_std / jnp.sqrt(total),
         into=1 / jnp.sqrt(total),
-        noise=(jnp.log(sigma) - jnp.log(alpha)) / 4,
+        noise=(jnp.log(jnp.maximum(sigma, _LEAST)) - jnp.log(jnp.maximum(alpha, _LEAST))) / 4,
     )
 
 
-def preconditioned(network: Denoise, path: Path, sigma_data: float = 0.5) -> Denoise:
+def preconditioned(network: Denoise, path: Path, data_std: float = 0.5) -> Denoise:
     """The denoiser of eq. (1), which predicts x0 [B, *S, C], from a raw network F.
 
-    F receives c_in xt and, in the place of t, c_noise [B], which is infinite where sigma or alpha is 0: train and
-    sample at times between (`log_normal_times`, `grids.rho_grid`). A learned variance is passed on.
+    F receives c_in xt and, in the place of t, c_noise [B], with sigma and alpha kept above 1e-6 in its logarithm: at
+    both ends of a path it is finite, but far from what F was trained with, unless sampling goes from and to where
+    training goes (`log_normal_times`, `grids.rho_grid`). A learned variance is passed on.
 
     Raises:
-      ValueError: sigma_data is not positive.
+      ValueError: data_std is not positive.
     """
-    _check(sigma_data)
+    _check(data_std)
 
     def denoise(xt: jax.Array, t: jax.Array, y: Any = None) -> Output:
-        c = scalings(path, t, sigma_data)
+        c = scalings(path, t, data_std)
         output = network((expand(c.into, xt) * xt).astype(xt.dtype), c.noise, y)
         return replace_pred(output, expand(c.skip, xt) * xt + expand(c.out, xt) * pred_of(output))
 
     return denoise
 
 
-def weight(sigma_data: float = 0.5) -> Weight:
+def weight(data_std: float = 0.5) -> Weight:
     """w of eq. (3) on the squared error of x0, 1 / c_out^2, as a function of the coefficients of a path.
 
     Raises:
-      ValueError: sigma_data is not positive.
+      ValueError: data_std is not positive.
     """
-    _check(sigma_data)
+    _check(data_std)
 
     def at(coef: Coefficients) -> jax.Array:
-        total = jnp.square(coef.sigma) + jnp.square(coef.alpha * sigma_data)
-        return total / jnp.square(coef.sigma * sigma_data)
+        total = jnp.square(coef.sigma) + jnp.square(coef.alpha * data_std)
+        return total / jnp.square(coef.sigma * data_std)
 
     return at
 
@@ -109,6 +113,6 @@ def log_normal_times(mean: float = -1.2, std: float = 1.2) -> Times:
     return times
 
 
-def _check(sigma_data: float) -> None:
-    if not sigma_data > 0:
-        raise ValueError(f"sigma_data={sigma_data}, the standard deviation of the data, must be positive")
+def _check(data_std: float) -> None:
+    if not data_std > 0:
+        raise ValueError(f"data_std={data_std}, the standard deviation of the data, must be positive")

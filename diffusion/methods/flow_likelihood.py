@@ -56,7 +56,7 @@ def log_density(
     prediction: Prediction,
     probes: int | None = 1,
     solver: Solver = "rk4",
-    prior_std: float = 1.0,
+    prior_std: float | None = None,
 ) -> FlowLikelihood:
     """log p(x0), in nats, of x0 [B, *S, C], eqs. (1) to (4). Memory does not grow with the number of steps.
 
@@ -64,7 +64,7 @@ def log_density(
       key: one key, or one per example [B]; None for an exact trace, which draws nothing.
       times: rising [T + 1], from a little above 0 to where sampling starts; see `rising_times`.
       probes: how many z of eq. (3) to average, a derivative each; None for the exact trace, D derivatives.
-      prior_std: standard deviation of the noise from which sampling starts.
+      prior_std: standard deviation of the noise from which sampling starts, sigma(times[-1]) by default.
 
     Raises:
       ValueError: times do not rise from above 0, or another argument is unknown or out of range.
@@ -77,7 +77,7 @@ def log_density(
         raise ValueError(f"probes={probes} must be at least 1 and needs a key; None is the exact trace")
     b, dims = x0.shape[0], math.prod(x0.shape[1:])
     wide = jnp.promote_types(x0.dtype, jnp.float32)
-    predict = predictor(lambda xt, t, y: denoise(xt.astype(x0.dtype), t, y), path, prediction, y)
+    predict = predictor(denoise, path, prediction, y, dtype=x0.dtype)
 
     def velocity(x: jax.Array, t: jax.Array, rates: Rates) -> jax.Array:
         now = predict(x, t)
@@ -97,8 +97,9 @@ def log_density(
     alpha = path(grid[0])[0]
     start = alpha * x0.astype(wide), jnp.zeros(b, wide)
     (x1, divergence), _ = jax.lax.scan(step, start, (grid[:-1], grid[1:]))
-    square = jnp.square(x1 / prior_std).reshape(b, -1).sum(1)
-    prior = -0.5 * square - dims * (0.5 * math.log(2 * math.pi) + math.log(prior_std))
+    std = path(grid[-1])[1] if prior_std is None else jnp.asarray(prior_std, wide)
+    square = jnp.square(x1 / std).reshape(b, -1).sum(1)
+    prior = -0.5 * square - dims * 0.5 * math.log(2 * math.pi) - dims * jnp.log(std)
     change = divergence + dims * jnp.log(alpha)
     return FlowLikelihood(prior + change, prior, change, x1)
 
@@ -114,13 +115,18 @@ def bits_per_dim(
     prediction: Prediction,
     probes: int | None = 1,
     solver: Solver = "rk4",
-    prior_std: float = 1.0,
+    prior_std: float | None = None,
     levels: int = 256,
 ) -> FlowLikelihood:
     """Bits per dimension of images x0 [B, *S, C] in [-1, 1], in `levels` equal levels, with uniform noise on them.
 
     The noise is that of the key: the same key, the same noise. Arguments and errors as in `log_density`.
+
+    Raises:
+      ValueError: there are fewer than 2 levels.
     """
+    if levels < 2:
+        raise ValueError(f"levels={levels} must be at least 2")
     keys, width = keys_of(key, x0.shape[0]), 2 / (levels - 1)
     uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, _DEQUANTISATION), x0.shape[1:], x0.dtype))
     x0 = x0 + width * (uniform(keys) - 0.5)
@@ -143,6 +149,8 @@ def rising_times(steps: int, first: float = 1e-3, start: float = 1.0, sharpness:
         raise ValueError(f"steps={steps} must be at least 1")
     if not 0 < first < start:
         raise ValueError(f"first={first} must lie between 0 and start={start}")
+    if not sharpness > 0:
+        raise ValueError(f"sharpness={sharpness} must be positive; large values give even times in log t")
     ends = np.array([first / start, 1.0])
     low, high = np.log(ends) - np.log1p(sharpness - ends)
     t = (1 + sharpness) / (1 + np.exp(-np.linspace(low, high, steps + 1)))

@@ -43,7 +43,7 @@ def ideal_denoiser(
     decode: Callable[[jax.Array], jax.Array] | None = None,
     block_size: int = 1024,
 ) -> Denoise:
-    """Denoiser of the images `data` [N, *S, C] that predicts x0, eq. (2); float32 unless xt is float64.
+    """Denoiser of the images `data` [N, *S, C] that predicts x0, eq. (2), in the type of xt; inside float32 at least.
 
     Inside `jax.jit` pass the data as an argument, as parameters are: a constant would be copied into the program.
 
@@ -54,7 +54,8 @@ def ideal_denoiser(
       block_size: images at a time.
 
     Raises:
-      ValueError: labels are not [N], or on a call, xt has another shape than the images, or labels or y are missing.
+      ValueError: on a call, the labels are not [N], xt has another shape than the images, labels or y are missing, or
+        the blocks are of no image.
     """
 
     def denoise(xt: jax.Array, t: jax.Array, y: jax.Array | None = None) -> jax.Array:
@@ -88,8 +89,10 @@ def data_posterior(
         raise ValueError("a class-conditional posterior needs both the labels of the data and y; pass both or neither")
     if labels is not None and jnp.shape(labels) != (n,):
         raise ValueError(f"labels must have one value for each of the {n} images, not shape {jnp.shape(labels)}")
-    block = min(block_size, n)
-    flat = xt.reshape(b, -1)
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be at least 1")
+    block, wide = min(block_size, n), jnp.promote_types(xt.dtype, jnp.float32)
+    flat, alpha, sigma = xt.reshape(b, -1).astype(wide), alpha.astype(wide), sigma.astype(wide)
     precision = 1 / jnp.maximum(jnp.square(sigma), _LEAST)[:, None]
 
     def body(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -97,7 +100,7 @@ def data_posterior(
         # The last block begins earlier, so that all have one size; what it repeats does not count.
         first = jnp.minimum(number * block, n - block)
         images = jax.lax.dynamic_slice_in_dim(data, first, block)
-        x = (images if decode is None else decode(images)).reshape(block, -1).astype(xt.dtype)
+        x = (images if decode is None else decode(images)).reshape(block, -1).astype(wide)
         inner = jnp.matmul(flat, x.T, precision=jax.lax.Precision.HIGHEST)
         scores = alpha[:, None] * (inner - alpha[:, None] * jnp.square(x).sum(1)[None] / 2)  # sigma^2 l + const(xt)
         # Rounded once for the maximum and for the weights, which small differences over a small sigma^2 would change.
@@ -123,4 +126,5 @@ def data_posterior(
     start = (zeros - jnp.inf, zeros, zeros, jnp.zeros_like(flat))
     _, total, moment, mean = jax.lax.fori_loop(0, -(-n // block), body, start)
     # The weights are exp(l - m): moment is the sum of weight (l - m).
-    return DataPosterior((mean / total[:, None]).reshape(xt.shape), jnp.log(total) - moment / total)
+    mean = (mean / total[:, None]).reshape(xt.shape).astype(xt.dtype)
+    return DataPosterior(mean, jnp.log(total) - moment / total)

@@ -28,8 +28,11 @@ def windows(denoise: Denoise, size: Sequence[int], stride: int | Sequence[int]) 
     know nothing of each other.
 
     Raises:
+      TypeError: the size is not a sequence of integers.
       ValueError: on a call, if the windows do not tile xt; the message names a stride that does.
     """
+    if isinstance(size, int):
+        raise TypeError(f"size={size} must be a sequence of integers, one per spatial axis, as ({size}, {size})")
     size = tuple(size)
     stride = per_axis("stride", stride, len(size))
 

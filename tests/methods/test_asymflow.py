@@ -71,7 +71,8 @@ def test_the_velocity_is_the_papers(drawn):
     np.testing.assert_allclose(p(ours), p(theirs), atol=1e-5)
     np.testing.assert_allclose(rest(ours), -rest(theirs), atol=1e-5)
     u = p(pred) + rest(xt - rest(pred)) / t[:, None, None, None]
-    np.testing.assert_allclose(asymflow.velocity(lambda *_: pred, Linear(), p, 0.0)(xt, t), u, rtol=1e-4, atol=1e-4)
+    found = asymflow.velocity(lambda *_: pred, Linear(), p, floor=0.0)(xt, t)
+    np.testing.assert_allclose(found, u, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -80,7 +81,7 @@ def test_the_target_gives_the_velocity_of_the_path_and_no_loss(drawn, name, rank
     (x0, t, eps, _), path = drawn, PATHS[name]
     coef, p = coefficients(path, t), project(rank)
     oracle = lambda xt, t, y: asymflow.target(p, coef, x0, eps)  # noqa: E731
-    found = asymflow.velocity(oracle, path, p, 1e-3)(noise(path, x0, t, eps), t)
+    found = asymflow.velocity(oracle, path, p, floor=1e-3)(noise(path, x0, t, eps), t)
     np.testing.assert_allclose(found, predict.target("flow", coef, x0, eps), rtol=1e-3, atol=1e-3)
     assert float(asymflow.loss_at(loss.Draw(t, eps), oracle, path, x0, project=p)[0].max()) < 1e-9
 
@@ -91,7 +92,7 @@ def test_the_loss_is_the_squared_error_of_the_velocity(drawn):
     values, parts = asymflow.loss_at(loss.Draw(t, eps), lambda *_: pred, path, x0, project=p, floor=0.1)
     exact = asymflow.target(p, coefficients(path, t), x0, eps)
     xt = noise(path, x0, t, eps)
-    a, b = (asymflow.velocity(lambda *_, x=x: x, path, p, 0.1)(xt, t) for x in (pred, exact))
+    a, b = (asymflow.velocity(lambda *_, x=x: x, path, p, floor=0.1)(xt, t) for x in (pred, exact))
     np.testing.assert_allclose(values, jnp.square(a - b).mean((1, 2, 3)), rtol=1e-4)
     np.testing.assert_allclose(parts["mse"], jnp.square(pred - exact).mean((1, 2, 3)), rtol=1e-5)
 
@@ -109,7 +110,7 @@ def test_it_samples_a_gaussian(key):
 
     keys = sample.sample_keys(key, jnp.arange(20))
     x1 = sample.initial_noise(keys, (*SIZE, 3))
-    flow = asymflow.velocity(denoise, path, p, 0.01)
+    flow = asymflow.velocity(denoise, path, p, floor=0.01)
     found = sample.sample(keys, flow, path, x1, grids.uniform_grid(40), prediction="flow", sampler=sample.heun())
     # The flow of a Gaussian is linear: x0 = covariance^(1/2) x1.
     np.testing.assert_allclose(found, (x1 @ turn * jnp.sqrt(variances)) @ turn.T, atol=0.03)
@@ -146,6 +147,11 @@ def test_what_does_not_fit_is_refused(drawn):
     with pytest.raises(ValueError, match="rank=13 must lie in 0..12"):
         asymflow.principal_directions(np.zeros((2, *SIZE, 3)), PATCH, 13)
     at = loss.Draw(t, eps)
+    for floor in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"floor={floor} must not be negative"):
+            asymflow.velocity(None, Linear(), project(3), floor=floor)
+        with pytest.raises(ValueError, match=f"floor={floor} must not be negative"):
+            asymflow.loss_at(at, None, Linear(), x0, project=project(3), floor=floor)
     with pytest.raises(ValueError, match="learned variance"):
         asymflow.loss_at(at, lambda xt, t, y: WithVariance(xt, xt), Linear(), x0, project=project(3))
     with pytest.raises(ValueError, match=r"returned shape \(4, 4, 6, 1\)"):

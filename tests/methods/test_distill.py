@@ -9,7 +9,7 @@ from diffusion.loss import Draw, loss_at
 from diffusion.methods import distill
 from diffusion.predict import convert, predictor
 from diffusion.process import Cosine, Linear, expand, noise
-from diffusion.sample import ddim, heun, sample
+from diffusion.sample import ancestral, ddim, heun, sample
 from tests.test_sample import MEAN, SCALE, exact_flow, gaussian_denoiser
 
 PATHS = {"linear": Linear(), "cosine": Cosine()}
@@ -101,13 +101,25 @@ def test_an_anchored_network_returns_its_input_at_the_end(key, name, prediction)
     path, t = PATHS[name], jnp.float32([0.0, 0.001, 0.5, 1.0])
     xt = jax.random.normal(key, SHAPE)
     constant = convert(lambda xt, t, y: jnp.full_like(xt, 3.0), path, "x0", prediction)
-    denoise = distill.anchored(constant, path, prediction, 0.5)
+    denoise = distill.anchored(constant, path, prediction, data_std=0.5)
     x0 = np.asarray(predictor(denoise, path, prediction)(xt, t).x0)
     np.testing.assert_allclose(x0[0], xt[0], atol=1e-5)
     np.testing.assert_allclose(x0[1], xt[1], atol=0.01)
     np.testing.assert_allclose(x0[3], 3.0, atol=1e-4)
     # At equal scales of signal and noise c is d^2 / (d^2 + 1) = 1/5.
     np.testing.assert_allclose(x0[2], 0.2 * xt[2] / path(0.5)[0] + 0.8 * 3, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_distilled_is_refused(key):
+    """At t = 1 the x0 of an eps prediction is 0, whatever xt is."""
+    with pytest.raises(ValueError, match="prediction='eps' does not determine x0 at t = 1"):
+        distill.anchored(None, Linear(), "eps")
+    with pytest.raises(ValueError, match=r"data_std=0\.0, the standard deviation of the data, must be positive"):
+        distill.anchored(None, Linear(), "x0", data_std=0.0)
+    path, xt = Linear(), jax.random.normal(key, SHAPE)
+    teacher = predictor(gaussian_denoiser(path, "x0"), path, "x0")
+    with pytest.raises(ValueError, match="adds noise, which cannot be inverted or distilled"):
+        distill.consistency_target(teacher, teacher, path, xt, T, S, solver=ancestral())
 
 
 def test_no_gradient_flows_through_the_target(key):

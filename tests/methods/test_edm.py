@@ -74,6 +74,15 @@ def test_a_learned_variance_is_passed_on(key):
     np.testing.assert_allclose(both.v, x * edm.scalings(edm.Exploding(), t).into[:, None] + 1)
 
 
+def test_the_network_is_told_finite_times_at_both_ends_of_a_path(key):
+    network = lambda x, at, y: jnp.cos(at)[:, None] * x  # noqa: E731
+    c_noise = edm.scalings(Linear(), jnp.array([0.0, 1.0])).noise
+    np.testing.assert_allclose(c_noise, [np.log(1e-6) / 4, -np.log(1e-6) / 4], rtol=1e-5)
+    x1 = jax.random.normal(key, (2, 5))
+    x0 = sample(key, edm.preconditioned(network, Linear()), Linear(), x1, np.linspace(1, 0, 4), prediction="x0")
+    assert np.isfinite(x0).all()
+
+
 def test_sigmas_of_training_are_log_normal(key):
     logs = np.log(edm.log_normal_times(-1.2, 1.2)(key, 4000))
     assert (logs.mean(), logs.std()) == (pytest.approx(-1.2, abs=0.01), pytest.approx(1.2, abs=0.01))
@@ -120,8 +129,8 @@ def test_trained_with_the_loss_as_it_is_a_linear_network_becomes_the_exact_denoi
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: edm.preconditioned(None, edm.Exploding(), 0.0), "sigma_data=0.0, the standard deviation of the data"),
-        (lambda: edm.weight(-1.0), "sigma_data=-1.0"),
+        (lambda: edm.preconditioned(None, edm.Exploding(), 0.0), "data_std=0.0, the standard deviation of the data"),
+        (lambda: edm.weight(-1.0), "data_std=-1.0"),
         (lambda: edm.log_normal_times(std=0.0), "std=0.0 must be positive"),
     ],
 )

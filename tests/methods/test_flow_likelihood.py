@@ -35,8 +35,7 @@ def x0(key):
 def measured(key, path, x0, grid, prediction="x0", **options):
     """log_density of x0 [B, 3] in float64, as NumPy."""
     with jax.enable_x64(True):
-        std = float(path(jnp.float64(1))[1])
-        run = partial(log_density, prediction=prediction, prior_std=std, **options)
+        run = partial(log_density, prediction=prediction, **options)
         x0 = jnp.asarray(x0, jnp.float64)[..., None]
         found = jax.jit(run, static_argnums=(1, 2))(key, correlated(path, prediction), path, x0, grid)
         return jax.tree.map(np.asarray, found)
@@ -135,5 +134,9 @@ def test_arguments_out_of_range_are_named(key, change, message):
         log_density(x0=jnp.zeros((1, 3, 1)), **(given | change))
     with pytest.raises(ValueError, match=r"first=0 must lie between 0 and start=1\.0"):
         rising_times(3, first=0)
+    with pytest.raises(ValueError, match=r"sharpness=0\.0 must be positive"):
+        rising_times(3, sharpness=0.0)
+    with pytest.raises(ValueError, match="levels=1 must be at least 2"):
+        bits_per_dim(x0=jnp.zeros((1, 3, 1)), levels=1, **(given | {"key": key}))
     with pytest.raises(ValueError, match="steps=0 must be at least 1"):
         rising_times(0)

@@ -44,6 +44,13 @@ def test_mean_and_entropy_are_those_of_the_definition_for_any_blocks(key, data, 
     np.testing.assert_allclose(found.entropy, entropy, atol=2e-4)
 
 
+def test_images_in_few_bits_are_compared_in_float32(key, data):
+    t, dtype = jnp.full(3, 0.5), jnp.bfloat16
+    xt, denoise = noised(key, data[:3], t).astype(dtype), ideal.ideal_denoiser(PATH, data, block_size=5)
+    assert denoise(xt, t).dtype == dtype
+    np.testing.assert_array_equal(denoise(xt, t), denoise(xt.astype("float32"), t).astype(dtype))
+
+
 def test_classes_are_data_sets_of_their_own_and_null_is_all_of_them(key, data):
     labels = jnp.arange(23) // 12  # the first blocks of 5 have no image of class 1
     t, y = jnp.full(3, 0.8), jnp.array([0, 1, 2])
@@ -123,6 +130,8 @@ def test_errors_name_what_is_missing(key, data):
     xt, one = data[:2], jnp.ones(2)
     with pytest.raises(ValueError, match=r"xt has images of shape \(3, 1, 1\), the data has \(3, 2, 1\)"):
         ideal.data_posterior(data, xt[:, :, :1], one, one)
+    with pytest.raises(ValueError, match="block_size=0 must be at least 1"):
+        ideal.data_posterior(data, xt, one, one, block_size=0)
     with pytest.raises(ValueError, match="needs both the labels of the data and y"):
         ideal.ideal_denoiser(PATH, data)(xt, one, jnp.zeros(2, int))
     with pytest.raises(ValueError, match=r"each of the 23 images, not shape \(2,\)"):

@@ -114,5 +114,7 @@ def test_the_mean_step_of_all_windows_is_the_step_of_the_mean_prediction(key):
 
 
 def test_windows_that_do_not_tile_are_refused(key):
+    with pytest.raises(TypeError, match=r"size=4 must be a sequence of integers, .* as \(4, 4\)"):
+        windows(mixing, 4, 2)
     with pytest.raises(ValueError, match="patch_size=8 with stride=3 does not tile spatial axis 0 of length 12"):
         windows(mixing, (8,), 3)(jnp.zeros((1, 12, 1)), jnp.zeros(1))
