@@ -16,6 +16,7 @@ whose inner products are known in closed form (their appendix C). The sum, which
 have in common exactly. Two gammas are tracked, and their averages stored a few dozen times in a training.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,12 +31,12 @@ def gamma_of(sigma_rel: float) -> float:
     """gamma of the power function with a relative width, eq. (3).
 
     Raises:
-      ValueError: the width lies outside (0, 0.288], that of equal weights.
+      ValueError: the width lies outside (0, 0.2886], that of equal weights.
     """
     if not 0 < sigma_rel <= sigma_rel_of(0):
         raise ValueError(
-            f"sigma_rel={sigma_rel} must lie in (0, {sigma_rel_of(0):.3f}]: 0.288 is the average over the whole "
-            "training, 0.05 or 0.1 are usual"
+            f"sigma_rel={sigma_rel} must lie in (0, {math.floor(1e4 * sigma_rel_of(0)) / 1e4}], up to the average over "
+            "the whole training; 0.05 or 0.1 are usual"
         )
     # (gamma + 2)^2 (gamma + 3) sigma^2 = gamma + 1, a cubic with one root from 0 on.
     inverse = sigma_rel**-2
@@ -85,7 +86,13 @@ def fit_error(steps: Sequence[int], gammas: Sequence[float], step: float, gamma:
 
 
 def combined(coefficients: Sequence[float], averages: Iterable[Params]) -> Params:
-    """sum_i x_i average_i, a pytree of NumPy arrays; `averages` may be read one by one. Sums are in float64."""
+    """sum_i x_i average_i, a pytree of NumPy arrays; `averages` may be read one by one. Sums are in float64.
+
+    Raises:
+      ValueError: there are no averages, or not as many as coefficients.
+    """
+    if not len(coefficients):
+        raise ValueError("there must be at least one average to combine")
     total = None
     for x, average in zip(coefficients, averages, strict=True):
         scaled = jax.tree.map(lambda a, x=x: x * np.asarray(a, np.float64), average)

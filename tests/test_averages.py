@@ -113,7 +113,10 @@ def test_the_error_of_the_fit_is_that_of_the_weights():
 
 
 def test_what_cannot_be_averaged_is_refused():
-    with pytest.raises(ValueError, match=r"sigma_rel=0.3 must lie in \(0, 0.289\]"):
+    with pytest.raises(ValueError, match=r"sigma_rel=0.3 must lie in \(0, 0.2886\]"):
         averages.gamma_of(0.3)
+    assert averages.gamma_of(0.2886) > 0
+    with pytest.raises(ValueError, match="at least one average"):
+        averages.combined([], [])
     with pytest.raises(ValueError, match="an average stored at step 5 or before, not \\[10\\]"):
         averages.coefficients([10], [7.0], 5, 7.0)

@@ -1,7 +1,8 @@
 """Snapshots of averaged parameters, many small files beside the checkpoints: directory/<step>.npz.
 
 One file holds the averages of one step, a sequence of nested dicts, as arrays "<number>/<name>/<name>/...". The zip
-format has a checksum of every array, so a damaged file is noticed when it is read.
+format has a checksum of every array, so a damaged file is noticed when it is read. Only what it gives back as it was is
+stored: dicts with names for keys, and types that NumPy has, which bfloat16 is not.
 """
 
 import os
@@ -23,10 +24,13 @@ def save(directory: str | os.PathLike, step: int, averages: Sequence[Any]) -> No
     If several JAX processes train together, the first one writes.
 
     Raises:
-      ValueError: a name has a slash in it.
+      ValueError: a node is not a dict, a name is not a string or has a slash in it, or NumPy lacks a leaf's type.
       OSError: the file cannot be written.
     """
     arrays = {f"{i}/{name}": leaf for i, tree in enumerate(averages) for name, leaf in _flat(tree).items()}
+    for name, leaf in arrays.items():
+        if np.dtype(leaf.dtype).kind not in "biufc":
+            raise ValueError(f"a snapshot cannot hold the average {name} of type {leaf.dtype}: cast it to float32")
     if jax.process_index():
         return
     directory = Path(directory)
@@ -68,9 +72,12 @@ def read(directory: str | os.PathLike, step: int, number: int) -> Any:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
-    for path in named:
-        if any("/" in name for name in path):
-            raise ValueError(f"the name of the parameter {path} has a slash in it, which a snapshot cannot hold")
-    return {"/".join(path): leaf for path, leaf in named.items()}
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        names = [key.key if isinstance(key, jax.tree_util.DictKey) else None for key in path]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"the parameter {jax.tree_util.keystr(path)} must be in nested dicts with names for keys")
+        if any("/" in name for name in names):
+            raise ValueError(f"the name of the parameter {names} has a slash in it, which a snapshot cannot hold")
+        named["/".join(names)] = leaf
+    return named

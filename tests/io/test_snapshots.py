@@ -1,5 +1,6 @@
 """Snapshots of averages: what is read is what was saved, and damage is noticed."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -37,5 +38,18 @@ def test_damaged_and_missing_ones_are_named(tmp_path):
     path.write_bytes(data[:100])
     with pytest.raises(ValueError, match="is damaged"):
         snapshots.read(tmp_path, 3, 0)
-    with pytest.raises(ValueError, match="has a slash in it"):
-        snapshots.save(tmp_path, 4, [{"a/b": np.ones(1)}])
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a/b": np.ones(1)}, "has a slash in it"),
+        ({"a": [np.ones(1)]}, r"the parameter \['a'\]\[0\] must be in nested dicts with names for keys"),
+        ({"a": {0: np.ones(1)}}, r"the parameter \['a'\]\[0\] must be in nested dicts"),
+        (np.ones(1), "must be in nested dicts"),
+        ({"a": jnp.ones(1, "bfloat16")}, "cannot hold the average 0/a of type bfloat16: cast it to float32"),
+    ],
+)
+def test_what_would_not_be_read_as_it_was_is_refused(tmp_path, tree, message):
+    with pytest.raises(ValueError, match=message):
+        snapshots.save(tmp_path, 4, [tree])
