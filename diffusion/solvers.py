@@ -213,8 +213,7 @@ def _check_end(path: Path, end: float) -> None:
         return
     raise ValueError(
         f"the path does not end at t={end:g}, where sigma={float(sigma):g} and alpha={float(alpha):g}, and noise would "
-        "be added up to there only: pass edm(churn, span=(0, last)) with the last time of the path, or more than the "
-        "first of the grid"
+        "be added up to there only: pass edm(churn, span=(0, last)) with the largest time that the network knows"
     )
 
 
