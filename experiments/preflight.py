@@ -55,7 +55,10 @@ def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> Non
         low = [jax.eval_shape(partial(sampling.low_resolution, run), image)] if run.superres else []
         jax.eval_shape(sampling.sample_fn(run), params, one, one, *low)
     if config.train.init_from is not None and fresh:
-        RunDir(Path(config.train.init_from)).initial_weights(params)
+        source = RunDir(Path(config.train.init_from))
+        if config.objective.kind in checks.TEACHERS:
+            source.check_teacher(config)
+        source.initial_weights(params)
     used = config.train.eval_every or run.split is not None or run.superres
     if used or config.data.name.startswith("array:"):  # of arrays next to nothing is read
         held = inputs.source(config, config.data.held_out)
