@@ -1,6 +1,7 @@
 """The folder of a run: its files, its stored config, its checkpoints; and trained runs, for sampling and measuring."""
 
 import contextlib
+import hashlib
 import json
 import secrets
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from diffusion.io import checkpoint, files, stored_config
 from diffusion.metrics.report import with_current_names
@@ -302,6 +304,15 @@ def trained(workdirs: Sequence[Path], step: int | None = None, decay: float | No
     params, steps = zip(*(RunDir(workdir).weights(step, decay) for _, _, workdir in runs), strict=True)
     config = replace(first, process=replace(first.process, split=None))
     return Trained(config, spec, params, max(steps), tuple(config for config, _, _ in runs))
+
+
+def digest(configs: Sequence[Config], params: Any) -> str:
+    """What tells trained runs apart, wherever they lie: hexadecimal SHA-256 of their configs and of weights."""
+    found = hashlib.sha256(json.dumps([to_dict(config) for config in configs]).encode())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def _to_stored(config: Config, spec: DataSpec) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Averages after the fact: snapshots of a training, experiments.average and experiments.horizons."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -92,6 +93,14 @@ def test_a_study_of_horizons_is_one_file_and_one_figure_and_goes_on(power_run, t
     assert (tmp_path / "horizons.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="is of step 6 with 4 samples, .* asked for are step 6 and 5 samples"):
         horizons.study(folder, tmp_path, [0.05], count=5)
+    longer = shutil.copytree(power_run.workdir, tmp_path / "other")
+    values = json.loads((longer / "config.json").read_text())
+    values["seed"] = 7
+    (longer / "config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match="is of the run .*run, another one than that in .*other: pass another --outdir"
+    ):
+        horizons.study(RunDir(longer), tmp_path, [0.05], count=4)
     (tmp_path / "horizons.json").write_text("{")
     with pytest.raises(ValueError, match=r"horizons.json is damaged .*: delete it"):
         horizons.study(folder, tmp_path, [0.05], count=4)

@@ -286,6 +286,7 @@ def test_evaluations_are_counted():
     at = lambda n, name=None: bench.with_evaluations(config, n, name).sample  # noqa: E731
     assert (at(4).steps, at(4).last, at(1).steps, at(1).last) == (4, 0.2, 1, None)
     assert (at(1, "heun").steps, at(4, "heun").steps, at(5, "heun").steps) == (1, 2, 3)
+    assert at(4, "edm").steps == 2
     two_times = dataclasses.replace(one_step(), name="other")
     assert bench.with_evaluations(two_times, 3, "heun").sample.sampler == "mean_flow"
 
