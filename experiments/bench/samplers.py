@@ -143,7 +143,8 @@ def opened(
     if run is not None and found.get("digest") != about["digest"]:
         where = ",".join(found.get("workdir", ["an unknown folder"]))
         raise ValueError(
-            f"--json={path} holds results of {found['run']}, in {where}; the weights or the config in {','.join(about['workdir'])} are others: pass another file"
+            f"--json={path} holds results of {found['run']}, in {where}; the weights or the config in "
+            f"{','.join(about['workdir'])} are others: pass another file"
         )
     return found
 

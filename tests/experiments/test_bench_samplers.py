@@ -53,6 +53,7 @@ def test_a_run_keeps_its_guidance_and_loses_what_the_sampler_does_not_use():
         samplers.sampler(method, 5)
 
 
+@pytest.mark.slow
 def test_a_step_of_heun_and_of_edm_takes_two_evaluations_but_the_last():
     """As counted in the samplers' own calls of a denoiser."""
     for method in samplers.METHODS.values():
@@ -63,7 +64,6 @@ def test_a_step_of_heun_and_of_edm_takes_two_evaluations_but_the_last():
         with jax.disable_jit():
             for t, s in ((0.9, 0.6), (0.6, 0.3), (0.3, 0.0)):
                 xt, memory = made.step(keys, predict, process.Linear(), xt, jnp.float32(t), jnp.float32(s), memory)
-        print(name, len(calls))
         assert evaluations.evaluated(name, 3) == len(calls)
         assert evaluations.steps_for(name, len(calls)) == 3
 
