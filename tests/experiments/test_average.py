@@ -51,11 +51,17 @@ def test_written_averages_can_be_sampled_from(power_run, tmp_path):
     folder = RunDir(power_run.workdir)
     printed = average.make(folder, 0.1, outdir=tmp_path / "run")
     assert "the average of width 0.1 after step 6, from 6 stored ones" in printed
+    about = json.loads((tmp_path / "run" / "average.json").read_text())
+    assert (about["sigma_rel"], about["step"], about["workdir"]) == (0.1, 6, str(power_run.workdir.resolve()))
+    assert f"by {about['error']:.2%}" in printed
     params, _ = RunDir(tmp_path / "run").weights()
     wanted = average.reconstruct(folder, 0.1).params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, wanted)
     with pytest.raises(ValueError, match="holds a run already; pass another --outdir"):
         average.make(folder, 0.1, outdir=tmp_path / "run")
+    average.make(folder, 0.1, 4)
+    assert RunDir(folder.averages / "sigma_rel_0.1_step4").is_run
+    shutil.rmtree(folder.averages / "sigma_rel_0.1_step4")
     call(tmp_path / "run", "--num_samples=2", f"--outdir={tmp_path / 'samples'}")
     assert len(runs.samples(tmp_path / "samples")[0]) == 2
 

