@@ -5,9 +5,8 @@
 The config describes the network, its prediction and its images, of which --config.data.size and --config.data.channels
 must be set; no data set is opened. To continue training, the classes must have the data's names: pass a file of them.
 The weights become step 0 of the run, parameters and average alike. Of several averages in the config the run has one:
-for --entry=model_ema2 the second, else the first; a training that continues it takes the same --config.train.ema. A
-file
-that does not fit the network is refused, with every missing key, unexpected key and shape mismatch.
+for --entry=model_ema2 the second, else the first; a training that continues it takes the same --config.train.ema.
+A file that does not fit the network is refused, with every missing key, unexpected key and shape mismatch.
 """
 
 import re
