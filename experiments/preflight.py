@@ -85,6 +85,10 @@ def describe(config: Config, source: data.Source, params: parts.Any) -> str:
     line += f"\n{data.describe(source)}"
     if shown := display.note(shape):
         line += f"\nimages show {shown}"
+    if powers := config.train.ema_power:
+        number = math.ceil(config.train.steps / config.train.snapshot_every)
+        size = len(powers) * sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
+        line += f"\n{number:,} snapshots of averages, {size / 1e6:,.1f} MB each: {number * size / 1e9:,.2f} GB on disk"
     if config.sample.guidance != 1 and not inputs.data_spec(config, source).num_classes:
         line += f"\nwithout labels, so --config.sample.guidance={config.sample.guidance} has no effect"
     try:

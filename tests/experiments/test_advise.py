@@ -203,8 +203,8 @@ def test_the_command_writes_its_advice(tmp_path, mnist5k_root):
         ("--nolabels", "--labels=False has no effect"),
     ],
 )
-def test_what_a_run_says_itself_is_no_flag(run, monkeypatch, given, message):
-    own = own_flags(monkeypatch, run.workdir, advise, advise.data)
+def test_what_a_run_says_itself_is_no_flag(tmp_path, monkeypatch, given, message):
+    own = own_flags(monkeypatch, tmp_path, advise, advise.data)
     with pytest.raises(ValueError, match=message):
         advise.main(own(["advise", given]))
 

@@ -1,6 +1,7 @@
 """Averages after the fact: snapshots of a training, experiments.average and experiments.horizons."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -35,6 +36,12 @@ def test_snapshots_are_stored_and_nothing_else_of_the_training_changes(run, powe
     runs.assert_same_state(plain, power._replace(power=()))
     stored = snapshots.read(folder.averages, 6, 1)
     jax.tree.map(np.testing.assert_array_equal, stored, jax.tree.map(np.asarray, power.power[1]))
+
+
+def test_the_disk_that_snapshots_take_is_said_before(power_run):
+    taken = sum(p.stat().st_size for p in RunDir(power_run.workdir).averages.iterdir())
+    said = re.search(r"3 snapshots of averages, (\S+) MB each: 0\.00 GB on disk", power_run.printed)
+    assert 3 * float(said[1]) * 1e6 == pytest.approx(taken, rel=0.3)
 
 
 def test_what_was_tracked_is_reconstructed(power_run):

@@ -80,8 +80,8 @@ def test_the_flow_refuses_what_it_cannot_do(run, tmp_path):
         (["--first=0.01"], r"--first=0\.01 has no effect without --ode"),
     ],
 )
-def test_flags_without_effect_are_refused(chain_run, monkeypatch, arguments, message):
-    own = own_flags(monkeypatch, chain_run, likelihood)
+def test_flags_without_effect_are_refused(tmp_path, monkeypatch, arguments, message):
+    own = own_flags(monkeypatch, tmp_path, likelihood)
     monkeypatch.setattr(likelihood, "trained", lambda *_: pytest.fail("it began"))
     with pytest.raises(ValueError, match=message):
         likelihood.main(own(["likelihood", *arguments]))
