@@ -147,12 +147,16 @@ def to_train(images: Source, of_data: Data) -> Config:
     return config
 
 
-def advised(config: Config) -> list[str]:
-    """The arguments of a training with this config but for its patches, which do not overlap, and its experts."""
+def advised(config: Config) -> dict[str, list[str]]:
+    """The arguments of a training with this config but for its patches, which do not overlap, and its thresholds: of
+    "one" network, and of each of the "experts", which can have even times alone.
+    """
     process = dataclasses.replace(config.process, snr_splits=(), split=None)
+    even = {} if process.times == "grid" else {"times": "uniform", "times_mean": 0.0, "times_std": 1.0}
+    kinds = {"one": process, "experts": dataclasses.replace(process, **even)}
     model = dataclasses.replace(config.model, **({"stride": None} if hasattr(config.model, "stride") else {}))
-    found = arguments(dataclasses.replace(config, process=process, model=model))
-    return [each for each in found if not each.startswith("--config.model.patch_size=")]
+    found = {kind: arguments(dataclasses.replace(config, process=p, model=model)) for kind, p in kinds.items()}
+    return {kind: [a for a in argv if not a.startswith("--config.model.patch_size=")] for kind, argv in found.items()}
 
 
 def arguments(config: Config) -> list[str]:

@@ -89,7 +89,8 @@ def advice(found: Mapping[str, Any], experts: int) -> str:
 
 def _flags(found: Mapping[str, Any], patch_size: int, *of_expert: str) -> str:
     """The command of a training, its network's patches of this size."""
-    argv = [*found["training"], f"--config.model.patch_size={patch_size}", *of_expert]
+    training = found["training"]["experts" if of_expert else "one"]
+    argv = [*training, f"--config.model.patch_size={patch_size}", *of_expert]
     if found["workdir"]:  # that run's own folder is taken
         split = of_expert[-1].rpartition("=")[2] if of_expert else ""
         argv.append(f"--workdir={found['workdir']}_patch{patch_size}{'_split' * bool(split)}{split}")

@@ -130,7 +130,9 @@ def test_the_training_beside_a_run_is_that_run_with_other_patches(coarse):
     config.process.snr_splits, config.process.split, config.train.steps = (0.5,), 1, 99
     argv = advise.advised(config)
     file = "--config=experiments/configs/mnist.py"
-    assert argv == [file, "--config.model.stride=None", "--config.train.steps=99"]
+    assert argv["one"] == [file, "--config.model.stride=None", "--config.train.steps=99"]
+    assert {"--config.process.times=uniform", "--config.process.times_mean=0.0"} <= set(argv["experts"])
+    assert not any("times" in argument for argument in advise.advised(patch_unet_mnist.get_config())["experts"])
     two = {"snr_splits": [0.5], "patch_sizes": [2, 4], "lost": [0.01, 0.0], "times": [0.5, 0.5], "cost": 0.1}
     found = {**coarse[0], "training": argv, "workdir": "runs/a", "advice": {"2": two}}
     words = advise_report.advice(found, 2)
@@ -143,7 +145,9 @@ def test_arrays_of_other_types_are_trained_without_the_bits_of_uint8():
     config = advise.to_train(train, fields)
     own = resolve(config, inputs.data_spec(config, train)).path, resolve(patch_unet_mnist.get_config(), SPEC).path
     np.testing.assert_array_equal(*(path.betas for path in own))
-    assert {"--config.process.vlb_weight=0.0", "--config.data.range=(0.0, 60000.0)"} <= set(advise.advised(config))
+    assert {"--config.process.vlb_weight=0.0", "--config.data.range=(0.0, 60000.0)"} <= set(
+        advise.advised(config)["one"]
+    )
 
 
 def test_the_figure_has_a_column_for_each_level(coarse):
