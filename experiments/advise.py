@@ -16,11 +16,14 @@ Patches lose what can be recovered and is finer than their grid, as a share of t
 image (--of=recoverable: of what can be recovered, which stays the same when little can be known). A network on patches
 still predicts every pixel, in its channels, so this is a bound for the grid alone.
 
-Writes advice.json and advice.png into --outdir, and prints a table, patch sizes, and the flags of a training with them.
-A network works on 1 / P^2 of the positions, which is what is minimised over the thresholds between experts.
+Writes advice.json and advice.png into --outdir, by default a new folder advice/NUMBER, of a run WORKDIR/advice/NUMBER,
+and prints a table, patch sizes, and the commands of trainings with them: of a U-Net on patches, whose path it then is,
+or of the network of --workdir. A network works on 1 / P^2 of the positions, which is what is minimised over the
+thresholds between experts.
 """
 
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -35,10 +38,14 @@ from absl import app, flags
 
 from diffusion import predict, process
 from diffusion.data import Source
+from diffusion.data.values import is_plain
 from diffusion.io import files
 from diffusion.methods import ideal, spectrum
 from experiments import advise_report, command, data, inputs, sampling
 from experiments.checks import without_guidance
+from experiments.config import Config, Data, fields, network_name
+from experiments.configs import patch_unet_mnist
+from experiments.parts import resolve
 from experiments.paths import define_path
 from experiments.progress import Bar
 from experiments.run_dir import Trained, trained
@@ -88,9 +95,10 @@ def define_flags(argv: Sequence[str]) -> None:
     flags.DEFINE_enum("of", defaults.of, OF, "A share of what: the image's energy, or what can be recovered of it.")
     flags.DEFINE_integer("experts", defaults.experts, "Networks with a range of SNR each.", lower_bound=1)
     flags.DEFINE_bool("labels", defaults.labels, "The class of an image is known, as to a conditional network.")
-    flags.DEFINE_enum("path", "linear", list(PATHS), "Whose times are uniform in training; of a run: its own.")
+    flags.DEFINE_enum("path", None, list(PATHS), "Whose times are uniform; default: that of the training it advises.")
     flags.DEFINE_integer("batch_size", defaults.batch_size, "Noised images at a time.", lower_bound=1)
-    define_path("outdir", "advice", "Where to write.")
+    define_path("outdir", None, "Where to write; default: a new folder advice/NUMBER, of a run WORKDIR/advice/NUMBER.")
+    flags.DEFINE_bool("overwrite", False, "Allow writing over earlier advice in --outdir.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -100,29 +108,69 @@ def main(argv: Sequence[str]) -> None:
     f = flags.FLAGS
     options = Options(**{name: f[name].value for name in Options._fields if name in f and name != "snr"})
     options = options._replace(snr=levels(f.snr))
-    files.check_writable(f.outdir)
     if command.has_workdir():
-        if f.data:
-            raise ValueError(
-                f"--data={f.data} has no effect beside --workdir: the data is that of the run; leave it out"
-            )
+        command.refuse_given(("data", *data.READING, "path", "labels"), "beside --workdir, whose own are taken")
+        workdir = command.workdirs()[0]
         run = trained(command.workdirs())
-        network, name = of_run(run), run.config.data.name
+        network, config = of_run(run), run.config
         train, held_out = (inputs.source(run.config, split) for split in ("train", f.split))
-        options = options._replace(labels=network.conditional)
+        options, path, parent = options._replace(labels=network.conditional), network.path, workdir / "advice"
     elif f.data:
-        network, name = None, f.data
-        train, held_out = (data.opened(f.data, split) for split in ("train", f.split))
+        network, workdir, parent = None, None, Path("advice")
+        train, held_out = (data.opened(f.data, split, "--data") for split in ("train", f.split))
+        config = to_train(train, Data(name=f.data, held_out=f.split, labels=f.labels, **data.reading()))
+        path = PATHS[f.path]() if f.path else resolve(config, inputs.data_spec(config, train)).path
     else:
         raise ValueError("--data is missing: pass a data set, --data=mnist5k or --data=folder:PATH, or --workdir")
-    path = network.path if network else PATHS[f.path]()
+    outdir = command.output_folder(parent, "advice.json", f.outdir, f.overwrite)
     found, shown = measure(train, held_out, path, options, network)
-    found = {"data": name, **found}
+    found = {
+        "data": config.data.name,
+        "path": f.path,
+        **found,
+        "training": advised(config),
+        "workdir": workdir and str(workdir),
+    }
     text = json.dumps(found, indent=2) + "\n"
-    files.atomic_write(Path(f.outdir, "advice.json"), lambda file: file.write(text.encode()))
+    files.atomic_write(outdir / "advice.json", lambda file: file.write(text.encode()))
     figure = advise_report.figure(found, shown)
-    files.atomic_write(Path(f.outdir, "advice.png"), lambda file: figure.savefig(file, format="png"))
-    print(f"{advise_report.text(found)}\n\nWritten to {f.outdir}: advice.json, advice.png")
+    files.atomic_write(outdir / "advice.png", lambda file: figure.savefig(file, format="png"))
+    print(f"{advise_report.text(found)}\n\nWritten to {outdir}: advice.json, advice.png")
+
+
+def to_train(images: Source, of_data: Data) -> Config:
+    """The config of a U-Net on patches for these images."""
+    config = patch_unet_mnist.get_config()
+    config.data = of_data
+    if not is_plain(str(images.dtype), images.value_range):  # the variational term counts the levels of uint8
+        config.process.vlb_weight, config.process.variance = 0.0, "fixed_small"
+    return config
+
+
+def advised(config: Config) -> dict[str, list[str]]:
+    """The arguments of a training with this config but for its patches, which do not overlap, and its thresholds: of
+    "one" network, and of each of the "experts", which can have even times alone.
+    """
+    process = dataclasses.replace(config.process, snr_splits=(), split=None)
+    even = {} if process.times == "grid" else {"times": "uniform", "times_mean": 0.0, "times_std": 1.0}
+    kinds = {"one": process, "experts": dataclasses.replace(process, **even)}
+    model = dataclasses.replace(config.model, **({"stride": None} if hasattr(config.model, "stride") else {}))
+    found = {kind: arguments(dataclasses.replace(config, process=p, model=model)) for kind, p in kinds.items()}
+    return {kind: [a for a in argv if not a.startswith("--config.model.patch_size=")] for kind, argv in found.items()}
+
+
+def arguments(config: Config) -> list[str]:
+    """The arguments of `experiments.train` that give this config: a shipped file and the fields that differ."""
+    stem = {"vit": "mnist", "unet": "patch_unet_mnist", "blog": "blog"}[network_name(config.model)]
+    base = importlib.import_module(f"experiments.configs.{stem}").get_config()
+    found = [f"--config=experiments/configs/{stem}.py"]
+    for name in fields(config):
+        section, _, field = name.rpartition(".")
+        value, own = (getattr(getattr(c, section) if section else c, field) for c in (config, base))
+        if value != own:
+            flag = f"--{'no' if value is False else ''}config.{name}"
+            found.append(flag if isinstance(value, bool) else f"{flag}={value}")
+    return found
 
 
 def levels(given: Sequence[str]) -> tuple[float, ...]:

@@ -1,5 +1,6 @@
 """The advice of `experiments.advise` as a table with flags, and as a figure."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,13 +45,15 @@ def text(found: Mapping[str, Any]) -> str:
     shape = "x".join(map(str, found["size"]))
     and_network = " and the network's prediction" if found["network"] else ""
     own = ", with the class known" if found["conditional"] else ""
+    other = f" of the path {found['path']}, not of the trainings below" if found["path"] else ""
     return (
         f"{found['data']}: {found['held_out']:,} held-out images of {shape}, noised; posterior over {found['train']:,} "
         f"training images{own}.\n\n"
         + table("SNR", heads, cells)
-        + "\n\ntimes: share of the training times near this SNR. known: share of the image's energy, without the mean "
-        "image, that\ncan be recovered. error: mean square error of a value, in [-1, 1]; ideal: of the posterior mean "
-        "over the training images;\ncombined: of its best linear combination, frequency by frequency, with the noised "
+        + f"\n\ntimes: share of the training times{other} near this SNR. known: share of the image's energy, "
+        "without the mean image, that\ncan be recovered. error: mean square error of a value, in [-1, 1]; ideal: of "
+        "the posterior mean over the training images;\ncombined: of its best linear combination, frequency by "
+        "frequency, with the noised "
         f"image{and_network}. images: how many training\nimages share the posterior, exp(entropy). P=...: what can "
         f"be recovered and is finer\nthan a grid of PxP patches, as a share of {OF[found['of']]}. largest: that "
         f"loses less than {found['share']:.0%}.\n\n" + "\n\n".join(advice(found, int(n)) for n in found["advice"])
@@ -78,18 +81,20 @@ def advice(found: Mapping[str, Any], experts: int) -> str:
     for i, p in enumerate(sizes):
         name = f"expert {i}, SNR {edges[i + 1]:g} to {edges[i]:g}, {chosen['times'][i]:.0%} of the times"
         lines.append(f"  {name}: P={p} loses {chosen['lost'][i]:.1%}")
-        split = f'--config.process.snr_splits="({listed})" --config.process.split={i}'
-        lines.append(f"    {_flags(found, p)} \\\n        {split}")
+        lines.append(
+            f"    {_flags(found, p, f'--config.process.snr_splits=({listed})', f'--config.process.split={i}')}"
+        )
     return "\n".join(lines)
 
 
-def _flags(found: Mapping[str, Any], patch_size: int) -> str:
-    name = found["data"]
-    resized = ""
-    if name != "mnist5k":
-        resized = f' --config.data.name={name} --config.data.size="{tuple(found["size"])}"' * (len(found["size"]) == 2)
-    command = "experiments.train --config=experiments/configs/patch_unet_mnist.py"
-    return f"python -m {command}{resized} --config.model.patch_size={patch_size}"
+def _flags(found: Mapping[str, Any], patch_size: int, *of_expert: str) -> str:
+    """The command of a training, its network's patches of this size."""
+    training = found["training"]["experts" if of_expert else "one"]
+    argv = [*training, f"--config.model.patch_size={patch_size}", *of_expert]
+    if found["workdir"]:  # that run's own folder is taken
+        split = of_expert[-1].rpartition("=")[2] if of_expert else ""
+        argv.append(f"--workdir={found['workdir']}_patch{patch_size}{'_split' * bool(split)}{split}")
+    return shlex.join(["python", "-m", "experiments.train", *argv])
 
 
 def figure(found: Mapping[str, Any], shown: Mapping[str, Any]) -> Figure:

@@ -5,11 +5,13 @@
     python -m experiments.sample --workdir=runs/mnist/averages/sigma_rel_0.15
 
 The horizon is the standard deviation of the weights of all steps relative to their number (`diffusion.averages`). What
-is written is a run like that of --workdir, whose only average is this one: sampling, evaluation and
---config.train.init_from take it. `experiments.horizons` measures many.
+is written is a run like that of --workdir, whose only average is this one, with its width, step and origin in
+average.json: `experiments.sample` and --config.train.init_from take it. It is measured by its samples,
+`experiments.evaluate --samples=FILE`; `experiments.horizons` measures many.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ def define_flags(argv: Sequence[str]) -> None:
     flags.declare_key_flag("workdir")
     flags.DEFINE_float("sigma_rel", None, "Width of the average, from 0.01 (short) to 0.28 (all steps alike).")
     flags.DEFINE_integer("step", None, "The training step at which it is taken; default: that of the last snapshot.")
-    define_path("outdir", None, "Where to write; default: WORKDIR/averages/sigma_rel_SIGMA_REL.")
+    define_path("outdir", None, "Where to write; default: WORKDIR/averages/sigma_rel_SIGMA_REL, with --step _stepSTEP.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,16 +49,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make(folder: RunDir, sigma_rel: float, step: int | None = None, outdir: Path | None = None) -> str:
-    """Writes the average of a width as a run in `outdir`, default averages/sigma_rel_SIGMA_REL; says what it wrote.
+    """Writes the average of a width as a run in `outdir`, by default a folder of averages/; says what it wrote.
 
     Raises:
       FileNotFoundError, ValueError: see `reconstruct`; or `outdir` holds a run.
     """
-    target = RunDir(outdir or folder.averages / f"sigma_rel_{sigma_rel:g}")
+    named = f"sigma_rel_{sigma_rel:g}" + ("" if step is None else f"_step{step}")
+    target = RunDir(outdir or folder.averages / named)
     if target.is_run:
         raise ValueError(f"{target.path} holds a run already; pass another --outdir")
     found = reconstruct(folder, sigma_rel, step)
-    write(folder, target, found)
+    write(folder, target, found, sigma_rel)
     return (
         f"{target.path}: the average of width {sigma_rel:g} after step {found.step}, from {found.count} stored ones, "
         f"whose weights over the steps differ from the wanted ones by {found.error:.2%} (root mean square).\n"
@@ -116,12 +119,15 @@ def without_power(config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **single))
 
 
-def write(folder: RunDir, outdir: RunDir, found: Reconstruction) -> None:
-    """Writes a run with these averaged parameters."""
+def write(folder: RunDir, outdir: RunDir, found: Reconstruction, sigma_rel: float) -> None:
+    """Writes a run with these averaged parameters, and average.json, which says what they are."""
     config, spec = folder.stored()
     config = without_power(config)
     files.check_writable(outdir.path)
     run = parts.resolve(config, spec)
+    about = {"sigma_rel": sigma_rel, "step": found.step, "workdir": str(folder.path.resolve()), "error": found.error}
+    text = json.dumps(about, indent=2) + "\n"
+    files.atomic_write(outdir.path / "average.json", lambda file: file.write(text.encode()))
     outdir.write_new(config, spec, objective.init_state(run, like_network(run, found.params)))
 
 

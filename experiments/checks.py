@@ -12,6 +12,14 @@ from experiments.config import Config, Sample
 CHAINS = ("vp", "geometric")
 # What a network can learn.
 OBJECTIVES = ("denoise", "mean_flow", "progressive", "consistency")
+# What the teacher of a distilled run learned.
+TEACHERS = {"progressive": ("denoise", "progressive"), "consistency": ("denoise",)}
+# Fields that a run which does not learn to denoise cannot be combined with, or has no use for.
+_NO_USE = {
+    "mean_flow": "process.weighting process.loss_in",
+    "progressive": "train.eval_every train.label_drop process.times process.times_mean process.times_std",
+    "consistency": "train.eval_every train.label_drop process.weighting process.loss_in process.loss_floor",
+}
 # What must hold, how it is said, and for which fields; None is no value.
 _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
     (
@@ -95,38 +103,41 @@ def check(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     """Raises ValueError for what a run that does not learn to denoise cannot be combined with, or lacks."""
-    o, p, c = config.objective, config.process, config.train
+    o, p, c, sampler = config.objective, config.process, config.train, config.sample.sampler
     kind = o.kind
     if kind not in OBJECTIVES:
         raise ValueError(f"--config.objective.kind={kind!r} is not one of {', '.join(OBJECTIVES)}")
+    if kind != "consistency" and sampler == "consistency":
+        raise ValueError(
+            "--config.sample.sampler=consistency needs a network that was trained with "
+            "--config.objective.kind=consistency"
+        )
     if kind == "denoise":
         return
     if o.first_steps > o.last_steps:
         raise ValueError(f"--config.objective.first_steps={o.first_steps} must not exceed last_steps={o.last_steps}")
-    unused = {
-        "process.snr_splits": p.snr_splits,
-        "process.patches": p.patches,
-        "process.vlb_weight": p.vlb_weight,
-        "condition.size": config.condition.size,
-    }
-    if kind == "mean_flow":
-        unused["process.weighting"] = p.weighting
-        if p.loss_in != "flow":
-            unused["process.loss_in"] = p.loss_in
-    else:
-        unused["train.eval_every"] = c.eval_every
-        if c.init_from is None:
-            raise ValueError(
-                f"--config.objective.kind={kind} learns from a trained run: pass --config.train.init_from=runs/NAME"
-            )
-    if p.times == "loss_second_moment":
-        unused["process.times"] = p.times
-    for name, value in unused.items():
-        if value:
-            raise ValueError(f"--config.{name}={value} cannot be combined with --config.objective.kind={kind}")
-    if kind == "progressive" and config.sample.sampler != "ddim":
+    if kind in TEACHERS and c.init_from is None:
         raise ValueError(
-            f"--config.sample.sampler={config.sample.sampler}: progressive distillation learns steps of ddim"
+            f"--config.objective.kind={kind} learns from a trained run: pass --config.train.init_from=runs/NAME"
+        )
+    names = f"process.snr_splits process.patches process.vlb_weight condition.size {_NO_USE[kind]}".split()
+    for name in [*names, *(["process.times"] if p.times == "loss_second_moment" else [])]:
+        section, _, field = name.partition(".")
+        value, default = (getattr(each, field) for each in (getattr(config, section), type(getattr(config, section))))
+        if value and value != default:  # nothing is what such a run does
+            raise ValueError(
+                f"--config.{name}={value} cannot be combined with --config.objective.kind={kind}: leave it at {default}"
+            )
+    if kind in TEACHERS and o.guidance != 1 and config.sample.guidance != 1:
+        raise ValueError(
+            f"--config.sample.guidance={config.sample.guidance} would guide a second time: the network has learned "
+            f"--config.objective.guidance={o.guidance} of its teacher; leave it at 1.0"
+        )
+    if kind == "progressive" and sampler != "ddim":
+        raise ValueError(f"--config.sample.sampler={sampler}: progressive distillation learns steps of ddim")
+    if kind == "consistency" and sampler != "consistency":
+        raise ValueError(
+            f"--config.sample.sampler={sampler}: consistency distillation learns steps of the sampler consistency"
         )
 
 
@@ -159,10 +170,15 @@ def without_effect(section: Any) -> dict[str, str]:
     return found
 
 
+def reset(section: Sample, **chosen: Any) -> Sample:
+    """The fields of sampling with those `chosen`, and what then has no effect at its default."""
+    changed = dataclasses.replace(section, **chosen)
+    return dataclasses.replace(changed, **{name: getattr(Sample, name) for name in without_effect(changed)})
+
+
 def without_guidance(section: Sample) -> Sample:
     """The fields of sampling with guidance of no kind."""
-    plain = dataclasses.replace(section, guidance=1.0, guidance_kind=Sample.guidance_kind)
-    return dataclasses.replace(plain, **{name: getattr(Sample, name) for name in without_effect(plain)})
+    return reset(section, guidance=1.0, guidance_kind=Sample.guidance_kind)
 
 
 def _refuse_if_set(config: Config, section: str, field: str, needed: str) -> None:

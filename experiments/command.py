@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,15 @@ def workdirs() -> list[Path]:
     if not all(folders):
         raise ValueError(f"--workdir={_WORKDIR.value} has an empty name between its commas")
     return [Path(folder) for folder in folders]
+
+
+def refuse_given(names: Iterable[str], why: str) -> None:
+    """Raises ValueError if one of these flags was given, which has no effect for the reason `why`."""
+    for name in names:
+        flag = flags.FLAGS[name]
+        if flag.present:
+            value = ",".join(flag.value) if isinstance(flag.value, list) else flag.value
+            raise ValueError(f"--{name}={value} has no effect {why}: leave it out")
 
 
 def output_folder(parent: Path, result: str, outdir: str | None, overwrite: bool) -> Path:

@@ -4,10 +4,12 @@
 
 The config describes the network, its prediction and its images, of which --config.data.size and --config.data.channels
 must be set; no data set is opened. To continue training, the classes must have the data's names: pass a file of them.
-The weights become step 0 of the run, parameters and average alike. A file that does not fit the network is refused,
-with every missing key, unexpected key and shape mismatch.
+The weights become step 0 of the run, parameters and average alike. Of several averages in the config the run has one:
+for --entry=model_ema2 the second, else the first; a training that continues it takes the same --config.train.ema.
+A file that does not fit the network is refused, with every missing key, unexpected key and shape mismatch.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -55,6 +57,9 @@ def main(argv: Sequence[str]) -> None:
     names = class_names(_CLASSES.value)
     count = convert(config, workdir, _SOURCE.value, layout(config), class_names=names, entry=_ENTRY.value)
     print(f"{_SOURCE.value}: {count:,} parameters, now step 0 of {workdir}")
+    if len(config.train.ema) > 1:
+        ema = one_average(config, _ENTRY.value).train.ema
+        print(f'its one average has the decay {ema[0]}; to continue its training pass --config.train.ema="{ema}"')
     if config.process.split is None:
         print(f"sample from it with: python -m experiments.sample --workdir={workdir}")
     else:
@@ -130,6 +135,7 @@ def convert(
         )
     if class_names and not c.labels:
         raise ValueError(f"--classes: {len(class_names)} classes need --config.data.labels")
+    config = one_average(config, entry)
     run = parts.resolve(config, parts.DataSpec((*c.size, c.channels), class_names))
     like = jax.eval_shape(partial(parts.init_params, run))
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -140,6 +146,16 @@ def convert(
     check_finite(params, source)
     folder.write_new(config, run.spec, objective.init_state(run, params))
     return sum(p.size for p in jax.tree.leaves(params))
+
+
+def one_average(config: Config, entry: str | None) -> Config:
+    """The config with one average: a file of weights holds one. `model_ema2` is the second of the config's, and what
+    says nothing of its number the first.
+    """
+    decays = config.train.ema
+    numbered = re.fullmatch(r"model_ema([1-9])", entry or "")
+    number = int(numbered[1]) - 1 if numbered and int(numbered[1]) <= len(decays) else 0
+    return replace(config, train=replace(config.train, ema=(decays[number],)))
 
 
 def check_finite(params: Any, source: str) -> None:

@@ -23,7 +23,7 @@ from experiments import display, image_files, inputs
 from experiments.command import run
 from experiments.paths import define_path
 
-_OPTIONS = ("size", "crop", "channels", "data_dir", "class_names_in", "bad_files")
+READING = ("size", "crop", "channels", "range", "data_dir", "class_names_in", "bad_files")
 
 
 def define_flags(argv: Sequence[str]) -> None:
@@ -68,16 +68,16 @@ def main(argv: Sequence[str]) -> None:
         print(f"{f.out}: {sum(map(len, picked))} images, {len(picked)} rows{of}{f'; they show {part}' if part else ''}")
 
 
-def opened(name: str, split: str) -> data.Source:
-    """A split of a data set, read as the flags say.
+def reading() -> dict[str, Any]:
+    """The flags of `define_reading_flags` as fields of `config.data`.
 
     Raises:
-      ValueError: a flag has a wrong value, or the data set cannot be read; the message names the flag.
+      ValueError: a flag has a wrong value.
     """
     f = flags.FLAGS
-    options: dict[str, Any] = {name: f[name].value for name in _OPTIONS}
-    if f["range"].value is not None:
-        options["value_range"] = value_range(f["range"].value)
+    options: dict[str, Any] = {name: f[name].value for name in READING}
+    if options["range"] is not None:
+        options["range"] = value_range(options["range"])
     try:
         options["size"] = options["size"] and tuple(map(int, options["size"]))
     except ValueError:
@@ -86,10 +86,22 @@ def opened(name: str, split: str) -> data.Source:
         ) from None
     if options["size"] and len(options["size"]) == 1:
         options["size"] *= 2
+    return options
+
+
+def opened(name: str, split: str, flag: str = "--name") -> data.Source:
+    """A split of the data set that `flag` names, read as the flags say.
+
+    Raises:
+      ValueError, OSError: a flag has a wrong value, or the data set cannot be read; the message names the flag.
+    """
+    options = reading()
+    value_range = options.pop("range")
     try:
-        return inputs.load(name, split, memory_limit=0, **options)
-    except ValueError as e:  # fields of a config are flags here
-        raise ValueError(str(e).replace("--config.data.held_out", "--split").replace("--config.data.", "--")) from e
+        return inputs.load(name, split, memory_limit=0, value_range=value_range, **options)
+    except (ValueError, OSError) as e:  # fields of a config are flags here
+        text = str(e).replace("--config.data.held_out", "--split").replace("--config.data.name", flag)
+        raise (ValueError if isinstance(e, ValueError) else OSError)(text.replace("--config.data.", "--")) from e
 
 
 def value_range(given: Sequence[str]) -> tuple[float, ...]:

@@ -14,7 +14,8 @@ which images are the samples, and the samples of it, whose difference from the i
 --init_images is an image, a folder of images, or a file like samples.npz, of the size and channels of the run. A run
 with labels needs those of the images, in turn (--labels), unless the file has them. With --num_samples above their
 number images are edited several times, each time with other noise. The flags of `experiments.sample` for the sampler
-apply. Writes samples.npz, edit.png, whose rows are the stages of the edit, and edit.json into --outdir.
+apply. Writes samples.npz, edit.png, whose rows are the stages of the edit, and edit.json, the settings and numbers,
+into --outdir, by default a new folder WORKDIR/edits/NUMBER.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ from diffusion.data import images as decoding
 from diffusion.io import files
 from diffusion.methods.edit import check_mask
 from experiments import command, display, edits, image_files, report, sample, sampling
+from experiments.checks import reset
 from experiments.config import Config
 from experiments.parts import DataSpec, Parts, to_data
 from experiments.paths import define_path
@@ -39,6 +41,25 @@ from experiments.run_dir import Trained, trained
 
 # Images in a row of edit.png, and rows of them.
 _COLUMNS, _BLOCKS = 16, 4
+# The options of each edit, and the samplers that --invert can retrace.
+_OPTIONS = {
+    "strength": (),
+    "mask": ("resamples", "jump"),
+    "measure": ("measurement_noise", "dps_scale"),
+    "invert": ("first",),
+}
+_WITHOUT_NOISE = ("ddim", "heun", "dpmpp_2m", "euler", "unipc", "adams_bashforth", "edm")
+# Flags of `experiments.sample` that no edit uses.
+_OF_SAMPLE_ALONE = (
+    "guide_workdir",
+    "guide_ema",
+    "guide_checkpoint",
+    "sample_size",
+    "window_stride",
+    "trajectory",
+    "base_samples",
+    "condition_noise",
+)
 
 
 def define_flags(argv: Sequence[str]) -> None:
@@ -63,54 +84,108 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     command.start()
     f, workdirs = flags.FLAGS, command.workdirs()
+    kind = chosen_kind()
     run = trained(workdirs, f.checkpoint, f.ema)
     config = sample.overridden(run.config, run.spec)
     run = run._replace(config=with_sampler(config))
     with sample.flags_of_sample():
         parts, members = run.parts()
     images, labels = given_images(run.config, run.spec)
-    chosen = chosen_edit(parts)
-    outdir = command.output_folder(workdirs[0] / "samples", "samples.npz", f.outdir, f.overwrite)
-    values = edit_images(run, parts, members, chosen, images, labels, outdir)
+    chosen = chosen_edit(kind, parts, run.config)
+    outdir = command.output_folder(workdirs[0] / "edits", "samples.npz", f.outdir, f.overwrite)
+    values = edit_images(run, parts, members, chosen, images, labels, outdir, settings(kind, run, workdirs))
     print("\n".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in values.items()))
     print(f"rows of edit.png: {', '.join(chosen.names)}. Written to {outdir}: samples.npz, edit.png, edit.json")
 
 
 def with_sampler(config: Config) -> Config:
-    """The config with a sampler that has no noise, if --invert needs one and none is asked for."""
-    f = flags.FLAGS
-    noisy = config.sample.sampler == "ancestral" or config.sample.eta
-    if not f.invert or f.sampler is not None or not noisy:
-        return config
-    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, sampler="heun", eta=0.0))
-
-
-def chosen_edit(parts: Parts) -> edits.Edit:
-    """The edit that the flags ask for.
+    """The config with a sampler that has no noise, if --invert needs one and the run has another.
 
     Raises:
-      ValueError: it is none or several, or a flag does not fit the run.
+      ValueError: the flags ask for one with noise, or the run has no other.
+    """
+    f, c = flags.FLAGS, config.sample
+    if not f.invert or (c.sampler in _WITHOUT_NOISE and not c.eta and not c.churn):
+        return config
+    for name in ("eta", "churn", "sampler"):
+        if f[name].value:
+            raise ValueError(
+                f"--{name}={f[name].value} samples with noise, or by steps without a way back, and --invert needs the "
+                "way back: pass --sampler=heun without it"
+            )
+    if config.objective.kind == "consistency":
+        raise ValueError(
+            "--invert needs a sampler without noise, and consistency runs have none: pass another --workdir"
+        )
+    sampler = "ddim" if config.objective.kind == "progressive" else "heun"
+    return dataclasses.replace(config, sample=reset(c, sampler=sampler, eta=0.0, churn=0.0))
+
+
+def chosen_kind() -> str:
+    """Which edit the flags ask for: strength, mask, measure or invert.
+
+    Raises:
+      ValueError: it is none or several, or there is a flag that has no effect on it.
+    """
+    f = flags.FLAGS
+    asked = {"strength": f.strength is not None, "measure": f.measure is not None, "invert": f.invert}
+    asked["mask"] = f.mask is not None and f.measure != "mask"
+    given = [name for name, value in asked.items() if value]
+    if len(given) != 1:
+        words = " and ".join(f"--{name}" for name in given) or "none"
+        raise ValueError(f"pass one of --strength, --mask, --measure and --invert, not {words}")
+    for kind, options in _OPTIONS.items():
+        if kind != given[0]:
+            command.refuse_given(options, f"without --{kind}")
+    if f.invert:
+        command.refuse_given(("seed", "shift", "last"), "with --invert, whose steps are even and without noise")
+    command.refuse_given(_OF_SAMPLE_ALONE, "in experiments.edit")
+    return given[0]
+
+
+def chosen_edit(kind: str, parts: Parts, config: Config) -> edits.Edit:
+    """The edit that the flags ask for, of the kind of `chosen_kind`.
+
+    Raises:
+      ValueError: a flag does not fit the run.
     """
     f = flags.FLAGS
     if parts.superres:
         raise ValueError("this run enlarges images, and editing needs one that makes them: pass another --workdir")
-    asked = {"--strength": f.strength is not None, "--measure": f.measure is not None, "--invert": f.invert}
-    asked["--mask"] = f.mask is not None and f.measure != "mask"
-    given = [name for name, value in asked.items() if value]
-    if len(given) != 1:
-        raise ValueError(f"pass one of --strength, --mask, --measure and --invert, not {' and '.join(given) or 'none'}")
-    if f.strength is not None:
+    if kind == "strength":
         return edits.sdedit(parts, f.strength)
-    if f.invert:
+    if kind == "invert":
         return edits.inversion(parts, f.first)
     mask = read_mask(f.mask, parts.spec) if f.mask is not None else None
-    if f.measure is None:
+    if kind == "mask":
         return edits.inpainting(parts, mask, f.jump, f.resamples)
+    if config.sample.sampler == "mean_flow":
+        raise ValueError(
+            f"--measure={f.measure} corrects estimates of the image at one time, and the sampler mean_flow has none: "
+            "pass --sampler=ddim --steps=50"
+        )
     return edits.restoration(parts, edits.operator(f.measure, mask, parts.spec), f.measurement_noise, f.dps_scale)
 
 
-def given_images(config: Config, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, *S, C] and their labels [N], N being --num_samples, or the number of images.
+def settings(kind: str, run: Trained, workdirs: Sequence[Path]) -> dict[str, Any]:
+    """What edit.json says of how the edit was made."""
+    f = flags.FLAGS
+    names = [kind, *_OPTIONS[kind], *(["mask"] if f.measure == "mask" else []), "init_images"]
+    of_sampler = dataclasses.asdict(run.config.sample)
+    del of_sampler["count"]  # of the end of the training
+    return {
+        "edit": kind,
+        **{name: f[name].value for name in names},
+        "workdir": [str(workdir) for workdir in workdirs],
+        "step": run.step,
+        "ema": f.ema,
+        "sample": of_sampler,
+    }
+
+
+def given_images(config: Config, spec: DataSpec) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images [N, *S, C] and their labels [N], N being --num_samples, or the number of images; None if nothing says
+    which labels they have, and guidance=0 ignores them.
 
     Raises:
       FileNotFoundError, ValueError: there are no images, they do not fit the run, or labels are missing or wrong.
@@ -123,13 +198,14 @@ def given_images(config: Config, spec: DataSpec) -> tuple[np.ndarray, np.ndarray
     images = images[np.arange(count) % len(images)]
     if f.labels is not None or not spec.num_classes:
         return images, sample.parse_labels(f.labels, count, spec.class_names)
-    if labels is None and config.sample.guidance != 0:
+    if labels is None:
+        if config.sample.guidance == 0:
+            return images, None
+        ignored = "" if config.objective.kind == "mean_flow" else ", or --guidance=0 to ignore classes"
         raise ValueError(
             f"--labels is missing: this run has {spec.num_classes} classes, and --init_images={f.init_images} does not "
-            "say which its images have; pass them in the order of the images, --labels=3,7, or --guidance=0 to ignore "
-            "classes"
+            f"say which its images have; pass them in the order of the images, --labels=3,7{ignored}"
         )
-    labels = np.zeros(len(images), np.int32) if labels is None else labels
     if labels.min() < 0 or labels.max() >= spec.num_classes:
         raise ValueError(f"{f.init_images} has labels outside 0..{spec.num_classes - 1}, the classes of this run")
     return images, labels[np.arange(count) % len(labels)].astype(np.int32)
@@ -204,19 +280,22 @@ def edit_images(
     members: Sequence[Parts],
     chosen: edits.Edit,
     images: np.ndarray,
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     outdir: Path,
-) -> dict[str, Any]:
-    """Edits images [N, *S, C] and writes samples.npz, edit.png and edit.json; returns what is in the last.
+    about: dict[str, Any],
+) -> dict[str, float]:
+    """Edits images [N, *S, C] and writes samples.npz, edit.png and edit.json, which begins with `about`; returns the
+    numbers in it.
 
     Raises:
       FloatingPointError: results are not finite; the files are written all the same.
     """
     do = edits.edit_fn(parts, chosen, members)
-    jax.eval_shape(do, run.params, labels[:1], labels[:1], images[:1])
+    given = np.zeros(len(images), np.int32) if labels is None else labels
+    jax.eval_shape(do, run.params, given[:1], given[:1], images[:1])
     batches = []
-    with Bar(len(labels), "editing", "image") as bar:
-        for batch in sampling.in_batches(do, run.params, labels, run.config.sample.batch_size, images):
+    with Bar(len(images), "editing", "image") as bar:
+        for batch in sampling.in_batches(do, run.params, given, run.config.sample.batch_size, images):
             batches.append(batch)
             bar.update(len(batch[-1]))
         seconds = bar.seconds()
@@ -229,8 +308,8 @@ def edit_images(
     image_files.save(outdir / "edit.png", picture([display.as_images(s, parts.spec.value_range) for s in shown]))
     low, high = parts.value_range
     numbers = chosen.numbers([(stage - low) / (high - low) for stage in stages]) if finite.all() else {}
-    values = {"count": len(labels), "seconds": seconds, **{name: float(value) for name, value in numbers.items()}}
-    text = json.dumps(values, indent=2) + "\n"
+    values = {"count": len(images), "seconds": seconds, **{name: float(value) for name, value in numbers.items()}}
+    text = json.dumps(about | values, indent=2) + "\n"
     files.atomic_write(outdir / "edit.json", lambda file: file.write(text.encode()))
     if not finite.all():
         raise FloatingPointError(report.non_finite(int((~finite).sum()), len(finite)))

@@ -9,6 +9,7 @@ import numpy as np
 
 from diffusion import sample as samplers
 from diffusion.methods import edit
+from diffusion.predict import Denoise
 from diffusion.process import expand
 from experiments import sampling
 from experiments.parts import DataSpec, Parts, key, to_float
@@ -49,9 +50,7 @@ def sdedit(parts: Parts, strength: float) -> Edit:
     times = edit.from_strength(parts.grid, strength)
 
     def do(keys, denoise, x0, y):
-        x0_hat = edit.sdedit(
-            keys, denoise, parts.path, x0, times, y, prediction=parts.denoiser_prediction, sampler=parts.sampler
-        )
+        x0_hat = edit.sdedit(keys, denoise, parts.path, x0, times, y, **_options(parts, denoise))
         alpha, sigma = (expand(a, x0) for a in parts.path(jnp.full(len(x0), times[0], jnp.float32)))
         return x0, alpha * x0 + sigma * samplers.initial_noise(keys, x0.shape[1:]), x0_hat
 
@@ -63,8 +62,8 @@ def inpainting(parts: Parts, mask: np.ndarray, jump: int, resamples: int) -> Edi
     times, grey = edit.repaint_times(parts.grid, jump, resamples), sum(parts.value_range) / 2
 
     def do(keys, denoise, x0, y):
-        options = {"prediction": parts.denoiser_prediction, "sampler": parts.sampler}
-        return x0, jnp.where(mask, x0, grey), edit.repaint(keys, denoise, parts.path, x0, mask, times, y, **options)
+        x0_hat = edit.repaint(keys, denoise, parts.path, x0, mask, times, y, **_options(parts, denoise))
+        return x0, jnp.where(mask, x0, grey), x0_hat
 
     def numbers(stages: Sequence[np.ndarray]) -> dict[str, float]:
         difference = stages[-1] - stages[0]
@@ -75,15 +74,22 @@ def inpainting(parts: Parts, mask: np.ndarray, jump: int, resamples: int) -> Edi
 
 
 def inversion(parts: Parts, first: float) -> Edit:
-    """The noise of an image, and the sample of it; the parts' sampler adds no noise."""
+    """The noise of an image, and the sample of it; the parts' sampler adds no noise.
+
+    Raises:
+      ValueError: `first` is out of range, or guidance remembers earlier steps, which are others on the way back.
+    """
+    if parts.guided_sampler and parts.spec.num_classes:
+        raise ValueError(
+            "--invert cannot go back along guidance that remembers earlier steps: pass --guidance_momentum=0"
+        )
     if not 0 < first < parts.grid[0]:
         raise ValueError(f"--first={first} must lie between 0 and {parts.grid[0]:g}, where noise begins")
     times = np.linspace(parts.grid[0], first, len(parts.grid))
 
     def do(keys, denoise, x0, y):
         del keys
-        options = {"prediction": parts.denoiser_prediction, "sampler": parts.sampler}
-        return x0, *edit.round_trip(denoise, parts.path, x0, times, y, **options)
+        return x0, *edit.round_trip(denoise, parts.path, x0, times, y, **_options(parts, denoise))
 
     def numbers(stages: Sequence[np.ndarray]) -> dict[str, float]:
         image, noise, again = stages
@@ -116,14 +122,15 @@ def restoration(parts: Parts, measure: edit.Operator, deviation: float, scale: f
     def do(keys, denoise, x0, y):
         z = samplers.normal(jax.vmap(lambda k: jax.random.fold_in(k, 2**31 - 3))(keys), jax.eval_shape(measure, x0))
         measured = measure(x0) + noise * z
-        x1, sampler = sampling.initial_noise(parts, keys), parts.sampler
         if scale is None:
             denoise = edit.given(
                 denoise, parts.path, parts.denoiser_prediction, measure, measured, deviation=noise, spread=spread
             )
-        else:
-            sampler = edit.dps(sampler, measure, measured, scale)
-        options = {"prediction": parts.denoiser_prediction, "sampler": sampler}
+        # Guidance with a memory then compares two denoisers that both know the measurement.
+        options = _options(parts, denoise)
+        if scale is not None:
+            options["sampler"] = edit.dps(options["sampler"], measure, measured, scale)
+        x1 = sampling.initial_noise(parts, keys)
         x0_hat = samplers.sample(keys, denoise, parts.path, x1, grid, y, **options)
         return x0, _enlarged(measured, x0.shape), x0_hat
 
@@ -158,6 +165,11 @@ def operator(spelled: str, mask: np.ndarray | None, spec: DataSpec) -> edit.Oper
     except ValueError as e:
         raise ValueError(f"--measure={spelled}: {e}; as in downscale:2 or blur:1.5") from None
     return made
+
+
+def _options(parts: Parts, denoise: Denoise) -> dict[str, Any]:
+    """What the functions of `edit` take beside the denoiser: its prediction, and the sampler with its guidance."""
+    return {"prediction": parts.denoiser_prediction, "sampler": sampling.guided(parts, denoise)}
 
 
 def _enlarged(measured: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -18,10 +18,10 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from diffusion import averages
-from diffusion.io import files
+from diffusion.io import files, snapshots
 from experiments import average, command, inputs, parts, report, sampling
 from experiments.paths import define_path
-from experiments.run_dir import RunDir
+from experiments.run_dir import RunDir, digest
 
 WIDTHS = ("0.02", "0.04", "0.06", "0.08", "0.1", "0.13", "0.16", "0.2", "0.25")
 # What is drawn, of what was measured, and in which direction it is better.
@@ -41,7 +41,9 @@ def define_flags(argv: Sequence[str]) -> None:
     flags.declare_key_flag("workdir")
     flags.DEFINE_list("sigma_rel", list(WIDTHS), "Widths of the averages.")
     flags.DEFINE_integer("step", None, "The training step at which they are taken; default: that of the last snapshot.")
-    flags.DEFINE_integer("num_samples", None, "Samples for each; default: as many as at the end of the training.")
+    flags.DEFINE_integer(
+        "num_samples", None, "Samples for each; default: as many as at the end of the training.", lower_bound=1
+    )
     define_path("outdir", None, "Where to write; default: WORKDIR/averages.")
 
 
@@ -78,14 +80,16 @@ def study(
     """Rows of horizons.json, one for each width, in their order; measures those that it lacks.
 
     Raises:
-      ValueError: the run stored no averages, or the file is of another step, number of samples or seed.
+      ValueError: the run stored no averages, or the file is of another run, step, number of samples or seed.
     """
     config, spec = folder.stored()
     steps, _ = average.stored(folder)
     sample = dataclasses.replace(config.sample, count=count or config.sample.count)
     config = dataclasses.replace(average.without_power(config), sample=sample)
     run = parts.resolve(config, spec)
+    own = digest([folder.stored()[0]], snapshots.read(folder.averages, max(steps), 0))
     about = {"step": step or max(steps), "count": config.sample.count, "sample": dataclasses.asdict(config.sample)}
+    about |= {"digest": own, "workdir": str(folder.path.resolve())}
     files.check_writable(outdir)
     path = outdir / "horizons.json"
     rows = _read(path, about)
@@ -147,7 +151,12 @@ def _read(path: Path, about: dict[str, Any]) -> dict[float, dict[str, Any]]:
         rows = {row["sigma_rel"]: row for row in stored.pop("rows")}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged ({e}): delete it, and all widths are measured again") from e
-    if stored != json.loads(json.dumps(about)):
+    if stored.get("digest") != about["digest"]:
+        raise ValueError(
+            f"{path} is of the run {stored.get('workdir', 'in an unknown folder')}, another one than that in "
+            f"{about['workdir']}: pass another --outdir"
+        )
+    if stored != json.loads(json.dumps(about)) | {"workdir": stored.get("workdir")}:  # which may have been moved
         raise ValueError(
             f"{path} is of step {stored.get('step')} with {stored.get('count')} samples, or of other settings of the "
             f"sampler; asked for are step {about['step']} and {about['count']} samples: pass another --outdir"

@@ -66,6 +66,10 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     command.start()
     workdirs, f = command.workdirs(), flags.FLAGS
+    if f.ode:
+        command.refuse_given(("respacing", "clip"), "with --ode")
+    else:
+        command.refuse_given(("ode_steps", "probes", "first"), "without --ode")
     run = trained(workdirs, f.checkpoint, f.ema)
     folder = command.output_folder(workdirs[0] / "likelihood", "likelihood.json", f.outdir, f.overwrite)
     if f.ode:

@@ -8,7 +8,7 @@ import jax
 
 from diffusion import guide
 from diffusion.methods import distill, meanflow
-from diffusion.models import Model
+from diffusion.models import Model, classifier
 from diffusion.predict import Denoise
 from diffusion.process import Path
 from experiments.checks import choose, named
@@ -16,7 +16,7 @@ from experiments.config import Config
 
 
 class MeanFlow(NamedTuple):
-    """Options of `meanflow.draw` and of `meanflow.loss_at`."""
+    """Options of `meanflow.draw` and of `meanflow.loss_at`; its features by their name, for `features`."""
 
     draw: dict[str, float]
     loss: dict[str, Any]
@@ -42,7 +42,7 @@ def method(config: Config, shape: tuple[int, ...]) -> Method | None:
     """What a run on images of `shape` [H, W, C] learns; None: to denoise.
 
     Raises:
-      ValueError: features that the loss would need are not there, or are not for such images.
+      ValueError: there are no such features for the loss, or they are not for such images.
     """
     c, p = config.objective, config.process
     if c.kind == "mean_flow":
@@ -83,22 +83,30 @@ def anchored(model: Model, config: Config, path: Path) -> Model:
     )
 
 
-def _features(config: Config, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array] | None:
-    """Differentiable features [B, F] of images in the network's range of values, by the name in the config."""
+def _features(config: Config, shape: tuple[int, ...]) -> str | None:
+    """The name of the features in the config, which must be for images of this shape."""
+    name = config.objective.features
+    if name == "digits" and shape != classifier.SIZE:
+        raise ValueError(f"digits must have shape {classifier.SIZE}, not {shape}; take efficientnet")
+    if name == "efficientnet" and (len(shape) != 3 or shape[-1] not in (1, 3)):
+        raise ValueError(f"efficientnet is for images with 1 or 3 channels, not for arrays of shape {shape}")
+    return name
+
+
+def features(name: str | None, low: float, high: float) -> Callable[[jax.Array], jax.Array] | None:
+    """Differentiable features [B, F], by their name, of images of values from `low` to `high`; loads their weights.
+
+    Raises:
+      ImportError: the package with the weights is not installed; the message says how to.
+    """
     from diffusion.metrics.features import digits, efficientnet
-    from diffusion.models import classifier
     from diffusion.models import efficientnet as network
 
-    name, low, high = config.objective.features, config.data.low, config.data.high
     if name is None:
         return None
     if name == "digits":
-        if shape != classifier.SIZE:
-            raise ValueError(f"digits must have shape {classifier.SIZE}, not {shape}; take efficientnet")
         params = digits.load_classifier()
         return lambda x: classifier.apply(params, (x - low) / (high - low))[1]
-    if len(shape) != 3 or shape[-1] not in (1, 3):
-        raise ValueError(f"efficientnet is for images with 1 or 3 channels, not for arrays of shape {shape}")
     efficientnet.check_installed()
     weights = efficientnet.load_weights()
     scaled = lambda x: efficientnet.resized(255 * (x - low) / (high - low))  # noqa: E731

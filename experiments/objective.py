@@ -11,7 +11,7 @@ from diffusion import loss as losses
 from diffusion.methods import distill, meanflow
 from diffusion.predict import Predict, predictor
 from diffusion.process import noise
-from experiments.methods import Consistency, MeanFlow, Progressive
+from experiments.methods import Consistency, MeanFlow, Progressive, features
 from experiments.parts import Parts, to_float
 
 
@@ -75,6 +75,8 @@ def denoising(parts: Parts, training: bool) -> Objective:
 
 def mean_flow(parts: Parts, training: bool) -> Objective:
     """The loss of `meanflow`; without `training` the mean square of V - v_g, since the loss itself hardly changes."""
+    # Loaded here, so that sampling does without them.
+    options = parts.method.loss | {"features": features(parts.method.loss["features"], *parts.value_range)}
 
     def draw(key: jax.Array, batch: dict[str, jax.Array], state: train.State | None) -> dict[str, Any]:
         del state
@@ -90,7 +92,7 @@ def mean_flow(parts: Parts, training: bool) -> Objective:
             drawn.get("y"),
             null=parts.spec.num_classes,
             prediction=parts.prediction,
-            **parts.method.loss,
+            **options,
         )
         return (values if training else aux["loss"]).mean(), aux
 

@@ -55,7 +55,10 @@ def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> Non
         low = [jax.eval_shape(partial(sampling.low_resolution, run), image)] if run.superres else []
         jax.eval_shape(sampling.sample_fn(run), params, one, one, *low)
     if config.train.init_from is not None and fresh:
-        RunDir(Path(config.train.init_from)).initial_weights(params)
+        source = RunDir(Path(config.train.init_from))
+        if config.objective.kind in checks.TEACHERS:
+            source.check_teacher(config)
+        source.initial_weights(params)
     used = config.train.eval_every or run.split is not None or run.superres
     if used or config.data.name.startswith("array:"):  # of arrays next to nothing is read
         held = inputs.source(config, config.data.held_out)
@@ -82,6 +85,10 @@ def describe(config: Config, source: data.Source, params: parts.Any) -> str:
     line += f"\n{data.describe(source)}"
     if shown := display.note(shape):
         line += f"\nimages show {shown}"
+    if powers := config.train.ema_power:
+        number = math.ceil(config.train.steps / config.train.snapshot_every)
+        size = len(powers) * sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
+        line += f"\n{number:,} snapshots of averages, {size / 1e6:,.1f} MB each: {number * size / 1e9:,.2f} GB on disk"
     if config.sample.guidance != 1 and not inputs.data_spec(config, source).num_classes:
         line += f"\nwithout labels, so --config.sample.guidance={config.sample.guidance} has no effect"
     try:

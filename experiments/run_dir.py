@@ -1,6 +1,7 @@
 """The folder of a run: its files, its stored config, its checkpoints; and trained runs, for sampling and measuring."""
 
 import contextlib
+import hashlib
 import json
 import secrets
 from collections.abc import Sequence
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from diffusion.io import checkpoint, files, stored_config
 from diffusion.metrics.report import with_current_names
 from experiments import stored_versions
+from experiments.checks import CHAINS, TEACHERS
 from experiments.config import Config, from_dict, to_dict
 from experiments.parts import DataSpec, Parts, resolve
 
@@ -187,6 +190,33 @@ class RunDir(NamedTuple):
         averages, step = checkpoint.restore_ema(self.checkpoints, step, report=print)
         return averages[str(0 if decay is None else decays.index(decay))], step
 
+    def check_teacher(self, config: Config) -> None:
+        """Makes sure that the run can be the teacher of one with this config, which evaluates it as its own network.
+
+        Raises:
+          FileNotFoundError: there is no run.
+          ValueError: it learned something else, or fields differ that make it another function; they are listed.
+        """
+        teacher, kind = self.stored()[0], config.objective.kind
+        if teacher.objective.kind not in TEACHERS[kind]:
+            raise ValueError(
+                f"--config.train.init_from={self.path} learned objective.kind={teacher.objective.kind}, and a teacher "
+                f"of kind={kind} one of {', '.join(TEACHERS[kind])}: pass another run"
+            )
+        found = []
+        for each in (teacher, config):
+            values = to_dict(each)
+            process = noising(each) | {name: values["process"][name] for name in _CHAIN if name not in _PATH}
+            of_data = {name: values["data"][name] for name in ("low", "high")}
+            found.append({"process": process, "data": of_data, "model": values["model"]})
+        if differing := stored_config.config_differences(*found):
+            raise ValueError(
+                f"--config.train.init_from={self.path} is no teacher for this run, which evaluates it with its own "
+                "config; they differ in (teacher -> this run):\n  "
+                + "\n  ".join(differing)
+                + "\nSet these fields as in the teacher, or pass another run."
+            )
+
     def initial_weights(self, like: Any) -> Any:
         """The averaged weights, as initial weights of a network with the parameters `like`.
 
@@ -276,10 +306,24 @@ def trained(workdirs: Sequence[Path], step: int | None = None, decay: float | No
     return Trained(config, spec, params, max(steps), tuple(config for config, _, _ in runs))
 
 
+def digest(configs: Sequence[Config], params: Any) -> str:
+    """What tells trained runs apart, wherever they lie: hexadecimal SHA-256 of their configs and of weights."""
+    found = hashlib.sha256(json.dumps([to_dict(config) for config in configs]).encode())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
 def _to_stored(config: Config, spec: DataSpec) -> dict[str, Any]:
     """What config.json of a run holds: enough to rebuild its network without its data."""
     facts = {name: list(value) if isinstance(value, tuple) else value for name, value in spec._asdict().items()}
     return to_dict(config) | {"data_spec": facts}
+
+
+def noising(config: Config) -> dict[str, Any]:
+    """The fields of the noising path; runs that work together have the same."""
+    return {name: getattr(config.process, name) for name in _PATH if name != "steps" or config.process.path in CHAINS}
 
 
 def _common(config: Config) -> dict[str, Any]:
@@ -288,4 +332,5 @@ def _common(config: Config) -> dict[str, Any]:
     return {section: {name: values[section][name] for name in names} for section, names in sections.items()}
 
 
-_CHAIN = ("path", "noise_scale", "betas", "rate", "steps", "prediction", "variance", "snr_splits")
+_PATH = ("path", "noise_scale", "betas", "rate", "steps")
+_CHAIN = (*_PATH, "prediction", "variance", "snr_splits")

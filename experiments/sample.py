@@ -29,11 +29,11 @@ from absl import app, flags
 from diffusion import data
 from diffusion.methods import windows
 from experiments import command, figures, image_files, inputs, report, sampling
-from experiments.checks import without_effect, without_guidance
+from experiments.checks import reset, without_guidance
 from experiments.config import Config, Sample
 from experiments.parts import DataSpec, Parts
 from experiments.paths import define_path
-from experiments.run_dir import RunDir, Trained, trained
+from experiments.run_dir import RunDir, Trained, noising, trained
 
 flags.declare_key_flag("workdir")
 _OUTDIR = define_path("outdir", None, "Where to write; default: a new folder WORKDIR/samples/NUMBER.")
@@ -50,11 +50,13 @@ _CONDITION_NOISE = flags.DEFINE_float(
 _GUIDE_WORKDIR = define_path(
     "guide_workdir", None, "Autoguidance: a weaker run on the same data and path, from which --guidance leads away."
 )
-_GUIDE_AVERAGE = flags.DEFINE_integer(
-    "guide_average",
+_GUIDE_EMA = flags.DEFINE_float(
+    "guide_ema",
     None,
-    "Autoguidance: which of the averages of the run (or of --guide_workdir), by its number from 0, is the weaker one.",
-    lower_bound=0,
+    "Autoguidance: which of the averages of the run (or of --guide_workdir), by its decay, is the weaker one.",
+)
+_GUIDE_CHECKPOINT = flags.DEFINE_integer(
+    "guide_checkpoint", None, "Autoguidance: the training step of the weaker one; default: as the run, or the newest."
 )
 _SAMPLE_SIZE = flags.DEFINE_list(
     "sample_size", None, "Size H,W of samples larger than the images of the training, by overlapping windows."
@@ -122,30 +124,48 @@ def flags_of_sample() -> Iterator[None]:
 
 
 def weaker_run(run: Trained, workdirs: Sequence[Path]) -> Trained | None:
-    """The run, or the average of the same run, that --guide_workdir and --guide_average name; None without them.
+    """The weaker run that --guide_workdir, --guide_ema and --guide_checkpoint name; None without them. What they leave
+    out is as in the run itself, if it is the same folder.
 
     Raises:
-      ValueError: it has other data or another path, there is no such average, or the run is one of experts.
+      ValueError: it has the same weights, other data or another path, there is no such average, or the run is one of
+        experts.
     """
-    folder, number = _GUIDE_WORKDIR.value, _GUIDE_AVERAGE.value
-    if folder is None and number is None:
+    holders = (_GUIDE_WORKDIR, _GUIDE_EMA, _GUIDE_CHECKPOINT)
+    given = [f"--{holder.name}={holder.value}" for holder in holders if holder.value is not None]
+    if not given:
         return None
-    flag = f"--guide_average={number}" if folder is None else f"--guide_workdir={folder}"
+    flag, folder, decay, step = " ".join(given), _GUIDE_WORKDIR.value, _GUIDE_EMA.value, _GUIDE_CHECKPOINT.value
     if run.members or run.config.condition.size:
         raise ValueError(f"{flag}: autoguidance is for one run without experts and without super-resolution")
     own = Path(folder) if folder is not None else workdirs[0]
     config, spec = RunDir(own).stored()
     decays = config.train.ema
-    if number is not None and number >= len(decays):
-        raise ValueError(f"--guide_average={number}: {own} has {len(decays)}, with the decays {decays}, from 0 on")
-    same = ("path", "betas", "rate", "steps")
-    if spec != run.spec or any(getattr(config.process, n) != getattr(run.config.process, n) for n in same):
+    if decay is not None and decay not in decays:
+        raise ValueError(f"--guide_ema={decay}: {own} has averages with the decays {', '.join(map(str, decays))}")
+    if spec != run.spec or noising(config) != noising(run.config):
         raise ValueError(
             f"{flag} was trained on other data or on another path than {workdirs[0]}, which it cannot guide"
         )
     if (config.data.low, config.data.high) != (run.config.data.low, run.config.data.high):
         raise ValueError(f"{flag} has other values of black and white, data.low and high, than {workdirs[0]}")
-    return trained([own], None, None if number is None else decays[number])
+    if own.resolve() == workdirs[0].resolve():
+        step = _CHECKPOINT.value if step is None else step
+        decay = _EMA.value if decay is None else decay
+    weaker = trained([own], step, decay)
+    if same_weights(run.params, weaker.params):
+        raise ValueError(
+            f"{flag} has the weights of the run itself, which guide nowhere: pass another --guide_workdir, an average "
+            "--guide_ema that is wider, or an earlier --guide_checkpoint"
+        )
+    return weaker
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    """Whether parameters are those of one network, and equal."""
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def overridden(config: Config, spec: DataSpec, autoguided: bool = False) -> Config:
@@ -163,13 +183,12 @@ def overridden(config: Config, spec: DataSpec, autoguided: bool = False) -> Conf
             raise ValueError(
                 f"--{others[0]}={given[others[0]]} is of guidance by labels, and a weaker run guides: leave it out"
             )
-        if given.get("guidance", config.sample.guidance) == 1:
-            raise ValueError(
-                "--guidance=1.0 is no guidance: pass how far to go from the weaker run, such as --guidance=2"
-            )
-        config = dataclasses.replace(
-            config, sample=dataclasses.replace(without_guidance(config.sample), guidance=config.sample.guidance)
-        )
+        if given.get("guidance", 1) == 1:
+            said = "--guidance=1.0 is no guidance" if "guidance" in given else "--guidance is missing"
+            raise ValueError(f"{said}: pass how far to go from the weaker run, such as --guidance=2")
+        # Scale and interval of the run are those of guidance by labels.
+        everywhere = {name: getattr(Sample, name) for name in ("guidance_low", "guidance_high", "guidance_open")}
+        config = dataclasses.replace(config, sample=dataclasses.replace(without_guidance(config.sample), **everywhere))
     elif guided and not spec.num_classes:
         raise ValueError(f"--{guided[0]}={given[guided[0]]} needs a run that was trained with labels; this one was not")
     # A flag replaces the fields of the run that exclude it.
@@ -186,10 +205,9 @@ def overridden(config: Config, spec: DataSpec, autoguided: bool = False) -> Conf
         implied |= {"threshold": None}
     if "threshold" in given:
         implied |= {"clip": False}
-    if chosen := {name: given[name] for name in ("sampler", "guidance_kind") if name in given}:
-        unused = without_effect(dataclasses.replace(config.sample, **chosen))
-        implied |= {f.name: f.default for f in dataclasses.fields(Sample) if f.name in unused}
-    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **(implied | given)))
+    chosen = {name: given[name] for name in ("sampler", "guidance_kind") if name in given}
+    kept = reset(config.sample, **chosen) if chosen else config.sample
+    config = dataclasses.replace(config, sample=dataclasses.replace(kept, **(implied | given)))
     if _CONDITION_NOISE.value is None:
         return config
     if not config.condition.size:

@@ -11,14 +11,14 @@ On a mixture of Gaussians the denoiser is known, so that all error is the sample
 
 in float64, along even times and along EDM's grid. Samplers with noise do not get below `floor`, (1) of as many
 independent draws. With --workdir the samples of a trained run are measured
-(`experiments.report`), with its guidance, and the seconds that they took. A sampler with two evaluations a step takes
-half as many steps; its last step has one. Each result is added to the file --json at once, and the same command goes on
-where it stopped.
+(`experiments.report`), with its guidance, shift and last time, and the seconds that they took. A sampler with two
+evaluations a step takes half as many steps; its last step has one. Each result is added to the file --json at once,
+and the same command goes on where it stopped.
 """
 
 import dataclasses
+import itertools
 import json
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -33,40 +33,38 @@ from diffusion import sample as samplers
 from diffusion import solvers
 from diffusion.grids import rho_grid, uniform_grid
 from diffusion.process import Linear, expand
-from experiments import checks, command, inputs, report, sampling
+from experiments import command, report
 from experiments.bench import commands, tables, timing
+from experiments.bench.evaluations import METRICS, measured, steps_for, with_evaluations
 from experiments.config import Sample
 from experiments.paths import define_path
-from experiments.run_dir import Trained, trained
+from experiments.run_dir import Trained, digest, trained
 
 MEANS, STDS, SHARES = np.array([-1.2, 0.3, 1.1]), np.array([0.15, 0.1, 0.2]), np.array([0.3, 0.3, 0.4])
 EVALUATIONS = ("5", "10", "15", "20", "30", "50", "100", "250")
-# The numbers of a report that are kept, where there are features for the data.
-METRICS = ("distance", "ratio", "agreement", "precision", "recall")
 GRIDS, HIGH, LOW = ("even times", "EDM's grid"), 80.0, 0.002
 
 
 class Method(NamedTuple):
-    """A sampler of the study: evaluations a step, fields of `config.sample`, and whether it adds noise."""
+    """A sampler of the study: fields of `config.sample`, and whether it adds noise."""
 
-    cost: int
     fields: dict[str, Any]
     noisy: bool = False
 
 
 METHODS = {
-    "euler": Method(1, {"sampler": "euler"}),
-    "ddim": Method(1, {"sampler": "ddim"}),
-    "heun": Method(2, {"sampler": "heun"}),
-    "dpmpp_2m": Method(1, {"sampler": "dpmpp_2m"}),
-    "unipc 2": Method(1, {"sampler": "unipc"}),
-    "unipc 3": Method(1, {"sampler": "unipc", "order": 3}),
-    "adams_bashforth 2": Method(1, {"sampler": "adams_bashforth"}),
-    "adams_bashforth 3": Method(1, {"sampler": "adams_bashforth", "order": 3}),
-    "edm": Method(2, {"sampler": "edm"}),
-    "edm churn 20": Method(2, {"sampler": "edm", "churn": 20.0}, noisy=True),
-    "dpmpp_2m_sde": Method(1, {"sampler": "dpmpp_2m_sde"}, noisy=True),
-    "ancestral": Method(1, {"sampler": "ancestral"}, noisy=True),
+    "euler": Method({"sampler": "euler"}),
+    "ddim": Method({"sampler": "ddim"}),
+    "heun": Method({"sampler": "heun"}),
+    "dpmpp_2m": Method({"sampler": "dpmpp_2m"}),
+    "unipc 2": Method({"sampler": "unipc"}),
+    "unipc 3": Method({"sampler": "unipc", "order": 3}),
+    "adams_bashforth 2": Method({"sampler": "adams_bashforth"}),
+    "adams_bashforth 3": Method({"sampler": "adams_bashforth", "order": 3}),
+    "edm": Method({"sampler": "edm"}),
+    "edm churn 20": Method({"sampler": "edm", "churn": 20.0}, noisy=True),
+    "dpmpp_2m_sde": Method({"sampler": "dpmpp_2m_sde"}, noisy=True),
+    "ancestral": Method({"sampler": "ancestral"}, noisy=True),
 }
 
 
@@ -78,8 +76,14 @@ def main(argv: Sequence[str]) -> None:
     methods, evaluations = chosen(f.methods, f.evaluations)
     if f.plot and not Path(f.plot).parent.is_dir():
         raise ValueError(f"--plot={f.plot}: there is no folder {Path(f.plot).parent}; create it first")
-    run = trained(command.workdirs()) if command.has_workdir() else None
-    result = opened(f.json, run, {"mixture_samples": f.mixture_samples, "num_samples": f.num_samples})
+    workdirs = command.workdirs() if command.has_workdir() else []
+    run = trained(workdirs) if workdirs else None
+    sizes = {"mixture_samples": f.mixture_samples, "num_samples": f.num_samples}
+    result = opened(f.json, sizes, run, workdirs)
+    if run is not None:  # what does not fit fails before anything is sampled
+        report.features_for(run.config, run.spec.shape)
+        for name, count in itertools.product(methods, evaluations):
+            with_method(run, METHODS[name], count).parts()
     keep = partial(commands.write_json, f.json)
     mixture(result, methods, evaluations, f.mixture_samples, keep)
     if run is not None:
@@ -114,22 +118,34 @@ def chosen(methods: Sequence[str], evaluations: Sequence[str]) -> tuple[list[str
     return list(methods) or list(METHODS), [int(n) for n in evaluations]
 
 
-def opened(path: str | None, run: Trained | None, sizes: dict[str, int]) -> dict[str, Any]:
+def opened(
+    path: str | None, sizes: dict[str, int], run: Trained | None = None, workdirs: Sequence[Path] = ()
+) -> dict[str, Any]:
     """What the file of an earlier call holds, or an empty result.
 
     Raises:
       ValueError: it is the result of another run or of other numbers of samples.
     """
-    about = None if run is None else f"{run.config.name}, step {run.step}"
-    empty = {"machine": timing.machine(), **sizes, "run": about, "mixture": {}, "digits": {}}
+    about = {"run": None, "workdir": [], "digest": None}
+    if run is not None:
+        about["run"], about["workdir"] = f"{run.config.name}, step {run.step}", [str(w.resolve()) for w in workdirs]
+        about["digest"] = digest([run.config, *run.members], run.params)
+    empty = {"machine": timing.machine(), **sizes, **about, "mixture": {}, "digits": {}}
     if not path or not Path(path).exists() or not Path(path).read_text():
         commands.check_json(path)
         return empty
     found = json.loads(Path(path).read_text())
-    found["run"] = found.get("run") or about
-    for name, value in (sizes | ({"run": about} if run else {})).items():
+    for name, value in sizes.items():
         if found.get(name) != value:
             raise ValueError(f"--json={path} holds results of {name}={found.get(name)}, not {value}: pass another file")
+    if not found.get("run"):
+        return found | about
+    if run is not None and found.get("digest") != about["digest"]:
+        where = ",".join(found.get("workdir", ["an unknown folder"]))
+        raise ValueError(
+            f"--json={path} holds results of {found['run']}, in {where}; the weights or the config in "
+            f"{','.join(about['workdir'])} are others: pass another file"
+        )
     return found
 
 
@@ -170,7 +186,7 @@ def mixture(result: dict[str, Any], methods: Sequence[str], evaluations: Sequenc
                 for count in evaluations:
                     if str(count) in rows:
                         continue
-                    made = mixed(method, kind, -(-count // method.cost), x1)
+                    made = mixed(method, kind, steps_for(method.fields["sampler"], count), x1)
                     rows[str(count)] = {"error": float(np.abs(np.sort(made) - data).mean())}
                     if not method.noisy:
                         rows[str(count)]["flow"] = float(np.sqrt(np.square(made - data).mean()))
@@ -206,34 +222,19 @@ def digits(
     result: dict[str, Any], run: Trained, methods: Sequence[str], evaluations: Sequence[int], n: int, keep: Any
 ) -> None:
     """Adds metrics and seconds of samples of the run to the result: {method: {evaluations: {...}}}."""
-    labels = inputs.equal_shares(n, run.spec.num_classes)
-    features = report.features_for(run.config, run.spec.shape)
     for name in methods:
-        method, rows = METHODS[name], result["digits"].setdefault(name, {})
+        rows = result["digits"].setdefault(name, {})
         for count in evaluations:
-            if str(count) in rows:
-                continue
-            config = dataclasses.replace(run.config, sample=fields(run.config.sample, method, -(-count // method.cost)))
-            parts, members = run._replace(config=config).parts()
-            sample = sampling.sample_fn(parts, members=members, finite=True)
-            size = min(config.sample.batch_size, n)
-            jax.block_until_ready(sample(run.params, np.arange(size), labels[np.arange(size) % n]))  # compiles
-            begin = time.perf_counter()
-            images, _, finite = report.collect(sample, run.params, labels, config.sample.batch_size)
-            seconds = time.perf_counter() - begin
-            found = report.quality(config, images, labels if run.spec.num_classes else None, features)
-            rows[str(count)] = {name: found[name] for name in METRICS if found.get(name) is not None}
-            rows[str(count)] |= {"seconds": seconds, "non_finite": int((~finite).sum())}
-            keep(result)
+            if str(count) not in rows:
+                rows[str(count)] = measured(with_method(run, METHODS[name], count), n)
+                keep(result)
 
 
-def fields(given: Sample, method: Method, steps: int) -> Sample:
-    """The sampling fields of a run with another sampler: its guidance and thresholds, and even times."""
-    plain = {"steps": steps, "respacing": None, "rho": None, "sigma_min": 0.002, "sigma_max": 80.0}
-    plain |= {"last": None if steps == 1 else given.last}
-    chosen = dataclasses.replace(given, **(plain | method.fields))
-    unused = {name: getattr(Sample, name) for name in checks.without_effect(chosen)}
-    return dataclasses.replace(chosen, **unused)
+def with_method(run: Trained, method: Method, evaluations: int) -> Trained:
+    """The run with another sampler: its guidance and thresholds, and even times but for its shift and last time."""
+    even = {name: getattr(Sample, name) for name in ("rho", "sigma_min", "sigma_max")}
+    found = with_evaluations(run.config.sample, evaluations, **even, **method.fields)
+    return run._replace(config=dataclasses.replace(run.config, sample=found))
 
 
 def described(result: dict[str, Any]) -> str:

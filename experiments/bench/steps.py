@@ -15,18 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 
-from experiments import command, inputs, report, sampling
+from experiments import command, report
 from experiments.bench import commands, tables, timing
-from experiments.config import Config, Sample
+from experiments.bench import evaluations as evaluations_of
+from experiments.config import Config
 from experiments.paths import define_path
-from experiments.run_dir import trained
-
-# Samplers with two evaluations a step, but one on the last.
-TWICE = ("heun",)
+from experiments.run_dir import Trained, trained
 
 
 def define_flags(argv: list[str]) -> None:
@@ -91,38 +87,20 @@ def with_evaluations(
     config: Config, evaluations: int, sampler: str | None = None, guidance: float | None = None
 ) -> Config:
     """The config with steps for so many evaluations, or one less where a step takes two."""
-    c = config.sample
-    if guidance is not None:
-        c = dataclasses.replace(c, guidance=guidance)
+    chosen = {} if guidance is None else {"guidance": guidance}
     if sampler is not None and config.objective.kind == "denoise":
-        plain = {f.name: f.default for f in dataclasses.fields(Sample) if "sampler" in f.metadata.get("only", {})}
-        c = dataclasses.replace(c, **plain, sampler=sampler)
-    steps = (evaluations + 1) // 2 if c.sampler in TWICE else evaluations
-    last = c.last if steps > 1 else None
-    return dataclasses.replace(config, sample=dataclasses.replace(c, steps=steps, respacing=None, last=last))
+        chosen["sampler"] = sampler
+    found = evaluations_of.with_evaluations(config.sample, evaluations, **chosen)
+    return dataclasses.replace(config, sample=found)
 
 
-def measured(run: Any, count: int) -> dict[str, Any]:
-    """The numbers of samples of one run, and the seconds that they took, compilation left out."""
-    (parts, _), c = run.parts(), run.config
-    labels = inputs.equal_shares(count, run.spec.num_classes)
-    sample = sampling.sample_fn(parts, finite=True)
-    size = min(c.sample.batch_size, count)
-    jax.block_until_ready(sample(run.params, np.arange(size), np.resize(labels, size)))  # compiles
-    images, seconds, finite = report.collect(sample, run.params, labels, size)
-    features = report.features_for(c, run.spec.shape)
-    found = report.quality(c, images, labels if run.spec.num_classes else None, features)
-    steps = len(parts.grid) - 1
-    evaluated = 2 * steps - 1 if c.sample.sampler in TWICE else steps
+def measured(run: Trained, count: int) -> dict[str, Any]:
+    """The numbers of samples of one run, and how often an image passes through its network."""
+    c = run.config
+    evaluated = evaluations_of.evaluated(c.sample.sampler, c.sample.steps)
     guided = c.objective.kind != "mean_flow" and run.spec.num_classes and c.sample.guidance not in (0, 1)
-    names = ("agreement", "distance", "ratio", "precision", "recall")
-    return {
-        "sampler": c.sample.sampler,
-        "passes": evaluated * (2 if guided else 1),
-        "seconds": seconds,
-        "non_finite": int((~finite).sum()),
-        **{name: found[name] for name in names if found.get(name) is not None},
-    }
+    about = {"sampler": c.sample.sampler, "passes": evaluated * (2 if guided else 1)}
+    return about | evaluations_of.measured(run, count)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,22 @@ def call(workdir: Path | None, *arguments: str, command: Any = sample) -> str:
         flags.FLAGS.unparse_flags()
         command.main(flags.FLAGS([command.__name__, *given, *arguments]))
     return printed.getvalue()
+
+
+def own_flags(monkeypatch: Any, workdir: Path, command: Any, *others: Any) -> flags.FlagValues:
+    """The flags that a command defines when it runs, beside --workdir, apart from those of other commands."""
+    own = flags.FlagValues()
+    for name in ("string", "list", "enum", "integer", "float", "bool"):
+        monkeypatch.setattr(flags, f"DEFINE_{name}", partial(getattr(flags, f"DEFINE_{name}"), flag_values=own))
+    for name in ("declare_key_flag", "adopt_module_key_flags"):
+        monkeypatch.setattr(flags, name, lambda _: None)
+    for module in (command, *others):
+        monkeypatch.setattr(module, "define_path", lambda name, default, text: flags.DEFINE_string(name, default, text))
+    monkeypatch.setattr(flags, "FLAGS", own)
+    monkeypatch.setattr(command.command, "has_workdir", lambda: True)
+    monkeypatch.setattr(command.command, "workdirs", lambda: [workdir])
+    command.define_flags([])
+    return own
 
 
 def state(config: configs.Config, workdir: Path, step: int | None = None) -> training.State:

@@ -1,6 +1,7 @@
 """experiments.advise: the advice for images whose detail is known, beside a trained network, and its messages."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -11,9 +12,14 @@ import scipy.fft
 from PIL import Image
 
 from diffusion import data, process
-from experiments import advise, advise_report
+from experiments import advise, advise_report, inputs
+from experiments import config as configs
+from experiments.configs import mnist, patch_unet_mnist
+from experiments.parts import DataSpec, resolve
 from experiments.run_dir import trained
+from tests.experiments.runs import own_flags
 
+SPEC = DataSpec((8, 8, 1))
 QUICK = advise.Options(snr=(64.0, 1.0, 1 / 16), count=30, batch_size=16, block_size=64)
 
 
@@ -104,14 +110,44 @@ def test_shares_of_times_are_those_of_the_path():
 
 
 def test_the_text_has_a_row_for_each_level_and_flags_that_training_takes(coarse):
-    found = {"data": "folder:pets", **coarse[0]}
+    train = data.from_arrays(np.zeros((4, 8, 8, 1), np.uint8))
+    config = advise.to_train(train, configs.Data(name="folder:my pets", size=(8, 8), crop="resize", labels=False))
+    found = {"data": "folder:pets", "path": None, "workdir": None, "training": advise.advised(config), **coarse[0]}
     text = advise_report.text(found)
     assert sum(line.startswith(("64 ", "1 ", "0.0625 ")) for line in text.splitlines()) == 3
-    assert '--config.data.name=folder:pets --config.data.size="(8, 8)" --config.model.patch_size=4' in text
+    typed = ["--config=experiments/configs/patch_unet_mnist.py", "--config.data.name=folder:my pets",
+             "--config.data.size=(8, 8)", "--config.data.crop=resize", "--noconfig.data.labels"]  # fmt: skip
+    assert shlex.join(["python", "-m", "experiments.train", *typed, "--config.model.patch_size=4"]) in text
     two = {"snr_splits": [0.5], "patch_sizes": [2, 4], "lost": [0.01, 0.0], "times": [0.5, 0.5], "cost": 0.1}
     words = advise_report.advice({**found, "advice": {"2": two}}, 2)
     for i, p in enumerate((2, 4)):
-        assert f'patch_size={p} \\\n        --config.process.snr_splits="(0.5,)" --config.process.split={i}' in words
+        assert f"patch_size={p} '--config.process.snr_splits=(0.5,)' --config.process.split={i}" in words
+    assert "of the path linear, not of the trainings below" in advise_report.text({**found, "path": "linear"})
+
+
+def test_the_training_beside_a_run_is_that_run_with_other_patches(coarse):
+    config = mnist.get_config()
+    config.process.snr_splits, config.process.split, config.train.steps = (0.5,), 1, 99
+    argv = advise.advised(config)
+    file = "--config=experiments/configs/mnist.py"
+    assert argv["one"] == [file, "--config.model.stride=None", "--config.train.steps=99"]
+    assert {"--config.process.times=uniform", "--config.process.times_mean=0.0"} <= set(argv["experts"])
+    assert not any("times" in argument for argument in advise.advised(patch_unet_mnist.get_config())["experts"])
+    two = {"snr_splits": [0.5], "patch_sizes": [2, 4], "lost": [0.01, 0.0], "times": [0.5, 0.5], "cost": 0.1}
+    found = {**coarse[0], "training": argv, "workdir": "runs/a", "advice": {"2": two}}
+    words = advise_report.advice(found, 2)
+    assert "--workdir=runs/a_patch2_split0" in words and "--workdir=runs/a_patch4_split1" in words
+
+
+def test_arrays_of_other_types_are_trained_without_the_bits_of_uint8():
+    train = data.from_arrays(np.zeros((4, 8, 8, 1), np.uint16), value_range=(0, 60_000))
+    fields = configs.Data(name="array:x.npy", channels=1, range=(0.0, 60_000.0))
+    config = advise.to_train(train, fields)
+    own = resolve(config, inputs.data_spec(config, train)).path, resolve(patch_unet_mnist.get_config(), SPEC).path
+    np.testing.assert_array_equal(*(path.betas for path in own))
+    assert {"--config.process.vlb_weight=0.0", "--config.data.range=(0.0, 60000.0)"} <= set(
+        advise.advised(config)["one"]
+    )
 
 
 def test_the_figure_has_a_column_for_each_level(coarse):
@@ -145,17 +181,36 @@ def test_levels_are_two_or_more_positive_numbers(given):
 
 @pytest.mark.slow
 def test_the_command_writes_its_advice(tmp_path, mnist5k_root):
-    command = [sys.executable, "-m", "experiments.advise", f"--data_dir={mnist5k_root}", f"--outdir={tmp_path}"]
+    command = [sys.executable, "-m", "experiments.advise", f"--data_dir={mnist5k_root}", f"--outdir={tmp_path / 'a'}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "--data is missing: pass a data set" in done.stderr
     some = ["--data=mnist5k", "--snr=4,0.1", "--count=20", "--most=200", "--nolabels"]
     done = subprocess.run([*command, *some], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "20 held-out images of 28x28, noised; posterior over 200 training images." in done.stdout
-    found = json.loads((tmp_path / "advice.json").read_text())
+    found = json.loads((tmp_path / "a" / "advice.json").read_text())
+    assert f"--config=experiments/configs/patch_unet_mnist.py --config.data.data_dir={mnist5k_root} " in done.stdout
     assert found["patch_sizes"] == [1, 2, 4, 7, 14] and [row["snr"] for row in found["levels"]] == [4, 0.1]
-    with Image.open(tmp_path / "advice.png") as image:
+    with Image.open(tmp_path / "a" / "advice.png") as image:
         assert image.width > 400
+    done = subprocess.run([*command, *some], capture_output=True, text=True)
+    assert done.returncode == 1 and "advice.json already; pass --overwrite or another --outdir" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--data=mnist5k", "--data=mnist5k has no effect beside --workdir"),
+        ("--size=8,8", "--size=8,8 has no effect beside --workdir"),
+        ("--range=0,1", "--range=0,1 has no effect"),
+        ("--path=linear", "--path=linear has no effect"),
+        ("--nolabels", "--labels=False has no effect"),
+    ],
+)
+def test_what_a_run_says_itself_is_no_flag(tmp_path, monkeypatch, given, message):
+    own = own_flags(monkeypatch, tmp_path, advise, advise.data)
+    with pytest.raises(ValueError, match=message):
+        advise.main(own(["advise", given]))
 
 
 def test_images_without_patches_and_splits_of_other_shapes_are_refused():

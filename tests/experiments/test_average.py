@@ -1,6 +1,8 @@
 """Averages after the fact: snapshots of a training, experiments.average and experiments.horizons."""
 
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -36,6 +38,12 @@ def test_snapshots_are_stored_and_nothing_else_of_the_training_changes(run, powe
     jax.tree.map(np.testing.assert_array_equal, stored, jax.tree.map(np.asarray, power.power[1]))
 
 
+def test_the_disk_that_snapshots_take_is_said_before(power_run):
+    taken = sum(p.stat().st_size for p in RunDir(power_run.workdir).averages.iterdir())
+    said = re.search(r"3 snapshots of averages, (\S+) MB each: 0\.00 GB on disk", power_run.printed)
+    assert 3 * float(said[1]) * 1e6 == pytest.approx(taken, rel=0.3)
+
+
 def test_what_was_tracked_is_reconstructed(power_run):
     found = average.reconstruct(RunDir(power_run.workdir), 0.2)
     tracked = snapshots.read(RunDir(power_run.workdir).averages, 6, 1)
@@ -50,11 +58,17 @@ def test_written_averages_can_be_sampled_from(power_run, tmp_path):
     folder = RunDir(power_run.workdir)
     printed = average.make(folder, 0.1, outdir=tmp_path / "run")
     assert "the average of width 0.1 after step 6, from 6 stored ones" in printed
+    about = json.loads((tmp_path / "run" / "average.json").read_text())
+    assert (about["sigma_rel"], about["step"], about["workdir"]) == (0.1, 6, str(power_run.workdir.resolve()))
+    assert f"by {about['error']:.2%}" in printed
     params, _ = RunDir(tmp_path / "run").weights()
     wanted = average.reconstruct(folder, 0.1).params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, wanted)
     with pytest.raises(ValueError, match="holds a run already; pass another --outdir"):
         average.make(folder, 0.1, outdir=tmp_path / "run")
+    average.make(folder, 0.1, 4)
+    assert RunDir(folder.averages / "sigma_rel_0.1_step4").is_run
+    shutil.rmtree(folder.averages / "sigma_rel_0.1_step4")
     call(tmp_path / "run", "--num_samples=2", f"--outdir={tmp_path / 'samples'}")
     assert len(runs.samples(tmp_path / "samples")[0]) == 2
 
@@ -92,6 +106,14 @@ def test_a_study_of_horizons_is_one_file_and_one_figure_and_goes_on(power_run, t
     assert (tmp_path / "horizons.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="is of step 6 with 4 samples, .* asked for are step 6 and 5 samples"):
         horizons.study(folder, tmp_path, [0.05], count=5)
+    longer = shutil.copytree(power_run.workdir, tmp_path / "other")
+    values = json.loads((longer / "config.json").read_text())
+    values["seed"] = 7
+    (longer / "config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match="is of the run .*run, another one than that in .*other: pass another --outdir"
+    ):
+        horizons.study(RunDir(longer), tmp_path, [0.05], count=4)
     (tmp_path / "horizons.json").write_text("{")
     with pytest.raises(ValueError, match=r"horizons.json is damaged .*: delete it"):
         horizons.study(folder, tmp_path, [0.05], count=4)

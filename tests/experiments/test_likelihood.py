@@ -9,6 +9,7 @@ from PIL import Image
 
 from experiments import likelihood
 from experiments.run_dir import trained
+from tests.experiments.runs import own_flags
 
 
 @pytest.mark.slow
@@ -67,3 +68,20 @@ def test_the_flow_refuses_what_it_cannot_do(run, tmp_path):
         likelihood.measure_flow(trained([run.workdir]), tmp_path, steps=3)
     with pytest.raises(ValueError, match=r"--first=2 must lie between 0 and 1\.0"):
         likelihood.measure_flow(trained([run.workdir]), tmp_path, first=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ode", "--respacing=4"], "--respacing=4 has no effect with --ode: leave it out"),
+        (["--ode", "--noclip"], "--clip=False has no effect with --ode"),
+        (["--ode_steps=8"], "--ode_steps=8 has no effect without --ode"),
+        (["--probes=2"], "--probes=2 has no effect without --ode"),
+        (["--first=0.01"], r"--first=0\.01 has no effect without --ode"),
+    ],
+)
+def test_flags_without_effect_are_refused(tmp_path, monkeypatch, arguments, message):
+    own = own_flags(monkeypatch, tmp_path, likelihood)
+    monkeypatch.setattr(likelihood, "trained", lambda *_: pytest.fail("it began"))
+    with pytest.raises(ValueError, match=message):
+        likelihood.main(own(["likelihood", *arguments]))

@@ -1,17 +1,21 @@
 """Sampling with experts, averages, chains and super-resolution, through the commands' own functions."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from PIL import Image
 
 from diffusion import data
 from diffusion.models.vit import ViT
 from diffusion.sample import initial_noise
 from experiments import config as configs
-from experiments import inputs, likelihood, parts, preflight, report, sampling
+from experiments import inputs, likelihood, parts, preflight, report, sample, sampling
 from experiments.parts import DataSpec
-from experiments.run_dir import trained
+from experiments.run_dir import RunDir, trained
 from tests.experiments import runs
 from tests.experiments.runs import call, samples, tiny_chain, with_unet
 
@@ -220,24 +224,57 @@ def test_every_kind_of_guidance_reaches_the_samples_and_each_is_another():
 
 @pytest.mark.slow
 def test_autoguidance_leads_away_from_the_weaker_run(chain_run, tmp_path):
-    """The second average of the run, or that of another run; with itself it changes nothing."""
+    """The second average of the run, or an earlier checkpoint; the same weights guide nowhere."""
     arguments = [f"--workdir={chain_run}", "--num_samples=3", "--guidance=3"]
     plain, _ = sampled(tmp_path / "plain", *arguments[:2], "--guidance=1")
-    average, _ = sampled(tmp_path / "average", *arguments, "--guide_average=1", "--trajectory")
+    average, _ = sampled(tmp_path / "average", *arguments, "--guide_ema=0.9", "--trajectory")
     assert not np.array_equal(plain, average)
-    itself, _ = sampled(tmp_path / "itself", *arguments, f"--guide_workdir={chain_run}")
-    assert np.abs(itself.astype(int) - plain).max() <= 1
-    same, _ = sampled(tmp_path / "same", *arguments, f"--guide_workdir={chain_run}", "--guide_average=1")
+    same, _ = sampled(tmp_path / "same", *arguments, f"--guide_workdir={chain_run}", "--guide_ema=0.9")
     np.testing.assert_array_equal(same, average)
-    for wrong, message in (
-        (["--guide_average=2"], "--guide_average=2: .* has 2, with the decays"),
-        (["--guide_average=1", "--guidance_kind=apg"], "--guidance_kind=apg is of guidance by labels"),
-        (["--guide_average=1", "--guidance=1"], "--guidance=1.0 is no guidance"),
-        (["--guide_workdir=nowhere"], "nowhere"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            sampled(tmp_path / "wrong", *arguments, *wrong)
-    assert not (tmp_path / "wrong").exists()
+    earlier, _ = sampled(tmp_path / "earlier", *arguments, "--guide_checkpoint=1")
+    assert not np.array_equal(earlier, plain) and not np.array_equal(earlier, average)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--guide_ema=0.5", "--guidance=3"], r"--guide_ema=0\.5: .* has averages with the decays 0\.0, 0\.9"),
+        (["--guide_ema=0.9", "--guidance=3", "--guidance_kind=apg"], "--guidance_kind=apg is of guidance by labels"),
+        (["--guide_ema=0.9", "--guidance=1"], "--guidance=1.0 is no guidance"),
+        (["--guide_ema=0.9"], "--guidance is missing: pass how far to go"),
+        (["--guide_workdir=nowhere", "--guidance=3"], "nowhere"),
+        (["--guide_workdir=RUN", "--guidance=3"], "--guide_workdir=.* has the weights of the run itself"),
+        (["--guide_ema=0", "--guidance=3"], r"--guide_ema=0\.0 has the weights of the run itself"),
+        (["--guide_workdir=RUN", "--checkpoint=1", "--guidance=3"], "has the weights of the run itself"),
+        (["--guide_ema=0.9", "--ema=0.9", "--guidance=3"], "has the weights of the run itself"),
+        (["--guide_checkpoint=2", "--guidance=3"], "--guide_checkpoint=2 has the weights of the run itself"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_weaker_run_that_guides_nowhere_is_refused(chain_run, tmp_path, arguments, message):
+    arguments = [argument.replace("RUN", str(chain_run)) for argument in arguments]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call(chain_run, *arguments, f"--outdir={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scale_and_interval_of_labels_are_not_those_of_a_weaker_run(chain_run):
+    config, spec = RunDir(chain_run).stored()
+    config.sample.guidance_high, config.sample.guidance_open = 0.8, True
+    with flagsaver.flagsaver():
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["sample", "--guidance=3", "--guidance_low=0.1"])
+        found = sample.overridden(config, spec, autoguided=True).sample
+    interval = (found.guidance_low, found.guidance_high, found.guidance_open)
+    assert (found.guidance, interval) == (3.0, (0.1, 1.0, False))
+
+
+def test_another_scale_of_noise_is_another_path(run, copy):
+    stored = json.loads((copy / "config.json").read_text())
+    stored["process"]["noise_scale"] = 2.0
+    (copy / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="was trained on other data or on another path"):
+        call(run.workdir, f"--guide_workdir={copy}", "--guidance=2")
 
 
 @pytest.mark.slow
