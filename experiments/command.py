@@ -46,7 +46,7 @@ def run(main: Callable[[list[str]], Any], define: Callable[[list[str]], Any] | N
             sys.exit(_complain(e, 130))
         except KeyboardInterrupt:
             sys.exit(_complain("Interrupted; files saved before are complete.", 130))
-        except (ValueError, TypeError, OSError, FloatingPointError) as e:
+        except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as e:
             if os.environ.get("PATCH_DIFFUSION_TRACEBACK"):
                 raise
             sys.exit(_complain(e, 1))
