@@ -226,6 +226,7 @@ def interpreted(types, signature, **_):
     return decorate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_patch(tmp_path, monkeypatch, compiled):
     if not compiled:  # the blog's versions, which Numba takes long for
@@ -244,6 +245,7 @@ def test_patch(tmp_path, monkeypatch, compiled):
     assert (tmp_path / "patch.png").stat().st_size and (tmp_path / "patch_against_copy.png").stat().st_size
 
 
+@pytest.mark.slow
 def test_patch_as_a_command_knows_its_flags():
     command = [sys.executable, "-m", "experiments.bench.patch", "--rounds=1", "--cases=none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -386,6 +388,7 @@ def test_another_published_network_is_not_timed(tmp_path):
     assert min(moved) > 0.05
 
 
+@pytest.mark.slow
 def test_decoding_reads_the_same_pixels_and_notices_others(monkeypatch):
     # Grain needs flags of the command line.
     monkeypatch.setattr(decoding.importlib.util, "find_spec", lambda name: None)

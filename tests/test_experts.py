@@ -32,6 +32,7 @@ def test_boundary_of_the_published_experts():
     assert index[owner == 1].min() == 396 and index[owner == 0].max() == 395
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [Linear(), Cosine(), VP(linear_betas(1000))])
 @pytest.mark.parametrize("splits", [[0.25], [4.0, 1.0, 0.1]])
 def test_every_time_belongs_to_the_expert_of_its_snr(path, splits):

@@ -49,6 +49,7 @@ def test_the_last_step_can_jump_to_0():
     assert shifted[0] == shifted_grid(5, 3.0, 0.9)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "high", "low", "span"),
     [

@@ -220,6 +220,7 @@ def test_a_variational_term_has_a_weight_or_is_the_whole_loss(x0):
     assert jax.grad(lambda p: variational(p, x0, only=True)[0].mean())(params)["pred"] != 0
 
 
+@pytest.mark.slow
 def test_the_variational_term_of_a_respaced_chain_steps_to_the_next_time_kept(x0):
     """Steps by their own indices: with the whole chain's next time the term would be another."""
     path, chain = VP(linear_betas(100)), respaced_grid("5", 100)

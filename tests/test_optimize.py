@@ -114,6 +114,7 @@ def test_muon_matches_numpy_step_by_step(scale, key):
             np.testing.assert_allclose(np.reshape(updates[name], gradient.shape), wanted, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_muon_pushes_singular_values_towards_one(some):
     params, grads = some
     optimizer = optimize.muon(1e-3, steps=10, hidden=two_matrices, matrix_rate=0.5, schedule="constant")

@@ -88,6 +88,7 @@ def test_a_floor_bounds_the_divisor_of_the_velocity(key, scale):
     np.testing.assert_allclose(noise(path, x0_hat, t, eps_hat), xt, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "prediction"), list(itertools.product(PATHS, PREDICTIONS)))
 def test_a_floor_is_felt_only_near_a_pole(key, name, prediction):
     t = jnp.array([0.0, 0.3, 0.6, 1.0])

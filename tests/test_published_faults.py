@@ -180,6 +180,7 @@ def test_labels_are_dropped_in_training_and_nowhere_else():
     np.testing.assert_array_equal(labels(training=False), batch["y"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -93,6 +93,7 @@ def test_exact_gaussian_denoiser_recovers_mean_and_variance(key, name, sampler, 
     assert abs(x0.std() - SCALE) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_variance_exploding_path_recovers_mean_and_variance(key, sampler):
     """Time is sigma, up to 80; the start has that standard deviation, the grid is even in log SNR."""
@@ -154,6 +155,7 @@ def test_dpmpp_2m_matches_diffusers(key, prediction, theirs):
     close(run(x1, uniform_grid(20), sampler=dpmpp_2m()), expected.numpy(), 5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_grid_per_example_gives_what_each_example_gives_alone(key, sampler):
     """Also where there are as many channels as examples, and where one grid ends before the data."""
@@ -167,6 +169,7 @@ def test_a_grid_per_example_gives_what_each_example_gives_alone(key, sampler):
         np.testing.assert_allclose(together[i], alone[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eta_may_be_traced_and_one_per_example(key):
     path, times = Cosine(), uniform_grid(5, 0.95)
     keys = sample_keys(key, jnp.arange(3))
@@ -230,6 +233,7 @@ def test_ddim_matches_diffusers():
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5 * np.abs(theirs.numpy()).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_noisy_ddim_steps_match_diffusers(monkeypatch, eta):
     torch = pytest.importorskip("torch", reason="diffusers needs torch: pip install 'patch-diffusion[torch]'")
@@ -288,6 +292,7 @@ def test_ancestral_sampling_is_ddim_with_eta_1(key):
     np.testing.assert_allclose(run(sampler=ancestral()), run(sampler=ddim(eta=1.0)), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [ddim(), ddim(0.5), heun(), ancestral("fixed_large")])
 def test_steps_that_do_not_ask_for_a_learned_variance_ignore_it(key, step):
     path, x1 = VP(linear_betas(100)), jnp.full((2, 8), 0.5)
@@ -297,6 +302,7 @@ def test_steps_that_do_not_ask_for_a_learned_variance_ignore_it(key, step):
     np.testing.assert_array_equal(run(learned), run(plain))
 
 
+@pytest.mark.slow
 def test_ancestral_sampling_with_a_learned_variance(key):
     """A network that always answers with the large end is the fixed large variance."""
     path, x1, grid = VP(linear_betas(100)), jnp.full((2, 8), 0.5), respaced_grid("7", 100)
@@ -325,6 +331,7 @@ def test_inversion_matches_diffusers():
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5 * np.abs(theirs.numpy()).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "flow"])
 def test_inversion_and_sampling_return_the_data(key, prediction):
     """For a linear denoiser both follow one flow; the error is that of the steps, and falls with their square."""
@@ -374,6 +381,7 @@ def test_the_start_and_the_steps_use_different_noise(key):
     assert np.abs(np.corrcoef(np.concatenate(noises)) - np.eye(6)).max() < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", SAMPLERS.values(), ids=SAMPLERS)
 def test_images_in_bfloat16_are_sampled_at_times_in_float32(key, step):
     """At 400 steps neighbouring times are one bfloat16: no step would be left between them."""
@@ -493,6 +501,7 @@ def test_initial_noise_has_the_scale_of_each_examples_time(key):
             initial_noise(keys, (4, 4, 1), **half)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler",
     [

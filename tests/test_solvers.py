@@ -83,6 +83,7 @@ def short_start(steps):
     return np.concatenate([grid[:1], grid[0] - cuts * (grid[0] - grid[1]), grid[2:]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "path", "grid", "order"),
     [
@@ -254,6 +255,7 @@ def response(sampler, path, times):
     return float(last[-1, 0] - last[0, 0]), float(last[0, 0]), float(np.square(last[1:, 0] - last[0, 0]).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "order"), [(dpmpp_2m_sde, 2), (lambda: dpmpp_2m_sde(0.3), 2), (lambda: ddim(1.0), 1)])
 def test_weak_order_of_samplers_with_noise(make, order):
     """Of the variance of samples, without sampling error."""
@@ -329,6 +331,7 @@ def test_means_under_the_exponential_are_its_integrals():
             np.testing.assert_allclose(solvers._exponential(jnp.asarray(h), 4), expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_methods_that_are_one_another(key):
     """Euler is DDIM on the linear path and Adams-Bashforth of order 1 on all; UniP of order 2 is DPM-Solver++(2M)."""
     x1, times = jnp.linspace(-2, 2, 9).reshape(1, 9, 1), uniform_grid(7)
@@ -349,6 +352,7 @@ def test_methods_that_are_one_another(key):
     np.testing.assert_allclose(*found, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_exact_gaussian_denoiser_recovers_mean_and_variance(key, sampler):
     path = Linear()
@@ -372,6 +376,7 @@ def test_a_grid_per_example_gives_what_each_example_gives_alone(key, sampler):
         np.testing.assert_allclose(together[i], alone[0], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_images_in_bfloat16_are_sampled_at_times_in_float32(key, sampler):
     path, x1 = Linear(), jax.random.normal(key, (500, 1), jnp.bfloat16)
@@ -382,6 +387,7 @@ def test_images_in_bfloat16_are_sampled_at_times_in_float32(key, sampler):
     assert float(x0.std(dtype=jnp.float32)) == pytest.approx(SCALE, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", NOISELESS)
 def test_inversion_finds_the_noise_of_the_exact_flow(sampler):
     path, x1 = Cosine(), jnp.linspace(-2, 2, 9).reshape(1, 9, 1)
@@ -398,6 +404,7 @@ def test_an_inversion_with_noise_is_refused(sampler):
         invert(denoise, Cosine(), x0, np.linspace(0.01, 1, 3), prediction="v", sampler=SAMPLERS[sampler])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in ("unipc", "edm with churn"))) for name in SAMPLERS],
@@ -423,6 +430,7 @@ def test_gradients_are_finite_and_those_of_finite_differences(key, sampler):
             np.testing.assert_allclose(slopes, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_places_that_are_not_known_yet_give_no_nan():
     """On a grid that halves the time the place before is -2, which the one before that, unknown, must not be."""
 

@@ -17,6 +17,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_times_lie_in_the_unit_interval_and_depend_on_the_key(key, name):
     a, b = (SAMPLERS[name](k, 512) for k in jax.random.split(key))
@@ -52,6 +53,7 @@ def filled(losses):
     return state
 
 
+@pytest.mark.slow
 def test_times_are_uniform_until_every_step_was_seen_often_enough(key):
     state = times.remember(
         times.empty_history(4, 2), jnp.array([0.25, 0.5, 0.75, 1.0]), jnp.array([1.0, 1.0, 1.0, 9.0])

@@ -57,6 +57,7 @@ def test_terms_of_a_gaussian_are_those_in_closed_form(exact):
     np.testing.assert_allclose(exact.x0_mse[:-1].mean(1), left, rtol=0.12)
 
 
+@pytest.mark.slow
 def test_bits_of_a_gaussian_are_its_entropy_if_the_variance_is_that_of_the_true_reverse_process(images):
     """Var(xs | xt) = small + on_x0^2 Var(x0 | xt): then every step is exact, and so is their sum."""
     least = least_variance(PATH, CHAIN)
@@ -78,6 +79,7 @@ def test_bits_of_a_gaussian_are_its_entropy_if_the_variance_is_that_of_the_true_
     np.testing.assert_allclose(code(images).total.mean(), -jnp.log2(mass).mean(), atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_decoder_of_a_gaussian_is_that_in_closed_form(images):
     """Its variance is the posterior's of the step before, its bins are narrow beside it."""
     chain = np.array([1.0, 0.5, 0.25, 0.0])
@@ -136,6 +138,7 @@ def test_experts_guidance_clipping_and_learned_variance_are_denoisers_here_too(i
     assert ((np.abs(other.terms - ours.terms) > 1e-4).all(1) == noisy).all()
 
 
+@pytest.mark.slow
 def test_images_in_bfloat16_are_coded_at_times_in_float32(images, exact):
     """Neighbouring times of 200 are one bfloat16 near 1: the step between them would have no length."""
     seen = []

@@ -58,6 +58,7 @@ def test_large_images_are_cut_on_a_cpu_only_and_small_ones_nowhere():
     assert convolutions(256, "cpu") == whole * conv.STRIPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "taps", "stride"), [((8, 8), 3, 1), ((7, 10), 3, 2), ((5, 4), 5, 1), ((9, 6), 5, 2)])
 def test_each_channel_by_itself_is_the_convolution_by_groups(key, size, taps, stride):
     keys = jax.random.split(key)

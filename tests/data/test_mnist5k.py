@@ -107,6 +107,7 @@ def test_damage_is_detected(tmp_path, root, damage):
     assert not mnist5k._intact(home(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_damaged_preparation_is_repeated(tmp_path, root, mnist5k_splits):
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     for damage in (damage_record, truncate_description):

@@ -163,6 +163,7 @@ def test_a_sequence_is_trained_with_all_16_bits(series_run):
     np.testing.assert_array_equal(jax.jit(lambda x: parts.to_data(run, x))(x0), batch)
 
 
+@pytest.mark.slow
 def test_nothing_is_drawn_that_has_no_meaning_for_a_sequence(series_run):
     with Image.open(series_run.workdir / "samples.png") as image:
         curves = display.as_images(samples(series_run.workdir)[0], (0.0, 65535.0))

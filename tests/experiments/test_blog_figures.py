@@ -28,6 +28,7 @@ def test_the_blogs_figures(blog_run):
     assert all(sizes["blog.png"][1] > sizes[name][1] for name in names[:-1])
 
 
+@pytest.mark.slow
 def test_strips_of_the_blog_begin_and_end_where_they_should(blog_run):
     config, spec = RunDir(blog_run.workdir).stored()
     params, _ = RunDir(blog_run.workdir).weights()

@@ -6,12 +6,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffusion import data
 from diffusion.models import classifier as network
 from experiments import classifier
 
 
+@pytest.mark.slow
 def test_training_depends_only_on_its_seed():
     images = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 1), np.uint8)
     source = data.from_arrays(images, np.arange(20) % 10)

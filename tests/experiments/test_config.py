@@ -145,6 +145,7 @@ PUBLISHED = {"lsun:2": 122916120, "lsun:4": 121416544, "lsun:8": 121011584, "ffh
 PUBLISHED |= {"imagenet256:0": 202148704, "imagenet256:1": 202148704}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [name if name in ("lsun:4", "imagenet256:0") else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED],

@@ -102,6 +102,7 @@ def test_the_weights_of_an_entry_of_a_training_checkpoint_are_read(tmp_path):
     np.testing.assert_array_equal(found["embed"]["bias"], dit(tiny(), 3)["x_embedder.proj.bias"])
 
 
+@pytest.mark.slow
 def test_a_run_of_one_set_of_weights_has_one_average(tmp_path, monkeypatch):
     config = tiny()
     config.train.ema = (0.9999, 0.9996)

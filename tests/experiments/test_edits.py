@@ -25,6 +25,7 @@ def resolved(**fields) -> parts.Parts:
     return parts.resolve(config, DataSpec((8, 8, 1), ("a", "b")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdedit", *(pytest.param(n, marks=pytest.mark.slow) for n in list(EDITS)[1:])])
 def test_guidance_with_a_memory_guides_edits(name):
     made = []

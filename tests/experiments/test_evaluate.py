@@ -138,6 +138,7 @@ def test_a_training_whose_samples_cannot_be_measured_says_why():
     assert "Nothing was measured: because." in words
 
 
+@pytest.mark.slow
 def test_the_report_names_guidance_where_there_is_some(run, blog_run):
     assert run.report["guidance"] == 2.0 and "guidance 2)" in run.printed
     assert "guidance" not in blog_run.report and "steps each)" in blog_run.printed

@@ -82,6 +82,7 @@ def test_every_decay_of_the_list_has_its_average():
         np.testing.assert_allclose(average, decay * initial + (1 - decay) * trained, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_times_follow_the_loss_once_every_step_was_seen():
     run, state, *_ = stepped()
     history = run.history._replace(losses=run.history.losses.at[4].set(1.0), counts=run.history.counts + 10)

@@ -105,6 +105,7 @@ def test_without_features_there_are_the_numbers_of_pixels_and_the_reason(folder_
     assert "Nothing was measured: too few." in " ".join(texts(root, "p"))
 
 
+@pytest.mark.slow
 def test_an_expert_has_a_page_without_samples(expert_runs):
     root = parsed(RunDir(expert_runs[0][0]))
     assert "Samples" not in texts(root, "h2") and "expert 0 of 2" in texts(root, "p")[0]

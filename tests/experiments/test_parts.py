@@ -226,6 +226,7 @@ def test_optimisers_that_do_not_fit_are_refused(network, fields, message):
         preflight.check(config)
 
 
+@pytest.mark.slow
 def test_each_rate_reaches_the_parameters_it_is_for():
     config = configs.Config(model=ViT(width=16, depth=1, heads=2))
     config.train.optimizer, config.train.schedule, config.train.warmup = "muon", "constant", 0

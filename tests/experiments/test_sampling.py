@@ -135,6 +135,7 @@ def test_a_cascade_enlarges_the_samples_of_another_run(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["vit", "unet"])
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_super_resolution_predicts_the_image_and_not_its_conditioning_input(network, noise):
@@ -169,6 +170,7 @@ def test_noise_on_the_conditioning_image_is_not_the_noise_that_sampling_starts_f
 SAMPLERS = "ddim ancestral heun dpmpp_2m euler unipc adams_bashforth dpmpp_2m_sde edm"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS.split())
 def test_every_sampler_of_the_config_samples(sampler):
     config = tiny_chain()
@@ -235,6 +237,7 @@ def test_autoguidance_leads_away_from_the_weaker_run(chain_run, tmp_path):
     assert not np.array_equal(earlier, plain) and not np.array_equal(earlier, average)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

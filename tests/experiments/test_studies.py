@@ -88,6 +88,7 @@ def test_the_toy_measures_nine_pairs_in_the_largest_space_and_three_in_others():
         toy.study([1, 4], [0], 10, 8)
 
 
+@pytest.mark.slow
 def test_the_points_of_the_toy_lie_in_a_plane(key):
     points, q = toy.spiral(key, 4000), toy.plane(key, 7)
     assert 0.9 < float(jnp.square(points).sum(1).mean()) < 1.1

@@ -335,6 +335,7 @@ class Killed(BaseException):
     """Stops a save as a kill would; the code under test does not catch it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "at_least"), [(3, 2), (2, 1), (1, 1)], ids=["newer step", "same step again", "back to an earlier step"]
 )

@@ -88,6 +88,7 @@ def test_one_pass_takes_the_grid_itself():
             edit.repaint_times(uniform_grid(5), jump, resamples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "path"),
     [(ddim(), PATH), (ancestral(), PATH), (dpmpp_2m(), PATH), (ddim(), PATHS["linear, scale 2"])],
@@ -106,6 +107,7 @@ def test_with_nothing_known_and_one_pass_it_is_sampling(key, sampler, path):
     np.testing.assert_allclose(painted, sampled, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", pytest.param("vp", marks=pytest.mark.slow), "geometric"])
 def test_known_pixels_are_kept_exactly(key, name):
     path, known, mask = PATHS[name], three(jax.random.key(1)), jnp.array([True, False, True]).reshape(1, 3, 1)

@@ -83,6 +83,7 @@ def test_the_network_is_told_finite_times_at_both_ends_of_a_path(key):
     assert np.isfinite(x0).all()
 
 
+@pytest.mark.slow
 def test_sigmas_of_training_are_log_normal(key):
     logs = np.log(edm.log_normal_times(-1.2, 1.2)(key, 4000))
     assert (logs.mean(), logs.std()) == (pytest.approx(-1.2, abs=0.01), pytest.approx(1.2, abs=0.01))

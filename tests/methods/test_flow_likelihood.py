@@ -66,6 +66,7 @@ def test_the_density_is_that_of_the_data_but_for_the_noise_at_the_start(x0):
     np.testing.assert_allclose(found.total, density, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probes", [1, 4])
 def test_the_estimate_of_the_trace_is_unbiased_and_more_probes_are_closer(key, x0, probes):
     same = np.repeat(x0[:1], 2000, 0)

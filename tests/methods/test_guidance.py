@@ -47,6 +47,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prediction", ["x0", "flow", "v"])
 def test_scale_1_is_conditional_and_a_learned_variance_is_that_of_the_conditional_pass(inputs, kind, prediction):

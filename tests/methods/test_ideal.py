@@ -95,6 +95,7 @@ def test_many_samples_of_a_gaussian_give_its_linear_denoiser(key):
     np.testing.assert_allclose(ideal.ideal_denoiser(PATH, data)(xt, t), exact, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_uint8_is_decoded_block_by_block(key):
     data = jax.random.randint(key, (9, 2, 2, 1), 0, 256).astype(jnp.uint8)
     decode = lambda x: x / 127.5 - 1  # noqa: E731
@@ -119,6 +120,7 @@ def test_a_sampler_that_follows_it_reproduces_the_data(key, data):
     assert float(distance.max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_it_converts_to_every_prediction(key, data):
     t = jnp.full(5, 0.4)
     xt, denoise = noised(key, data[:5], t), ideal.ideal_denoiser(PATH, data)

@@ -198,6 +198,7 @@ def test_without_adaptive_weight_the_loss_is_a_sum_of_squares(key):
     np.testing.assert_allclose(value, 6 * (aux["mse"] + aux["velocity_mse"]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_features_are_compared_below_a_time_only(key):
     sampled, x0 = drawn(key)
     options = dict(prediction="flow", features=lambda x: x[:, 0], feature_weight=2.0, feature_until=0.6)

@@ -23,6 +23,7 @@ def mixing(xt, t, y=None):
     return xt**2 + place * total + t.reshape(total.shape) + label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", SIZES)
 def test_at_the_size_of_the_training_it_is_the_denoiser_bit_for_bit(key, rank):
     size, stride, _ = SIZES[rank]
@@ -54,6 +55,7 @@ def test_windows_are_averaged_where_they_overlap(key, rank):
     np.testing.assert_allclose(windows(mixing, size, stride)(xt, t, y), total / count, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", SIZES)
 def test_a_shift_by_the_stride_shifts_what_does_not_see_the_border(key, rank):
     size, stride, whole = SIZES[rank]
@@ -77,6 +79,7 @@ def test_an_image_that_repeats_at_the_stride_stays_one(key):
     np.testing.assert_allclose(found, jnp.broadcast_to(found[:1], found.shape), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_denoiser_without_context_is_itself_at_any_size(key):
     xt, t = jax.random.normal(key, (2, 11, 9, 3)), jnp.array([0.3, 0.6])
     denoise = lambda xt, t, y=None: jnp.tanh(xt) * t[:, None, None, None]  # noqa: E731

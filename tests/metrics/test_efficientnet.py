@@ -41,6 +41,7 @@ def assert_close(found, expected, tolerance):
     assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_features_and_logits_are_those_of_the_published_program(features):
     with np.load(VECTOR) as vector:
         told = []

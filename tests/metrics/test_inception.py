@@ -57,6 +57,7 @@ def small_batches(compiled_once, monkeypatch):
     monkeypatch.setattr(inception, "BATCH_SIZE", 2)
 
 
+@pytest.mark.slow
 def test_every_tap_is_that_of_the_published_program(vector, params, compiled_once):
     found = inception._forward(params, vector["x_nchw"].transpose(0, 2, 3, 1))
     for tap, name in TAPS.items():
@@ -91,6 +92,7 @@ def tensorflow_1(image):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(512, 301), (17, 600), (299, 298), (1, 45)])
 def test_images_of_any_size_are_resized_as_tensorflow_1_does(size):
     images = np.random.default_rng(0).integers(0, 256, (2, *size, 1)).astype(np.uint8)

@@ -9,6 +9,7 @@ import pytest
 from diffusion.models import folded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(7, 10), (8, 3), (3, 5)])
 def test_pools_are_those_of_flax(key, size):
     x = jax.random.normal(key, (2, *size, 3)) - 3
@@ -21,6 +22,7 @@ def test_pools_are_those_of_flax(key, size):
     np.testing.assert_allclose(folded.mean_pool(x), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "stride", "padding", "depthwise"),
     [((1, 1), 1, "SAME", False), ((1, 1), 2, "SAME", False), ((1, 3), 1, "SAME", False), ((3, 3), 2, "VALID", False),

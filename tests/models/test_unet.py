@@ -130,6 +130,7 @@ def test_examples_do_not_see_each_other(patch_unet):
     assert jnp.abs(other.pred[1] - before.pred[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_null_class_is_a_row_of_its_own_and_the_default(patch_unet):
     apply, params, xt, t, y = patch_unet
     null = jnp.full_like(y, 3)
@@ -247,6 +248,7 @@ def test_sizes_halve_upwards_and_come_back(size):
     np.testing.assert_array_equal(_resized(small, size)[0, -1, -1], small[0, -1, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {**ADM, "resblock_updown": True}])
 @pytest.mark.parametrize("size", [(7, 5), (1, 9)])
 def test_odd_sides_pass_through_three_levels(fields, size):

@@ -26,6 +26,7 @@ JIT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "shape"),
     [
@@ -73,6 +74,7 @@ def test_examples_do_not_see_each_other(network):
     assert jnp.abs(other[1] - before[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_no_label_leaks_into_the_null_class(network):
     """The null row is its own: changing every other class's parameters leaves the unconditional prediction alone."""
     model, apply, params, xt, t, y = network
@@ -149,6 +151,7 @@ def test_dropout_of_the_middle_blocks_leaves_the_others_alone(key):
         assert (change > 1e-2) == (block in (1, 2)) and (change < 1e-5) != (block in (1, 2)), f"block {block}: {change}"
 
 
+@pytest.mark.slow
 def test_dropout_of_attention_keeps_probabilities_on_average(key):
     """Without a key it computes the network without dropout; with keys, on average what that one computes."""
     options = SMALL | {"depth": 1}

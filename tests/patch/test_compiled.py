@@ -417,6 +417,7 @@ def test_fork_while_another_thread_compiles(tmp_path):
     run("-c", CHECK + FORK, NUMBA_CACHE_DIR=str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["workqueue", "omp", "tbb"])
 def test_threads_under_every_threading_layer(layer):
     script = CHECK + (
@@ -449,6 +450,7 @@ def test_compiled_code_is_kept_between_processes(tmp_path):
 ONLY_THERE = "UserProvidedCacheLocator"  # Numba would otherwise try the source's folder, then the user's
 
 
+@pytest.mark.slow
 def test_no_folder_to_keep_it_in(tmp_path):
     (tmp_path / "file").touch()
     nowhere = {"NUMBA_CACHE_DIR": str(tmp_path / "file" / "below"), "NUMBA_CACHE_LOCATOR_CLASSES": ONLY_THERE}

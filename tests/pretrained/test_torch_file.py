@@ -61,6 +61,7 @@ def test_a_file_of_pytorch_is_read():
     assert not any(x.flags.writeable for x in ema.values() if x.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_tensors_of_every_kind_are_read(tmp_path, protocol, torch):
     torch.manual_seed(0)
@@ -385,6 +386,7 @@ def test_a_damaged_program_gives_arrays_in_bounds_or_a_value_error(undamaged, da
     assert_in_bounds(archive(path.with_name("damaged.pt"), bytes(damaged), storages))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_damaged_file_of_the_older_format_gives_arrays_in_bounds_or_a_value_error(undamaged, data):
