@@ -402,6 +402,7 @@ def test_decoding_reads_the_same_pixels_and_notices_others(monkeypatch):
         decoding.run(images=4, rounds=1)
 
 
+@pytest.mark.slow
 def test_metrics_are_compared_with_other_programs(monkeypatch):
     result = metrics.run(neighbours=40, images=60, features=5, rounds=1)
     assert json.loads(json.dumps(result))["errors"]["Frechet distance"] < 1e-9

@@ -220,6 +220,7 @@ def test_shares_that_are_not_used_go_to_those_that_follow(tmp_path):
     assert given["training"] == pytest.approx(100, abs=1)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_ended_and_what_it_planned_is_left_out(tmp_path, monkeypatch):
     script = "import sys, time; print('begun', flush=True); time.sleep(600)"
     popen = subprocess.Popen

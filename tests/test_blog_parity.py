@@ -35,6 +35,7 @@ def test_patches_are_the_same_bits(vectors):
     np.testing.assert_array_equal(patchify(v["x"][..., None], **geometry), v["patches"])
 
 
+@pytest.mark.slow
 def test_recomposition(vectors):
     config, geometry, v = vectors
     size = (config["size"],) * 2

@@ -127,6 +127,7 @@ def test_a_batch_with_several_times_runs_every_expert_for_its_own(key):
     assert sorted(calls) == [0, 2]
 
 
+@pytest.mark.slow
 def test_experts_of_one_structure_with_labels_guidance_and_variance(key):
     """Parameters stacked on a first axis, as training the experts leaves them."""
     stack = {"w": jnp.array([1.0, 10.0])}

@@ -122,6 +122,7 @@ def test_edms_grid():
     np.testing.assert_allclose(grid[[0, 17, 18]], [80, 0.002, 0], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "span"), [(Linear(), (0.0, 1.0)), (VP(linear_betas(1000)), (0.0, 1.0)), (exploding, (0.0, 99.0))]
 )

@@ -52,6 +52,7 @@ def test_files_are_there():
     assert len(FILES) == 2
 
 
+@pytest.mark.slow
 def test_the_loss_of_an_example(case):
     """(x - x_hat)^2 / max(t, floor)^2: below the floor, of which one time is, the division is by the floor."""
     t = 1 - case.t

@@ -88,6 +88,7 @@ def test_denoiser_sees_the_noised_image_and_its_label(key, x0):
     np.testing.assert_array_equal(seen["y"], labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_published_losses(file):
     """Squared errors, weights and variational terms, added up as their configs say."""
@@ -119,6 +120,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
 def test_weightings_are_published_functions_of_snr_on_the_error_of_x0(x0, prediction):
     path, t = VP(linear_betas(1000)), jnp.linspace(0.05, 0.9, 64)

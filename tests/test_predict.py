@@ -18,6 +18,7 @@ def draw(key, n):
     return jax.random.normal(a, (n, 4, 3)), jax.random.normal(b, (n, 4, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "prediction"), list(itertools.product(PATHS, PREDICTIONS)))
 def test_decode_inverts_target_inside(key, name, prediction):
     t = jnp.array([0.05, 0.3, 0.5, 0.7, 0.95])
@@ -28,6 +29,7 @@ def test_decode_inverts_target_inside(key, name, prediction):
     np.testing.assert_allclose(got[1], eps, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "prediction"), list(itertools.product(PATHS, PREDICTIONS)))
 def test_decode_at_the_end_points_is_exact_where_the_system_is_regular_and_finite_elsewhere(key, name, prediction):
     t = jnp.array([0.0, 1.0])
@@ -72,6 +74,7 @@ def test_convert_gives_the_same_denoiser(key, source, to):
     np.testing.assert_allclose(convert(oracle, path, source, to)(xt, t), target(to, coef, x0, eps), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_a_floor_bounds_the_divisor_of_the_velocity(key, scale):
     """Eq. (4) at all times, the ends included; above the floor nothing changes."""

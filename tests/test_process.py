@@ -57,6 +57,7 @@ def test_derivatives_match_central_differences(name):
     np.testing.assert_allclose(coef.dsigma, (s1 - s0) / (2 * h), rtol=0.03, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 def test_derivatives_are_finite_at_both_ends(name):
     assert np.isfinite(np.stack(process.coefficients(PATHS[name], jnp.array([0.0, 1.0])))).all()
@@ -80,6 +81,7 @@ def test_betas_match_diffusers(kind):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_variance_between_neighbours_of_a_long_chain_survives_float32():
     betas = process.linear_betas(1000)
     alpha, sigma = process.VP(betas)(jnp.arange(1, 1001) / 1000)
@@ -149,6 +151,7 @@ def test_images_of_integers_and_times_that_are_not_one_per_example_are_refused()
         process.noise(process.Linear(), x, 0.5, x)
 
 
+@pytest.mark.slow
 def test_a_path_of_a_scalar_time_is_that_of_a_vector():
     for path in PATHS.values():
         alone, vector = process.coefficients(path, jnp.float32(0.3)), process.coefficients(path, jnp.full(2, 0.3))

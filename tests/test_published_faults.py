@@ -165,6 +165,7 @@ def uint8_images(n, spec=SPEC):
     return np.random.default_rng(7).integers(0, 256, (n, *spec.shape), np.uint8)
 
 
+@pytest.mark.slow
 def test_labels_are_dropped_in_training_and_nowhere_else():
     config, n = configs.Config(), 4000
     batch = {"x": jnp.zeros((n, 2, 2, 1), jnp.uint8), "y": jnp.arange(n) % 10}
@@ -356,6 +357,7 @@ def imported(path):
             yield from ((f"{node.module}.{alias.name}", alias.asname or alias.name) for alias in node.names)
 
 
+@pytest.mark.slow
 def test_every_import_is_used():
     idle = []
     for path in FILES:

@@ -122,6 +122,7 @@ def test_order_of_convergence(key, name, sampler, order):
     np.testing.assert_allclose(orders, order, atol=0.15)
 
 
+@pytest.mark.slow
 def test_dpmpp_2m_is_of_second_order_in_steps_of_log_snr(key):
     """Between two times inside the path, where log SNR is finite; the exact flow maps quantile to quantile."""
     path, errors = Cosine(), []
@@ -186,6 +187,7 @@ def test_eta_may_be_traced_and_one_per_example(key):
         np.testing.assert_allclose(run(jnp.float32(eta)), known, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_conditions_are_pytrees(key):
     """Text with a mask, guided towards and away from a null of the same structure, on an exploding path's times."""
     keys = sample_keys(key, jnp.arange(3))
@@ -285,6 +287,7 @@ def test_ancestral_steps_have_the_variances_of_the_chain(key):
         np.testing.assert_allclose(last, 0.2, atol=1e-6)  # no noise in the last step
 
 
+@pytest.mark.slow
 def test_ancestral_sampling_is_ddim_with_eta_1(key):
     path, x1, grid = VP(linear_betas(100)), jnp.full((2, 8), 0.5), respaced_grid("10,5", 100)
     denoise = gaussian_denoiser(path, "eps")
@@ -371,6 +374,7 @@ def test_samples_do_not_depend_on_their_neighbours(key):
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_start_and_the_steps_use_different_noise(key):
     """A step that returns its own noise: it must not be that of the start, nor that of the step before."""
     keys = sample_keys(key, jnp.arange(2))

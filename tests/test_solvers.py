@@ -227,6 +227,7 @@ def test_edms_sampler_is_algorithm_2_on_every_path(monkeypatch, name):
     assert np.abs(plain[-1] - expected).max() > 0.01
 
 
+@pytest.mark.slow
 def test_noise_beyond_the_end_of_a_path_is_what_its_last_time_has(monkeypatch):
     path, x = Cosine(), jnp.ones((1, 3))
     given_noise(monkeypatch, np.ones((1, 1, 3), np.float32))
@@ -279,6 +280,7 @@ def test_the_reverse_sde_forgets_its_start_as_the_forward_process_does():
     np.testing.assert_allclose(found, exact, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_edm_with_churn_converges_to_the_distribution_of_the_data():
     """For the same S_churn in more steps, with second order."""
     path, errors = Linear(), []
@@ -291,6 +293,7 @@ def test_edm_with_churn_converges_to_the_distribution_of_the_data():
     assert errors[1] < 2e-3 and errors[1] < errors[0] / 3 and wider > found + 1e-4
 
 
+@pytest.mark.slow
 def test_little_noise_is_dpmpp_2m(key):
     path, x1, times = Cosine(), jnp.linspace(-2, 2, 9).reshape(1, 9, 1), uniform_grid(6, 0.95)
     run = partial(sample, key, gaussian_denoiser(path, "v"), path, x1, times, prediction="v")
@@ -320,6 +323,7 @@ def test_adams_bashforth_has_the_published_coefficients():
     assert abs(found[0] - (exact[1] - exact[0])) > 1e-3  # the first step is Euler's
 
 
+@pytest.mark.slow
 def test_means_under_the_exponential_are_its_integrals():
     """Against numerical quadrature, for short, long and negative steps, where one formula goes over into the other."""
     nodes, w = np.polynomial.legendre.leggauss(40)

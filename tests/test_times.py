@@ -73,6 +73,7 @@ def test_times_with_large_losses_are_sampled_in_proportion_and_weigh_less(key):
     np.testing.assert_allclose((weight * t**2).mean(), np.mean((np.arange(1, 5) / 4) ** 2), rtol=0.03)
 
 
+@pytest.mark.slow
 def test_the_latest_losses_are_kept_also_from_one_batch():
     state = times.empty_history(3, 2)
     one = jax.jit(times.remember)(state, jnp.array([1 / 3, 1 / 3, 1.0, 1 / 3]), jnp.array([1.0, 2.0, 5.0, 3.0]))

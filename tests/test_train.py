@@ -187,6 +187,7 @@ def test_a_batch_that_cannot_be_cut_is_refused(key):
         step(key, state, {"x": jnp.ones((12, 3))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch", [None, 16])
 def test_the_loss_decides_where_it_is_measured_next(key, microbatch):
     """A history is part of the state: a loss that is large late in the chain samples times there."""
@@ -256,6 +257,7 @@ def test_an_overflow_in_float16_skips_the_step_and_training_recovers(key):
     assert (state.params["matrix"] != 1).all() and np.isfinite(metrics["grad_norm"])
 
 
+@pytest.mark.slow
 def test_scaled_gradients_are_unscaled_in_every_group_of_parameters(key):
     """Matrices and vectors alike: the gradient, its norm and so clipping and Adam's epsilon are those without."""
     params = {"matrix": jnp.ones((3, 3)), "vector": jnp.ones(3)}

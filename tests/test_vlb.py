@@ -152,6 +152,7 @@ def test_images_in_bfloat16_are_coded_at_times_in_float32(images, exact):
     np.testing.assert_allclose(rough.terms[:-1].mean(1).sum(), exact.terms[:-1].mean(1).sum(), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_steps():
     def temporary(steps):
         path, chain = VP(linear_betas(steps)), respaced_grid("", steps)
@@ -173,6 +174,7 @@ def test_impossible_likelihoods_are_refused_at_once(images):
         code([1.0, 0.5, 0.0], "best")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_published_prior(file):
     chain = load(file)

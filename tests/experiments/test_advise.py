@@ -37,6 +37,7 @@ def coarse():
     return advise.measure(*images(2), process.Linear(), QUICK)
 
 
+@pytest.mark.slow
 def test_patches_are_as_large_as_the_finest_detail_allows(coarse):
     """Frequencies below 2 of 8 fit on a 2x2 grid, patches of 4; those below 8 need every pixel at little noise."""
     found, _ = coarse

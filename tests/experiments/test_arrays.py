@@ -99,6 +99,7 @@ def test_a_volume_is_trained_and_sampled_in_its_own_type_and_range(volume_run):
     assert "images show the middle slice of each volume" in volume_run.printed
 
 
+@pytest.mark.slow
 def test_images_of_a_volume_are_its_middle_slices(volume_run):
     images, _ = samples(volume_run.workdir)
     with Image.open(volume_run.workdir / "samples.png") as image:
@@ -133,6 +134,7 @@ def test_a_volume_that_was_stopped_goes_on_bit_for_bit(volume_run, volumes, tmp_
     np.testing.assert_array_equal(samples(tmp_path)[0], samples(volume_run.workdir)[0])
 
 
+@pytest.mark.slow
 def test_volumes_are_sampled_by_the_command(volume_run, tmp_path):
     printed = call(
         volume_run.workdir, f"--outdir={tmp_path}", "--num_samples=5", "--trajectory", "--labels=small,large"

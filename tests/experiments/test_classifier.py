@@ -32,6 +32,7 @@ def test_warps_are_the_identity_at_strength_0_and_a_rotation_at_90_degrees(key, 
     np.testing.assert_allclose(warp()[..., 0], np.rot90(x[..., 0], 1, (2, 1)), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_file_is_replaced_only_with_the_flag(tmp_path):
     path = tmp_path / "weights"
     path.write_text("mine")

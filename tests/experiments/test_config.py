@@ -124,6 +124,7 @@ def published_size(count, millions):
     return round(count / 1e6) == millions if millions < 1000 else round(count / 1e9) == millions / 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in ("jit:b16", "jit:b32") else pytest.param(name, marks=pytest.mark.slow) for name in JITS]
 )

@@ -262,6 +262,7 @@ def test_statistics_of_spatial_features_are_saved_too(tmp_path, monkeypatch):
         np.testing.assert_allclose(spatial.covariance, np.cov(flat[:, :5], rowvar=False), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_images_in_a_file_or_a_folder_are_a_reference(run, tmp_path):
     digits = inputs.source(run.config, "test")
     for i in range(40):

@@ -119,6 +119,7 @@ def test_estimates_are_kept_in_range():
     assert jnp.abs(scaled - clipped).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_low_resolution_image_is_the_conditioning_input():
     config = tiny()
     config.condition.size, config.condition.noise = (4, 4), 0.5

@@ -118,6 +118,7 @@ def test_fields_other_than_the_default_are_bold(whole):
     assert "seed" not in bold and "data.name" not in bold
 
 
+@pytest.mark.slow
 def test_wide_images_are_made_smaller(copy):
     folder = RunDir(copy)
     noise = np.random.default_rng(0).integers(0, 256, (60, 3000, 3), np.uint8)
@@ -127,6 +128,7 @@ def test_wide_images_are_made_smaller(copy):
     assert folder.page.stat().st_size < before + 200_000 < before + noise.size
 
 
+@pytest.mark.slow
 def test_tall_images_are_made_smaller_too(copy, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     folder = RunDir(copy)

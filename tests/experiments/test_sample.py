@@ -56,6 +56,7 @@ def test_the_way_from_noise_ends_in_the_sample(sampled):
     assert (pixels[:, : cell + 2] != pixels[:, -cell - 2 :]).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_another_seed_makes_other_samples_and_the_run_has_its_own(run, sampled, tmp_path):
     call(run.workdir, f"--outdir={tmp_path / 'own'}", "--num_samples=7", "--steps=5", "--seed=0")
     call(run.workdir, f"--outdir={tmp_path / 'other'}", "--num_samples=7", "--steps=5", "--seed=1")
@@ -149,6 +150,7 @@ def test_samples_that_hold_nan_are_written_counted_and_an_error(run, tmp_path, m
     np.testing.assert_array_equal(samples(tmp_path)[0], images)
 
 
+@pytest.mark.slow
 def test_each_call_has_a_new_folder_and_an_old_one_is_not_overwritten(copy):
     for number in ("001", "002"):
         assert f"written to {copy / 'samples' / number}" in call(copy, "--num_samples=1")
@@ -243,6 +245,7 @@ def test_directories_that_are_not_runs_are_refused(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_samples_of_the_size_of_the_training_by_windows_are_those_without(run, tmp_path):
     call(run.workdir, f"--outdir={tmp_path / 'a'}", "--num_samples=2")
     call(run.workdir, f"--outdir={tmp_path / 'b'}", "--num_samples=2", "--sample_size=28,28")

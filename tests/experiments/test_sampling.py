@@ -91,6 +91,7 @@ def test_flags_of_the_chain_reach_the_sampler(chain_run, tmp_path):
         sampled(tmp_path / "c", *arguments, "--ema=0.7")
 
 
+@pytest.mark.slow
 def test_super_resolution_needs_held_out_images_of_every_class_that_it_samples(monkeypatch):
     config = tiny_chain("large")
     config.condition.size, config.sample.count = (4, 4), 4

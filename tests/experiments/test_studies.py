@@ -121,6 +121,7 @@ def test_the_toy_is_learned_in_the_plane_and_not_in_many_dimensions():
     assert inside["distance"] > inside["reference"] > 0 and np.shape(inside["samples"]) == (toy.SHOWN, 2)
 
 
+@pytest.mark.slow
 def test_every_cell_of_the_nine_way_table_is_a_run():
     found = nine_way.study(["vit", "unet"], [2, 4, 7, 14], [0], 1.0, 20)
     assert len(found.cells) == 72

@@ -72,6 +72,7 @@ def test_a_tracker_that_fails_is_left_out_and_ends_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == "a tracker failed and is left out from here on: ConnectionError: no network\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio", "trackio")]
 )

@@ -84,6 +84,7 @@ def two(saved_two, tmp_path):
 # Round trips
 
 
+@pytest.mark.slow
 def test_optimiser_state_is_restored_bit_for_bit(tmp_path):
     state = state_of(7)
     checkpoint.save(tmp_path, 7, state)
@@ -197,6 +198,7 @@ def test_a_flipped_byte_in_any_file_is_detected_and_the_previous_step_restored(t
     assert checkpoint.restore(two, state_of(0))[1] == 2
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_in_the_digests_never_gives_another_state(two):
     path = two / "2" / "digests.json"
     original = path.read_bytes()

@@ -37,6 +37,7 @@ def test_a_projection_is_onto_the_columns_in_every_patch(drawn, rank):
     np.testing.assert_allclose(project(rank)(once), once, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize(("rank", "same"), [(0, "x0"), (D, "flow")])
 def test_rank_0_is_x0_and_full_rank_is_flow_bit_for_bit(drawn, name, rank, same):

@@ -173,6 +173,7 @@ def test_times_that_do_not_lead_from_noise_to_data_are_refused(key, times):
         edit.repaint(key, None, PATH, known, mask, times, prediction="x0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [Linear(), Cosine()], ids=["linear", "cosine"])
 def test_inversion_and_back_differ_by_the_error_of_the_sampler(path):
     x0 = three(jax.random.key(1))
@@ -287,6 +288,7 @@ def test_dps_meets_the_measurement_and_moves_what_depends_on_it(key):
     np.testing.assert_allclose(found.mean(0)[1:], exact[1:], atol=0.15)
 
 
+@pytest.mark.slow
 def test_dps_reaches_a_sampler_that_corrects_its_last_step(key):
     """One that made that step again, from what it remembers of it, would undo the step of dps."""
     mask, b = jnp.array([True, False, False]).reshape(1, 3, 1), jnp.zeros((8, 3, 1)).at[:, 0].set(1.5)

@@ -28,6 +28,7 @@ def test_scalings_are_those_of_table_1():
     np.testing.assert_allclose(weight, (sigma**2 + d**2) / (sigma * d) ** 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [edm.Exploding(), Linear(), Cosine()], ids=["exploding", "linear", "cosine"])
 def test_the_network_sees_unit_variance_and_should_answer_with_it(key, path):
     """Data of deviation 0.3: the input of F, and its output for which D = x0, at every time; its loss has weight 1."""

@@ -58,6 +58,7 @@ def test_scale_1_is_conditional_and_a_learned_variance_is_that_of_the_conditiona
     np.testing.assert_allclose(guided.pred, KINDS[kind](2.0, path, prediction)(*inputs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_scales_may_be_functions_and_one_per_example(inputs, kind):
     """An interval: outside it the conditional prediction. And each example by itself, whatever its neighbours."""
@@ -176,6 +177,7 @@ def test_momentum_is_carried_from_step_to_step(key, inputs):
     np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [ddim, heun, dpmpp_2m])
 def test_without_momentum_the_wrapped_sampler_is_apg(key, inputs, make):
     xt, _, y = inputs
@@ -209,6 +211,7 @@ def test_both_passes_of_momentum_see_the_type_of_the_images_and_need_a_condition
         run(None, sampler=guided)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("path", [Linear(), Cosine()], ids=["linear", "cosine"])
 def test_cfg_plus_plus_is_the_papers_two_lines(key, inputs, path, scale):

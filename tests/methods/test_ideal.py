@@ -44,6 +44,7 @@ def test_mean_and_entropy_are_those_of_the_definition_for_any_blocks(key, data, 
     np.testing.assert_allclose(found.entropy, entropy, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_images_in_few_bits_are_compared_in_float32(key, data):
     t, dtype = jnp.full(3, 0.5), jnp.bfloat16
     xt, denoise = noised(key, data[:3], t).astype(dtype), ideal.ideal_denoiser(PATH, data, block_size=5)

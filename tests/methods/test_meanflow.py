@@ -89,6 +89,7 @@ def drawn(key, n=6, shape=(3, 2, 1), **changed):
     return sampled._replace(t=t, r=r, **changed), x0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 def test_the_exact_average_velocity_is_a_fixed_point(key, name):
     """Eq. (2): u + (t - r) du/dt of the exact u is the exact velocity, so V needs no correction."""

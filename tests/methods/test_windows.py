@@ -72,6 +72,7 @@ def test_a_shift_by_the_stride_shifts_what_does_not_see_the_border(key, rank):
     )
 
 
+@pytest.mark.slow
 def test_an_image_that_repeats_at_the_stride_stays_one(key):
     """What is independent between windows of one content stays the same for all of them."""
     tile = jax.random.normal(key, (1, 2, 1))

@@ -31,6 +31,7 @@ def test_the_four_numbers_are_the_loop(rng, monkeypatch, rows):
         assert (near.precision, near.recall) == distances.precision_recall(real, fake, k)
 
 
+@pytest.mark.slow
 def test_the_four_numbers_are_those_of_the_published_program(rng):
     prdc = pytest.importorskip("prdc")
     real, fake = rng.normal(size=(300, 8)).astype(np.float32), rng.normal(0.3, 1.1, size=(200, 8)).astype(np.float32)

@@ -17,6 +17,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", FIELDS)
 def test_wrong_inputs_are_refused(network):
     model, unconditional = network(**FIELDS[network], num_classes=3), network(**FIELDS[network])

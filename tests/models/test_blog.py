@@ -30,6 +30,7 @@ def test_blog_starts_like_keras():
     np.testing.assert_allclose(params["positions"].std(), 0.05 / np.sqrt(3), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_blog_sees_the_noise_level_through_its_last_token():
     model = blog(Geometric(0.99, 500), patch_size=6, stride=2, heads=2, head_dim=4)
     params, xt, t, _ = ready(model, (2, 8, 8, 1))

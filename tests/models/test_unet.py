@@ -199,6 +199,7 @@ def test_remat_computes_the_same_gradients_again():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *grads)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_uses_it():
     fields = {**TINY, "channel_mult": (1,), "patch_size": 4, "dropout": 0.5}
     params, xt, t, _ = ready(fields, (1, 8, 8, 1))

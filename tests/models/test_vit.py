@@ -88,6 +88,7 @@ def test_no_label_leaks_into_the_null_class(network):
     assert table.shape[0] == 6
 
 
+@pytest.mark.slow
 def test_every_field_changes_the_network():
     """One field back at its default: other parameters, or the same ones put to another use."""
     options = JIT | {"stride": 2}
@@ -104,6 +105,7 @@ def test_every_field_changes_the_network():
     assert jax.eval_shape(whole).shape == (1, 8, 8, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("positions", "sees"), [((), False), (("sincos",), True), (("learned",), True), (("rotary",), True)]
 )

@@ -56,6 +56,7 @@ def test_fold_is_the_adjoint_and_unpatchify_the_inverse(rng, size, p, s, layout)
         np.testing.assert_array_equal(back, x)
 
 
+@pytest.mark.slow
 def test_eager_jit_and_vmap_agree_to_the_bit(rng):
     def f(tokens):
         return unpatchify(tokens, (5, 7), 3, (2, 1), layout="chw")

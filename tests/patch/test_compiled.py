@@ -33,6 +33,7 @@ def test_examples_in_docstrings():
     assert result.failed == 0
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_pieces_are_the_view_in_order(data):

@@ -42,6 +42,7 @@ def test_examples_in_docstrings():
     assert result.failed == 0
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_windows_are_views_that_stay_inside(data):

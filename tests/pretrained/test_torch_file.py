@@ -376,6 +376,7 @@ def undamaged(tmp_path_factory):
     return path, instructions, storages
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_damaged_program_gives_arrays_in_bounds_or_a_value_error(undamaged, data):
