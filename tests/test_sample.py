@@ -85,7 +85,7 @@ def test_exact_gaussian_denoiser_recovers_mean_and_variance(key, name, sampler, 
     path = PATHS[name]
     # At alpha = 0 the eps prediction does not determine x0: start just below.
     times = uniform_grid(300, start=0.999 if prediction == "eps" else 1.0)
-    x1 = initial_noise(sample_keys(key, jnp.arange(4)), (4096, 1))
+    x1 = initial_noise(sample_keys(key, jnp.arange(4)), (4096, 1), path, times[0])
     run = jax.jit(partial(sample, prediction=prediction, sampler=SAMPLERS[sampler]), static_argnums=(1, 2))
     x0 = run(key, gaussian_denoiser(path, prediction), path, x1, times)
     # 16,384 samples: standard errors 0.0023 and 0.0017. First-order samplers add their step error.

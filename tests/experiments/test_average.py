@@ -75,7 +75,7 @@ def test_written_averages_can_be_sampled_from(power_run, tmp_path):
 
 def test_what_cannot_be_averaged_is_refused(run, power_run, tmp_path):
     for workdir, arguments, message in (
-        (power_run.workdir, (0.5,), r"sigma_rel=0\.5 must lie in \(0, 0\.289\]"),
+        (power_run.workdir, (0.5,), r"sigma_rel=0\.5 must lie in \(0, 0\.2886\]"),
         (power_run.workdir, (0.1, 7), "--step=7: .* has snapshots of the steps 2 to 6"),
         (run.workdir, (0.1,), "stored no averages to combine: train with --config.train.ema_power="),
     ):

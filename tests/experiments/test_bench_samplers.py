@@ -60,9 +60,10 @@ def test_a_step_of_heun_and_of_edm_takes_two_evaluations_but_the_last():
         name, calls = method.fields["sampler"], []
         predict = lambda xt, t: calls.append(t) or Estimate(xt, xt, xt)  # noqa: B023, E731
         made, xt = samplers.sampler(method, 3), jnp.ones((1, 1, 1))
-        memory, keys = made.init(xt), jax.random.split(jax.random.key(0), 1)
+        memory = made.init(xt)
         with jax.disable_jit():
-            for t, s in ((0.9, 0.6), (0.6, 0.3), (0.3, 0.0)):
+            for step, (t, s) in enumerate(((0.9, 0.6), (0.6, 0.3), (0.3, 0.0))):
+                keys = jax.random.split(jax.random.key(step), 1)
                 xt, memory = made.step(keys, predict, process.Linear(), xt, jnp.float32(t), jnp.float32(s), memory)
         assert evaluations.evaluated(name, 3) == len(calls)
         assert evaluations.steps_for(name, len(calls)) == 3

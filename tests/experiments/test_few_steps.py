@@ -134,7 +134,7 @@ def test_a_student_learns_from_the_weights_of_a_run(teacher, kind, tmp_path, unm
         ("consistency", {"model.clock": "1 - t"}, [r'model\.clock: "1000 t" -> "1 - t"']),
         ("progressive", {"process.path": "cosine", "data.low": 0.0}, ["data.low: -1.0 -> 0.0", "process.path"]),
         ("progressive", {"process.noise_scale": 2.0}, [r"process\.noise_scale: 1\.0 -> 2\.0"]),
-        ("consistency", {"process.prediction": "eps"}, [r'process\.prediction: "x0" -> "eps"']),
+        ("consistency", {"process.prediction": "v"}, [r'process\.prediction: "x0" -> "v"']),
     ],
 )
 def test_a_teacher_is_evaluated_with_its_own_config(teacher, kind, fields, listed):

@@ -90,10 +90,10 @@ def test_the_toy_measures_nine_pairs_in_the_largest_space_and_three_in_others():
 
 @pytest.mark.slow
 def test_the_points_of_the_toy_lie_in_a_plane(key):
-    points, q = toy.spiral(key, 4000), toy.plane(key, 7)
+    points, q = toy.spiral(key, 4000), toy.plane(jax.random.key(1), 7)
     assert 0.9 < float(jnp.square(points).sum(1).mean()) < 1.1
     np.testing.assert_allclose(q.T @ q, np.eye(2), atol=1e-6)
-    params = toy.init(key, 7)
+    params = toy.init(jax.random.key(2), 7)
     assert [w.shape for w, _ in params] == [(10, 256), (256, 256), (256, 256), (256, 256), (256, 7)]
     np.testing.assert_array_equal(toy.apply(params, jnp.ones((3, 7)), jnp.ones(3)), 0)
 

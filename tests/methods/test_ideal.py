@@ -12,8 +12,8 @@ PATH = process.Linear()
 
 
 @pytest.fixture
-def data(key):
-    return jax.random.normal(key, (23, 3, 2, 1))
+def data():
+    return jax.random.normal(jax.random.key(1), (23, 3, 2, 1))
 
 
 def noised(key, data, t):
@@ -98,7 +98,7 @@ def test_many_samples_of_a_gaussian_give_its_linear_denoiser(key):
 
 @pytest.mark.slow
 def test_uint8_is_decoded_block_by_block(key):
-    data = jax.random.randint(key, (9, 2, 2, 1), 0, 256).astype(jnp.uint8)
+    data = jax.random.randint(jax.random.key(1), (9, 2, 2, 1), 0, 256).astype(jnp.uint8)
     decode = lambda x: x / 127.5 - 1  # noqa: E731
     t = jnp.full(9, 0.3)
     xt = noised(key, decode(data), t)

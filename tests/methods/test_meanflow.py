@@ -231,7 +231,7 @@ def test_what_is_drawn(key):
     # Scales: uniform in log; and with another power their mean is that of the density.
     assert found.scale.min() >= 1 and found.scale.max() <= 4
     np.testing.assert_allclose(jnp.log(found.scale).mean(), np.log(4) / 2, atol=0.03)
-    steep = meanflow.draw(key, x0, scale_max=4.0, scale_power=3.0).scale
+    steep = meanflow.draw(jax.random.key(1), x0, scale_max=4.0, scale_power=3.0).scale
     np.testing.assert_allclose(steep.mean(), 1.6, atol=0.03)
 
 
@@ -265,13 +265,13 @@ def test_a_vision_transformer_is_such_a_network(key, labels):
         num_classes=3 if labels else 0,
         velocity_depth=1 if labels else 0,
     )
-    x0, y = jax.random.normal(key, (4, 8, 8, 1)), jnp.array([0, 1, 2, 0]) if labels else None
+    x0, y = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.array([0, 1, 2, 0]) if labels else None
     like = meanflow.guided(y, 1.0, 0.0, 1.0, x0)
     shapes = jax.eval_shape(model.init, key, x0, jnp.zeros((4, 2)), like)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), shapes)
     denoise = lambda params: lambda xt, t, y: model.apply(params, xt, t, y)  # noqa: E731
-    sampled = meanflow.draw(key, x0)
+    sampled = meanflow.draw(jax.random.key(2), x0)
 
     def loss(params):
         return meanflow.loss_at(sampled, denoise(params), Linear(), x0, y, null=3, prediction="x0")[0].mean()
@@ -283,6 +283,7 @@ def test_a_vision_transformer_is_such_a_network(key, labels):
     @jax.jit
     def sampled_at(scale):
         told = meanflow.told(denoise(params), scale)
-        return sample(key, told, Linear(), x0, [1.0, 0.0], y, prediction="x0", sampler=meanflow.sampler())
+        keys = jax.random.key(3)
+        return sample(keys, told, Linear(), x0, [1.0, 0.0], y, prediction="x0", sampler=meanflow.sampler())
 
     assert jnp.abs(sampled_at(1.0) - sampled_at(3.0)).max() > 1e-3

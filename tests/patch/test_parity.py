@@ -84,7 +84,7 @@ def test_patchify_is_the_naive_loop(data):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(st.data())
 def test_patchify_is_the_naive_loop_for_more_arrays(data):
     check_patchify(data)
