@@ -90,12 +90,11 @@ def test_fields_newer_than_a_stored_config_take_their_defaults():
 # Millions of parameters: tables 7 and 8 of 2511.13720, where JiT-G has "2B".
 JITS = {"b16": 131, "l16": 459, "h16": 953, "g16": 2000, "b32": 133, "l32": 462, "h32": 956, "g32": 2000}
 JITS = {f"jit:{variant}": count for variant, count in JITS.items()}
-SMALLEST_AND_LARGEST = ("jit:b16", "jit:g32")
+SLOW_DRY_RUNS = ("patch_unet_mnist:0", "jit:b16", "jit:g32")  # of JiT the smallest and the largest
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["mnist", "blog", *(pytest.param(name, marks=pytest.mark.slow) for name in ("patch_unet_mnist:0", *SMALLEST_AND_LARGEST))],
+    "name", ["mnist", "blog", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_DRY_RUNS)]
 )
 def test_dry_run_says_what_would_be_trained(name, blank_images, capsys):
     config = shipped(name)
