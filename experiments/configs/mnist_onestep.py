@@ -45,5 +45,5 @@ def get_config() -> Config:
             sample_every=1000,
             save_every=1000,
         ),
-        sample=Sample(steps=1, sampler="mean_flow", guidance=2.0),
+        sample=Sample(steps=1, sampler="mean_flow", guidance=1.5),
     )
