@@ -130,11 +130,11 @@ def test_principal_directions_are_the_left_singular_vectors_of_the_patches():
     assert asymflow.principal_directions(images, PATCH, D).shape == (D, D)
 
 
-def test_the_whole_loss_draws_as_the_other_losses_do(key, drawn):
+def test_the_whole_loss_draws_as_the_other_losses_do(drawn):
     x0, denoise = drawn[0], lambda xt, t, y: xt * t[:, None, None, None]
-    ours, parts = asymflow.loss(key, denoise, Linear(), x0, project=project(0))
+    ours, parts = asymflow.loss(jax.random.key(7), denoise, Linear(), x0, project=project(0))
     weight = loss.measured_in("flow", "x0")
-    theirs, wanted = loss.loss(key, denoise, Linear(), x0, prediction="x0", weight=weight)
+    theirs, wanted = loss.loss(jax.random.key(7), denoise, Linear(), x0, prediction="x0", weight=weight)
     np.testing.assert_array_equal(ours, theirs)
     jax.tree.map(np.testing.assert_array_equal, parts, wanted)
 

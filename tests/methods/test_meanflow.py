@@ -235,7 +235,7 @@ def test_what_is_drawn(key):
     np.testing.assert_allclose(steep.mean(), 1.6, atol=0.03)
 
 
-def test_wrong_arguments_are_named(key):
+def test_wrong_arguments_are_named():
     x0, weighted = jnp.zeros((2, 4, 4, 1)), lambda key, n: (jnp.ones(n), jnp.ones(n))
     for times, given, message in (
         (None, {"instant": 1.5}, r"instant=1\.5, to_data=0\.0 and drop=0\.1 must lie in"),
@@ -243,11 +243,11 @@ def test_wrong_arguments_are_named(key):
         (weighted, {}, "importance weights"),
     ):
         with pytest.raises(ValueError, match=message):
-            meanflow.draw(key, x0, times, **given)
+            meanflow.draw(jax.random.key(0), x0, times, **given)
     with pytest.raises(ValueError, match=r"scale=0\.5 must be at least 1, which is no guidance"):
         meanflow.guided(None, 0.5, 0.0, 1.0, x0)
     with pytest.raises(ValueError, match=r"needs a network with a second output, Task\(velocity=True\)"):
-        meanflow.loss_at(meanflow.draw(key, x0), lambda z, t, y: z, Linear(), x0, prediction="x0")
+        meanflow.loss_at(meanflow.draw(jax.random.key(0), x0), lambda z, t, y: z, Linear(), x0, prediction="x0")
 
 
 @pytest.mark.parametrize("labels", [True, pytest.param(False, marks=pytest.mark.slow)])
