@@ -2,8 +2,8 @@
 
     D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)                                              (1)
 
-    c_skip  = data_std^2 / (sigma^2 + data_std^2)      c_out   = sigma data_std / sqrt(sigma^2 + data_std^2)
-    c_in    = 1 / sqrt(sigma^2 + data_std^2)             c_noise = log(sigma) / 4                (2)
+    c_skip  = data_std^2 / (sigma^2 + data_std^2)          c_out   = sigma data_std / sqrt(sigma^2 + data_std^2)
+    c_in    = 1 / sqrt(sigma^2 + data_std^2)               c_noise = log(sigma) / 4              (2)
 
     L = E w(sigma) ||D(x0 + sigma eps, sigma) - x0||^2,    w = 1 / c_out^2,    log sigma ~ N(mean, std^2)  (3)
 

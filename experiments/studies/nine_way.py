@@ -42,7 +42,7 @@ NETWORKS = ("vit", "unet")
 def define_flags(argv: Sequence[str]) -> None:
     """Defines the flags of all studies and those of this one."""
     cells.define_flags(argv)
-    flags.DEFINE_list("networks", NETWORKS, "vit, unet or both.")
+    flags.DEFINE_list("networks", list(NETWORKS), "vit, unet or both.")
     flags.DEFINE_list("patch_sizes", ["2", "4", "7", "14"], "Patch sizes P.")
     flags.DEFINE_list("seeds", ["0"], "Of the network and its training.")
     flags.DEFINE_float("seconds", 120.0, "Wall time of each training, compilation apart.", lower_bound=0)

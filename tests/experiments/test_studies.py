@@ -2,11 +2,13 @@
 
 import json
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from matplotlib.figure import Figure
 
 from diffusion import loss, process
@@ -86,6 +88,18 @@ def test_the_toy_measures_nine_pairs_in_the_largest_space_and_three_in_others():
     assert {space for d, _, space in pairs if d == 2} == {"flow"}
     with pytest.raises(ValueError, match="--dimensions=1 must be at least 2"):
         toy.study([1, 4], [0], 10, 8)
+
+
+@pytest.mark.parametrize("study", [toy, nine_way])
+def test_the_flags_of_a_study_have_defaults_that_can_be_read(monkeypatch, study):
+    own = flags.FlagValues()
+    monkeypatch.setattr(cells, "define_flags", lambda argv: None)
+    for name in ("list", "float", "integer"):
+        monkeypatch.setattr(flags, f"DEFINE_{name}", partial(getattr(flags, f"DEFINE_{name}"), flag_values=own))
+    study.define_flags([])
+    own(["study"])
+    lists = [value for value in own.flag_values_dict().values() if isinstance(value, list)]
+    assert lists and all(isinstance(each, str) for value in lists for each in value)
 
 
 @pytest.mark.slow
