@@ -186,7 +186,7 @@ def paragraph(workdir: Path, report: dict[str, Any]) -> str:
     words = [
         f"Trained {report['train_steps']} steps in {minutes(report['train_seconds'])}, then made "
         f"{report['sample_count']} samples in {minutes(report['sample_seconds'])} "
-        f"({report['sample_steps']} steps each{guidance})."
+        f"({report['sample_steps']} step{'s' * (report['sample_steps'] > 1)} each{guidance})."
     ]
     if report.get("sample_non_finite"):
         words.append(non_finite(report["sample_non_finite"], report["sample_count"]))
