@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +19,17 @@ from diffusion import loss
 from diffusion.models.vit_flops import vit_flops
 from diffusion.process import coefficients
 from experiments import parts
-from experiments.bench.accelerator import command, compile_ahead, image_grid, jobs, peers, record, report, sections
+from experiments.bench.accelerator import (
+    command,
+    compile_ahead,
+    image_grid,
+    jobs,
+    peers,
+    prepare,
+    record,
+    report,
+    sections,
+)
 from experiments.configs import jit, lsun, mnist
 
 ROOT = Path(__file__).parent.parent
@@ -220,6 +231,83 @@ def test_shares_that_are_not_used_go_to_those_that_follow(tmp_path):
     assert given["training"] == pytest.approx(100, abs=1)
 
 
+def sleeping(seconds, status=0):
+    script = f"import time, sys; time.sleep({seconds}); sys.exit({status})"
+    return subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+
+
+def test_programs_are_compiled_several_at_a_time_and_what_was_not_is_said(tmp_path, capsys):
+    fine, bad, long = (prepare.Piece("digits", "ours", "fine"), *[prepare.Piece("unet", "ours", n) for n in "bl"])
+    peer = prepare.Piece("unet", "peer", "PyTorch")
+    begun, running = [], []
+
+    def start(piece):
+        running.append(sum(process.poll() is None for _, process in begun))
+        begun.append((piece, sleeping(60 if piece == long else 0.1, status=piece == bad)))
+        return begun[-1][1]
+
+    begin = time.time()
+    seconds = prepare.prepare(tmp_path, [fine, bad, peer, long], time.time() + 3, start, at_once=2)
+    assert time.time() - begin < 30 and max(running) == 1 and len(begun) == 4
+    assert begun[-1][1].poll() is not None  # ended, not left behind
+    assert set(seconds) == {"digits:ours:fine", "unet:peer:PyTorch"}
+    done = json.loads(record.prepared_path(tmp_path).read_text())["done"]
+    assert done == {"digits:ours": ["fine", record.ALL], "unet:peer": ["PyTorch"]}
+    said = capsys.readouterr().out
+    assert "unet, ours, b: not compiled, failed after" in said
+    assert "not compiled before, for lack of time: unet, l" in said
+    # A peer's other sizes are compiled when they are measured.
+    needed = {
+        name: record.Record(tmp_path, "unet", 0, part="peer").needed(name, record.Attempt(10, dict))
+        for name in ("PyTorch", "PyTorch, larger")
+    }
+    assert needed == {"PyTorch": 10 * record.QUICKER, "PyTorch, larger": 10}
+    assert record.Record(tmp_path, "digits", 0).needed("any", record.Attempt(10, dict)) == 10 * record.QUICKER
+
+
+def test_all_that_is_long_to_compile_is_compiled_before():
+    wanted = prepare.pieces(report.SECTIONS)
+    programs = {(s, name) for s, make in sections.PROGRAMS.items() for name in make(False)}
+    assert {(p.section, p.name) for p in wanted if p.part == "ours"} == {
+        (s, name) for s, name in programs if s not in ("machine", "patch")
+    }
+    assert {p.section for p in wanted if p.part == "peer"} == set(peers.PEERS)
+    assert {p.section for p in prepare.pieces(["digits", "patch"])} == {"digits"}
+
+
+def test_a_program_that_was_compiled_before_is_found_by_its_section(tmp_path, monkeypatch):
+    """Both ask JAX for the same program, which is what its cache goes by."""
+    asked = []
+
+    def compile_(self, where=None, **options):
+        asked.append((str(jax.make_jaxpr(self.function)(*self.args)), self.options, where, options))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(jobs.Program, "compile", compile_)
+    piece = prepare.Piece("digits", "ours", "1 step a dispatch")
+    with pytest.raises(RuntimeError, match="seen"):
+        prepare.here(piece, tmp_path, None)
+    measured = record.Record(tmp_path, "digits", time.time() + 1e6)
+    sections.OURS["digits"](measured)
+    assert "RuntimeError: seen" in measured.values["errors"][piece.name]
+    assert asked[0] == asked[1] and asked[0] != asked[2]
+
+
+@pytest.mark.slow
+def test_a_rehearsal_does_the_work_of_one_attempt_once(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(prepare, "Record", partial(record.Record, tiny=True))
+    monkeypatch.setitem(peers.FIRST, "jit_train", lambda tiny: ["PyTorch, batch 4"])
+    command.run(tmp_path, ["machine"], budget=1e5, tiny=True, start=command.here)
+    prepare.here(prepare.Piece("jit_train", "peer", "PyTorch, batch 4"), tmp_path, None)
+    assert not record.read(tmp_path, "jit_train")
+    (written,) = (tmp_path / "rehearsals").glob("*/sections/jit_train.json")
+    rows = json.loads(written.read_text())["rows"]
+    assert list(rows) == ["PyTorch, batch 4"] and rows["PyTorch, batch 4"]["timings"] == []
+    with pytest.raises(SystemExit):
+        prepare.here(prepare.Piece("jit_train", "peer", "PyTorch, batch 5"), tmp_path, None)
+
+
 @pytest.mark.slow
 def test_a_process_that_hangs_is_ended_and_what_it_planned_is_left_out(tmp_path, monkeypatch):
     script = "import sys, time; print('begun', flush=True); time.sleep(600)"
@@ -312,6 +400,33 @@ def test_the_text_of_a_program_is_counted():
         "library_calls": {"__cublas$gemm": 2},
         "collectives": {"all-reduce": 1},
     }
+
+
+def test_what_a_program_moves_is_counted_with_its_loops():
+    text = """HloModule jit_f
+
+%fused (p.1: bf16[4,2]) -> bf16[2,4] {
+  %p.1 = bf16[4,2]{1,0} parameter(0)
+  ROOT %t = bf16[2,4]{1,0} transpose(%p.1), dimensions={1,0}
+}
+
+%body.1 (carry: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %carry = (s32[], f32[8]{0}) parameter(0)
+  %x.1 = f32[8]{0} get-tuple-element(%carry), index=1
+  %loop_add_fusion = f32[8]{0} fusion(%x.1), kind=kLoop, calls=%fused
+  ROOT %out.1 = (s32[], f32[8]{0}) tuple(%x.1, %loop_add_fusion)
+}
+
+ENTRY %main.1 (a.1: bf16[4,2]) -> bf16[2,4] {
+  %a.1 = bf16[4,2]{1,0} parameter(0)
+  %b.1 = (s32[], f32[8]{0}) tuple()
+  %loop_transpose_fusion = bf16[2,4]{1,0} fusion(%a.1), kind=kLoop, calls=%fused, metadata={op_name="%a.1"}
+  %w.1 = (s32[], f32[8]{0}) while(%b.1), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %m.1 = (bf16[2,2]{1,0}, s8[3]{0}) custom-call(%a.1, %loop_transpose_fusion), custom_call_target="__cublas"
+}
+"""
+    wanted = {"fusion_bytes": 16 + 16 + 5 * (32 + 32), "library_bytes": 8 + 3 + 16 + 16, "transposing_fusions": 1}
+    assert compile_ahead.traffic(text) == wanted
 
 
 CONFIGS = {

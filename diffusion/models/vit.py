@@ -19,6 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from diffusion.models.base import DEFAULT_TASK, Model, Task, check_names, clock_of, from_fields, from_module
 from diffusion.patch import patchify, unpatchify
@@ -223,14 +225,15 @@ class _Block(nn.Module):
         affine = net.norm == "rms"
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _gates(c, 6, width, dtype, "gates")
         h = _modulate(_norm(net.norm, dtype, "norm_attention", affine)(z), shift_a, scale_a)
-        z = z + gate_a * self._attend(h, rotation, train)
+        z = _rows(z + gate_a * _rows(self._attend(_rows(h), rotation, train)))
         h = _modulate(_norm(net.norm, dtype, "norm_mlp", affine)(z), shift_m, scale_m)
-        return z + gate_m * self._feed(h, train)
+        return _rows(z + gate_m * _rows(self._feed(_rows(h), train)))
 
     def _attend(self, h: jax.Array, rotation: np.ndarray | None, train: bool) -> jax.Array:
         net, dtype, width = self.net, jnp.dtype(self.net.dtype), h.shape[-1]
-        qkv = nn.DenseGeneral((3, net.heads, width // net.heads), dtype=dtype, kernel_init=_XAVIER, name="qkv")(h)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, N, H, D)
+        qkv = _Qkv(net.heads, dtype, name="qkv")(h)  # (B, N, 3, H, D)
+        # The gradient of a split is one concatenation; of three indices, a sum of three padded arrays.
+        q, k, v = (a.squeeze(2) for a in jnp.split(qkv, 3, 2))
         if net.qk_norm:
             q = nn.RMSNorm(dtype=dtype, name="norm_q")(q)
             k = nn.RMSNorm(dtype=dtype, name="norm_k")(k)
@@ -258,6 +261,31 @@ class _Block(nn.Module):
             h = nn.gelu(nn.Dense(hidden, dtype=dtype, kernel_init=_XAVIER, name="up")(h), approximate=True)
         h = nn.Dropout(net.dropout)(h, deterministic=not train)
         return nn.Dense(width, dtype=dtype, kernel_init=_XAVIER, name="down")(h)
+
+
+class _Qkv(nn.Module):
+    """h [B, N, W] to queries, keys and values [B, N, 3, H, W / H]: `nn.DenseGeneral` with those axes."""
+
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        width = h.shape[-1]
+        shape = (3, self.heads, width // self.heads)
+        kernel = self.param("kernel", lambda key: _XAVIER(key, (width, 3 * width)).reshape(width, *shape))
+        bias = self.param("bias", _ZERO, shape)
+
+        def axes(h: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+            return jnp.tensordot(h, kernel, 1) + bias[None, None]
+
+        def flat(h: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+            # XLA adds a vector within the matrix product on GPUs; a bias of three axes it first writes out for every
+            # token. On TPUs the reshapes are copies.
+            out = h @ kernel.reshape(width, -1) + bias.reshape(1, 1, -1)
+            return out.reshape(*h.shape[:-1], *shape)
+
+        return jax.lax.platform_dependent(*promote_dtype(h, kernel, bias, dtype=self.dtype), cuda=flat, default=axes)
 
 
 class _Clock(nn.Module):
@@ -337,6 +365,17 @@ def _gates(c: jax.Array, n: int, width: int, dtype: jnp.dtype, name: str) -> lis
 
 def _modulate(z: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return z * (1 + scale) + shift
+
+
+def _rows(z: jax.Array) -> jax.Array:
+    """z [B, N, W], on NVIDIA GPUs kept in memory token by token.
+
+    The gradients of the gates are sums over tokens, for which XLA would otherwise keep all activations of the network
+    with the tokens or the images last there, and transpose them before and after each matrix product. On TPUs its own
+    choice moves fewer bytes.
+    """
+    rows = Layout(major_to_minor=(0, 1, 2))
+    return jax.lax.platform_dependent(z, cuda=lambda z: with_layout_constraint(z, rows), default=lambda z: z)
 
 
 def _norm(kind: str, dtype: jnp.dtype, name: str, affine: bool) -> nn.Module:

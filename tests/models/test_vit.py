@@ -189,6 +189,17 @@ def test_dropout_needs_a_key_and_uses_it(key):
     assert str(jax.make_jaxpr(model.apply)(params, xt, t)) == str(jax.make_jaxpr(without)(params, xt, t))
 
 
+def test_what_gpus_compute_is_the_same_network(monkeypatch):
+    """Matrix products and layouts are chosen by platform: here both choices run on this one."""
+    params, xt, t, y = ready(vit(**JIT), (2, 8, 8, 1), 5)
+    square = lambda p: jnp.square(vit(**JIT).apply(p, xt, t, y)).sum()  # noqa: E731
+    wanted, taken = jax.jit(jax.value_and_grad(square))(params), []
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, cuda: taken.append(cuda) or cuda(*args))
+    got = jax.jit(jax.value_and_grad(square))(params)
+    assert len(taken) == 7 * JIT["depth"]  # six layouts and a product in each block
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), wanted, got)
+
+
 @pytest.mark.slow
 def test_remat_and_jit_change_nothing():
     params, xt, t, y = ready(vit(**JIT), (2, 8, 8, 1), 5)

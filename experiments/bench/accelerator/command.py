@@ -15,7 +15,8 @@
     numbers        8 %  bfloat16 against float32, a step repeated, samples in two batch sizes
     training       8 %  a JiT on 64x64 images, `--images` or made ones, and samples to look at
 
-A section that does not use its share leaves it to those that follow, so the training lasts as long as the rest allows.
+On an accelerator all programs are compiled first, several at a time (`prepare`). A section that does not use its share
+leaves it to those that follow, so the training lasts as long as the rest allows.
 Each section, and each peer in PyTorch, is a process of its own: memory is its own, one that fails or hangs takes no
 other with it, and XLA's flags are those it needs. `--out` then holds sections/NAME.json, written after each
 measurement; results.json and results.md of all of them, after each section; samples.png.
@@ -23,27 +24,27 @@ measurement; results.json and results.md of all of them, after each section; sam
 Needs jax, flax, optax, numpy, numba and absl only; PyTorch is left out where it is missing.
 """
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from experiments.bench.accelerator.record import TAIL, Record, path, read, write_json
+from experiments.bench.accelerator import prepare
+from experiments.bench.accelerator.prepare import OURS, PEER, Piece, end_group
+from experiments.bench.accelerator.record import TAIL, Record, path, prepared_path, read, write_json
 from experiments.bench.accelerator.report import SECTIONS, collected, report
 from experiments.paths import define_path
 
 ROOT = Path(__file__).parents[3]
 GRACE = 20.0  # seconds that a process may take beyond its share before it is ended
 CLOSING = 3.0  # seconds that a process needs to close
-OURS, PEER = "ours", "peer"
 
 
 class Task(NamedTuple):
@@ -79,6 +80,7 @@ def define_flags() -> None:
     flags.DEFINE_string("compile_for", None, "Compile every program for this card, ahead of time, and run nothing.")
     flags.DEFINE_string("child", None, "Internal: the section:part that this process measures.")
     flags.DEFINE_float("until", None, "Internal: when its share ends, in seconds since the epoch.")
+    flags.DEFINE_string("compile_only", None, "Internal: the program of --child to be compiled and not measured.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -91,6 +93,9 @@ def main(argv: Sequence[str]) -> None:
             from experiments.bench.accelerator import compile_ahead
 
             compile_ahead.main(given.compile_for, sections, Path(given.out), tiny=given.tiny)
+        elif given.compile_only:
+            section, _, part = given.child.partition(":")
+            prepare.here(Piece(section, part, given.compile_only), Path(given.out), given.images)
         elif given.child:
             child(given.child, Path(given.out), given.until, tiny=given.tiny, images=given.images)
         else:
@@ -127,12 +132,13 @@ def run(
     tasks = [task for task in TASKS if task.section in (*sections, "machine")]
     for task in tasks:
         path(folder, task.section).unlink(missing_ok=True)
+    prepared_path(folder).unlink(missing_ok=True)
     if images is not None and not Path(images).is_file():
         raise ValueError(f"--images={images}: there is no such file")
     for k, task in enumerate(tasks):
         now = time.time()
         share = max(end - now, 0) * task.share / sum(t.share for t in tasks[k:])
-        record = Record(folder, task.section, now + share, tiny=tiny, images=images)
+        record = Record(folder, task.section, now + share, tiny=tiny, images=images, part=task.part)
         if share <= 0:
             record.leave_out("PyTorch" if task.part == PEER else "all of it", "the budget was used up")
         else:
@@ -140,6 +146,9 @@ def run(
             start(task, record, min(GRACE, end - now - share))
             tiny = without_accelerator(folder) or tiny
             log(folder, task, time.time() - begin)
+            if k == 0 and not tiny and start is in_process:
+                until = time.time() + prepare.SHARE * max(end - time.time(), 0)
+                prepare.prepare(folder, prepare.pieces(sections), until, partial(compiling, folder, images))
         write_report(folder)
     return write_report(folder)
 
@@ -179,11 +188,14 @@ def in_process(task: Task, record: Record, grace: float) -> None:
         failed(now, f"{log.read_text(errors='replace')[-TAIL:]}\n{task.part}: {why}")
 
 
-def end_group(process: subprocess.Popen) -> None:
-    """Ends a process and those it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def compiling(folder: Path, images: str | None, piece: Piece) -> subprocess.Popen:
+    """The process that compiles a program; what it prints is in sections/."""
+    command = [sys.executable, "-m", "experiments.bench.accelerator", f"--child={piece.section}:{piece.part}"]
+    command += [f"--compile_only={piece.name}", f"--out={folder}", *([f"--images={images}"] if images else [])]
+    log = folder / "sections" / f"prepare_{piece.section}_{piece.part}.log"
+    with log.open("ab") as output:
+        options = dict(stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, start_new_session=True, env=environment(piece, tiny=False), **options)
 
 
 def failed(record: Record, error: str) -> None:
@@ -197,7 +209,7 @@ def failed(record: Record, error: str) -> None:
     record.save()
 
 
-def environment(task: Task, tiny: bool) -> dict[str, str]:
+def environment(task: Task | Piece, tiny: bool) -> dict[str, str]:
     """What a task's process is started with: memory as needed, compiled programs kept, flags of XLA."""
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
@@ -220,7 +232,7 @@ def child(name: str, folder: Path, until: float, *, tiny: bool, images: str | No
         import jax
 
         tiny = tiny or jax.default_backend() == "cpu"
-    here(Task(section, part, 0), Record(folder, section, until, tiny=tiny, images=images), 0)
+    here(Task(section, part, 0), Record(folder, section, until, tiny=tiny, images=images, part=part), 0)
 
 
 def without_accelerator(folder: Path) -> bool:

@@ -61,17 +61,19 @@ class Job(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A jitted function and the shapes of its arguments."""
+    """A jitted function, the shapes of its arguments, and options of the compiler."""
 
     function: Any
     args: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...] = ()
 
     def compile(self, where: jax.sharding.Sharding | None = None, **options: Any) -> jax.stages.Compiled:
-        """For the device of a sharding, or the default one, with options of the compiler.
+        """For the device of a sharding, or the default one, with further options of the compiler.
 
         XLA's matrix products by Triton do not know every shape (seen: 1,280 x 128 x 128 in float32, jax 0.10.2). A
         program that fails on a GPU because of that is compiled without them.
         """
+        options = dict(self.options) | options
         place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)  # noqa: E731
         lowered = self.function.lower(*(self.args if where is None else jax.tree.map(place, self.args)))
         try:

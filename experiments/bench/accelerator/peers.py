@@ -58,9 +58,9 @@ def jit_train(record: Record) -> None:
                 return _trained(torch, record, network, loss, b2=0.95, rate=2e-4, batch=jobs.random_batch(job, b))
 
         first, *others = sections.batches(record.tiny)
-        attempts = {f"PyTorch, batch {first}": Attempt(35, partial(measure, first))}
-        attempts["PyTorch is the same network"] = Attempt(20, partial(vit_parity, torch, torch_vit, record.tiny))
-        return attempts | {f"PyTorch, batch {b}": Attempt(30, partial(measure, b)) for b in others}
+        attempts = {f"PyTorch, batch {first}": Attempt(70, partial(measure, first))}
+        attempts["PyTorch is the same network"] = Attempt(25, partial(vit_parity, torch, torch_vit, record.tiny))
+        return attempts | {f"PyTorch, batch {b}": Attempt(60, partial(measure, b)) for b in others}
 
     attempted(record, make)
 
@@ -81,7 +81,7 @@ def jit_sample(record: Record) -> None:
                 sample = partial(heun, torch, network, labels, job.shape, job.grid.tolist(), job.num_classes, scales)
                 return _sampled(torch, record, sample, b)
 
-        return {f"PyTorch, batch {b}": Attempt(20, measure)}
+        return {f"PyTorch, batch {b}": Attempt(50, measure)}
 
     attempted(record, make)
 
@@ -119,13 +119,22 @@ def unet(record: Record) -> None:
                 return _sampled(torch, record, sample, b)
 
         return {
-            f"PyTorch, training, {name}": Attempt(30, train),
-            f"PyTorch, sampling, {name}": Attempt(15, sample),
+            f"PyTorch, training, {name}": Attempt(70, train),
+            f"PyTorch, sampling, {name}": Attempt(50, sample),
             "PyTorch is the same network": Attempt(10, partial(unet_parity, torch, torch_patch_unet)),
         }
 
     attempted(record, make)
 
+
+# The attempts of each section that are compiled before (`prepare`): one size each, since each size is compiled anew.
+FIRST: dict[str, Callable[[bool], list[str]]] = {
+    "jit_train": lambda tiny: [f"PyTorch, batch {sections.batches(tiny)[0]}"],
+    "jit_sample": lambda tiny: [f"PyTorch, batch {sections.sample_batch(tiny)}"],
+    "unet": lambda tiny: [
+        f"PyTorch, {kind}, {sections.unet_name(*sections.unet_sizes(tiny)[0])}" for kind in ("training", "sampling")
+    ],
+}
 
 PEERS: dict[str, Callable[[Record], None]] = {"jit_train": jit_train, "jit_sample": jit_sample, "unet": unet}
 

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 from diffusion.io.files import atomic_write
 
 TAIL = 3000  # characters of a traceback that are kept
+ALL = "all programs"  # in the list of what was compiled before
+QUICKER = 0.4  # of an attempt's time is left to be needed once its programs are compiled
 
 
 class Attempt(NamedTuple):
-    """Something to measure, and about how many seconds it takes on a device, compilation included."""
+    """Something to measure, and about how many seconds it takes on a device, compilation included (seen on an H200)."""
 
     seconds: float
     measure: Callable[[], dict[str, Any]]
@@ -34,10 +36,16 @@ class Record:
       until: seconds since the epoch.
       tiny: sizes for a CPU; attempts then need no time at all.
       images: `--images`, or None for made ones.
+      part: "ours" or "peer".
+      rehearsed: the only attempt to be made, its work done once and not measured (`prepare`); None for all attempts.
     """
 
-    def __init__(self, folder: Path, section: str, until: float, *, tiny: bool = False, images: str | None = None):
+    def __init__(
+        self, folder: Path, section: str, until: float, *, tiny: bool = False, images: str | None = None,
+        part: str = "ours", rehearsed: str | None = None,
+    ):  # fmt: skip
         self.folder, self.section, self.until, self.tiny, self.images = Path(folder), section, until, tiny, images
+        self.part, self.rehearsed = part, rehearsed
         self.values: dict[str, Any] = {"section": section, "tiny": tiny, "rows": {}, "errors": {}, "left_out": []}
         self.values |= read(folder, section)
 
@@ -50,9 +58,11 @@ class Record:
         self.values["planned"] = self.values.get("planned", []) + list(attempts)
         self.save()
         for name, attempt in attempts.items():
-            needed = 0 if self.tiny else attempt.seconds
+            if self.rehearsed not in (None, name):
+                continue
+            needed = self.needed(name, attempt)
             if self.left() <= needed:
-                self.leave_out(name, f"about {attempt.seconds:.0f} s needed, {max(self.left(), 0):.0f} s were left")
+                self.leave_out(name, f"about {needed:.0f} s needed, {max(self.left(), 0):.0f} s were left")
                 continue
             begin = time.perf_counter()
             try:
@@ -62,6 +72,14 @@ class Record:
             else:
                 self.values["rows"][name] = row | {"attempt_seconds": round(time.perf_counter() - begin, 2)}
             self.save()
+
+    def needed(self, name: str, attempt: Attempt) -> float:
+        """About how many seconds an attempt takes here: less where its programs are compiled already, none if tiny."""
+        if self.tiny:
+            return 0.0
+        file = prepared_path(self.folder)
+        done = json.loads(file.read_text())["done"] if file.exists() else {}
+        return attempt.seconds * (QUICKER if {name, ALL} & set(done.get(f"{self.section}:{self.part}", [])) else 1)
 
     def leave_out(self, name: str, why: str) -> None:
         """Says that something was not measured."""
@@ -76,6 +94,11 @@ class Record:
 def path(folder: Path, section: str) -> Path:
     """Where a section's results are."""
     return Path(folder) / "sections" / f"{section}.json"
+
+
+def prepared_path(folder: Path) -> Path:
+    """Where it is written which programs were compiled before; see `prepare`."""
+    return Path(folder) / "sections" / "prepared.json"
 
 
 def read(folder: Path, section: str) -> dict[str, Any]:
