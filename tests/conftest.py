@@ -1,5 +1,5 @@
 """Strict JAX for every test: no silent rank promotion, no warning (pyproject.toml) and, with $TEST_KEY_REUSE, no key
-used twice: `.ci/run` sets it for the library's tests, and it takes a twelfth of the time.
+used twice: `.ci/run` sets it for a part of the tests, and it takes a twelfth of the time.
 
 Programs are compiled with few optimisations, here and in the processes that tests start, since most take longer to
 compile than to run: a third of the time. The jobs and notebooks of `.ci/run` are compiled as users compile them.

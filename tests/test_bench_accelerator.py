@@ -275,6 +275,7 @@ def test_all_that_is_long_to_compile_is_compiled_before():
     assert {p.section for p in prepare.pieces(["digits", "patch"])} == {"digits"}
 
 
+@pytest.mark.slow
 def test_a_program_that_was_compiled_before_is_found_by_its_section(tmp_path, monkeypatch):
     """Both ask JAX for the same program, which is what its cache goes by."""
     asked = []
