@@ -12,8 +12,8 @@ from experiments.config import Config
 from tests.experiments.runs import ROOT
 
 # The text flags that are no paths. One that is must be defined by `define_path`, which replaces ~.
-NO_PATHS = {"split_name", "respacing", "entry", "compile_for", "compile_only", "child", "name", "split", "reference", "data"}
-NO_PATHS |= {"measure", "sampler"}
+NO_PATHS = {"split_name", "respacing", "entry", "compile_for", "compile_only", "child", "name", "split", "reference"}
+NO_PATHS |= {"data", "measure", "sampler"}
 
 
 @pytest.fixture(autouse=True)
