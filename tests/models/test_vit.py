@@ -193,11 +193,24 @@ def test_what_gpus_compute_is_the_same_network(monkeypatch):
     """Matrix products and layouts are chosen by platform: here both choices run on this one."""
     params, xt, t, y = ready(vit(**JIT), (2, 8, 8, 1), 5)
     square = lambda p: jnp.square(vit(**JIT).apply(p, xt, t, y)).sum()  # noqa: E731
-    wanted, taken = jax.jit(jax.value_and_grad(square))(params), []
+    tangent = lambda p: jax.jvp(square, (p,), (p,))  # noqa: E731
+    of = lambda f, p: jax.jit(f)(p)  # noqa: E731
+    wanted, taken = (of(jax.value_and_grad(square), params), of(tangent, params)), []
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, cuda: taken.append(cuda) or cuda(*args))
-    got = jax.jit(jax.value_and_grad(square))(params)
-    assert len(taken) == 7 * JIT["depth"]  # six layouts and a product in each block
+    got = of(jax.value_and_grad(square), params), of(tangent, params)
+    # In each block six layouts of values and six of their tangents, and a product.
+    assert len(taken) >= 13 * JIT["depth"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), wanted, got)
+
+
+def test_a_network_can_be_exported_for_gpus():
+    params, xt, t, y = ready(vit(**JIT), (2, 8, 8, 1), 5)
+    model = vit(**JIT)
+    exported = jax.export.export(jax.jit(model.apply), platforms=("cpu", "cuda"))(params, xt, t, y)
+    np.testing.assert_allclose(exported.call(params, xt, t, y), model.apply(params, xt, t, y), atol=1e-5)
+    # Training keeps layouts, which an exported program cannot.
+    square = lambda p: jnp.square(model.apply(p, xt, t, y)).sum()  # noqa: E731
+    assert "LayoutConstraint" in jax.jit(jax.grad(square)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.slow

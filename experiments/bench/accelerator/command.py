@@ -3,20 +3,20 @@
     python -m experiments.bench.accelerator                       everything, on the GPU or TPU of this machine
     python -m experiments.bench.accelerator --only=unet,patch     some sections; results of others are kept
     python -m experiments.bench.accelerator --compile_for=h100    compiles everything for a card that is not there
-    python -m experiments.bench.accelerator --tiny                every section in seconds, on a CPU
+    python -m experiments.bench.accelerator --tiny                every section, small, on a CPU
 
-    section      share  what
-    machine        5 %  the machine's own matrix product and copy: the upper limits
-    jit_train     32 %  JiT-B/16's training step at 256x256, attention by XLA and cuDNN, and in PyTorch
-    jit_sample    15 %  its sampling, 50 steps of Heun with guidance, and in PyTorch
-    unet          23 %  Patch Diffusion's U-Net at 256x256 with P = 4 and at 64x64 with P = 1, and in PyTorch
-    patch          4 %  patchify, fold, unpatchify against a copy
-    digits         5 %  the main job's step, one and ten a dispatch
-    numbers        8 %  bfloat16 against float32, a step repeated, samples in two batch sizes
-    training       8 %  a JiT on 64x64 images, `--images` or made ones, and samples to look at
+    section     what
+    machine     the machine's own matrix product and copy: the upper limits
+    jit_train   JiT-B/16's training step at 256x256, attention by XLA and cuDNN, and in PyTorch
+    jit_sample  its sampling, 50 steps of Heun with guidance, and in PyTorch
+    unet        Patch Diffusion's U-Net at 256x256 with P = 4 and at 64x64 with P = 1, and in PyTorch
+    patch       patchify, fold, unpatchify against a copy
+    digits      the main job's step, one and ten a dispatch
+    numbers     bfloat16 against float32, a step repeated, samples in two batch sizes
+    training    a JiT on 64x64 images, `--images` or made ones, and samples to look at
 
-On an accelerator all programs are compiled first, several at a time (`prepare`). A section that does not use its share
-leaves it to those that follow, so the training lasts as long as the rest allows.
+On a GPU what is long to compile is compiled first, several programs at a time (`prepare`). A section that does not use
+its share leaves it to those that follow, so the training lasts as long as the rest allows.
 Each section, and each peer in PyTorch, is a process of its own: memory is its own, one that fails or hangs takes no
 other with it, and XLA's flags are those it needs. `--out` then holds sections/NAME.json, written after each
 measurement; results.json and results.md of all of them, after each section; samples.png.
@@ -25,6 +25,7 @@ Needs jax, flax, optax, numpy, numba and absl only; PyTorch is left out where it
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,25 +49,26 @@ CLOSING = 3.0  # seconds that a process needs to close
 
 
 class Task(NamedTuple):
-    """A section's measurements of ours or of its peer, and its share of the budget, of 480."""
+    """A section's measurements of ours or of its peer, and its share of what compilation leaves of the budget."""
 
     section: str
     part: str
     share: float
 
 
+# What the attempts take once their programs are compiled, with nine seconds to begin and to close.
 TASKS = (
-    Task("machine", OURS, 22),
-    Task("jit_train", OURS, 90),
-    Task("jit_train", PEER, 62),
-    Task("jit_sample", OURS, 38),
-    Task("jit_sample", PEER, 36),
-    Task("unet", OURS, 66),
-    Task("unet", PEER, 46),
-    Task("patch", OURS, 18),
+    Task("machine", OURS, 15),
+    Task("jit_train", OURS, 45),
+    Task("jit_train", PEER, 55),
+    Task("jit_sample", OURS, 30),
+    Task("jit_sample", PEER, 30),
+    Task("unet", OURS, 42),
+    Task("unet", PEER, 47),
+    Task("patch", OURS, 22),
     Task("digits", OURS, 22),
     Task("numbers", OURS, 40),
-    Task("training", OURS, 40),
+    Task("training", OURS, 32),
 )
 
 
@@ -87,6 +89,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     given = flags.FLAGS
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes that were started are ended
     try:
         sections = chosen(given.only)
         if given.compile_for:
@@ -147,8 +150,7 @@ def run(
             tiny = without_accelerator(folder) or tiny
             log(folder, task, time.time() - begin)
             if k == 0 and not tiny and start is in_process:
-                until = time.time() + prepare.SHARE * max(end - time.time(), 0)
-                prepare.prepare(folder, prepare.pieces(sections), until, partial(compiling, folder, images))
+                compile_first(folder, sections, end, images)
         write_report(folder)
     return write_report(folder)
 
@@ -173,7 +175,7 @@ def in_process(task: Task, record: Record, grace: float) -> None:
     log = record.folder / "sections" / f"{task.section}_{task.part}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        options = dict(stdout=output, stderr=subprocess.STDOUT, env=environment(task, record.tiny))
+        options = dict(stdout=output, stderr=subprocess.STDOUT, env=environment(record.folder, task, record.tiny))
         process = subprocess.Popen(command, start_new_session=True, **options)
         try:
             code = process.wait(max(record.left(), 0) + grace)
@@ -188,14 +190,27 @@ def in_process(task: Task, record: Record, grace: float) -> None:
         failed(now, f"{log.read_text(errors='replace')[-TAIL:]}\n{task.part}: {why}")
 
 
+def compile_first(folder: Path, sections: Sequence[str], end: float, images: str | None) -> None:
+    """Compiles what is long to compile (`prepare`), on a GPU and where there are cores for it."""
+    if read(folder, "machine").get("machine", {}).get("backend") != "gpu":  # a TPU belongs to one process at a time
+        return
+    at_once, wanted = prepare.room(), prepare.pieces(sections)
+    if not wanted:
+        return
+    if at_once < prepare.FEWEST:
+        print(f"Programs are compiled as they are measured: there are cores for {at_once} at a time.", flush=True)
+        return
+    until = time.time() + prepare.SHARE * max(end - time.time(), 0)
+    prepare.prepare(folder, wanted, until, partial(compiling, folder, images), at_once=at_once)
+
+
 def compiling(folder: Path, images: str | None, piece: Piece) -> subprocess.Popen:
     """The process that compiles a program; what it prints is in sections/."""
     command = [sys.executable, "-m", "experiments.bench.accelerator", f"--child={piece.section}:{piece.part}"]
     command += [f"--compile_only={piece.name}", f"--out={folder}", *([f"--images={images}"] if images else [])]
-    log = folder / "sections" / f"prepare_{piece.section}_{piece.part}.log"
-    with log.open("ab") as output:
-        options = dict(stdout=output, stderr=subprocess.STDOUT)
-        return subprocess.Popen(command, start_new_session=True, env=environment(piece, tiny=False), **options)
+    with prepare.log(folder, piece).open("wb") as output:
+        options = dict(stdout=output, stderr=subprocess.STDOUT, env=environment(folder, piece, tiny=False))
+        return subprocess.Popen(command, start_new_session=True, **options)
 
 
 def failed(record: Record, error: str) -> None:
@@ -209,17 +224,23 @@ def failed(record: Record, error: str) -> None:
     record.save()
 
 
-def environment(task: Task | Piece, tiny: bool) -> dict[str, str]:
-    """What a task's process is started with: memory as needed, compiled programs kept, flags of XLA."""
+def environment(folder: Path, task: Task | Piece, tiny: bool) -> dict[str, str]:
+    """What a task's process is started with: memory as needed, a cache of compiled programs, flags of XLA."""
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "patch-diffusion" / "xla"))
+    if tiny:
+        env.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "patch-diffusion" / "xla"))
+    else:
+        # Kernels are chosen beside other processes: nobody else is to get them.
+        env["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder).absolute() / "compiled" / "jax")
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).absolute() / "compiled" / "torch")
     env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # Not three quarters of the memory at once, but in the end nearly all of it.
     env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     if task.part == PEER:
         env["JAX_PLATFORMS"] = "cpu"  # the GPU is PyTorch's; JAX shows that the networks are the same
+        env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
     if task.section == "numbers" and not tiny:
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     return env

@@ -17,15 +17,21 @@ from typing import Any, NamedTuple
 from diffusion.io.files import atomic_write
 
 TAIL = 3000  # characters of a traceback that are kept
-ALL = "all programs"  # in the list of what was compiled before
-QUICKER = 0.4  # of an attempt's time is left to be needed once its programs are compiled
 
 
 class Attempt(NamedTuple):
-    """Something to measure, and about how many seconds it takes on a device, compilation included (seen on an H200)."""
+    """Something to measure, and about how long it takes on a device.
+
+    Attributes:
+      seconds: without compilation (seen on an H200).
+      compiling: seconds of compilation, none of which is left once `programs` are compiled (`prepare`).
+      programs: names of what it compiles; by default one of its own name.
+    """
 
     seconds: float
+    compiling: float
     measure: Callable[[], dict[str, Any]]
+    programs: tuple[str, ...] = ()
 
 
 class Record:
@@ -70,16 +76,21 @@ class Record:
             except Exception:
                 self.values["errors"][name] = traceback.format_exc()[-TAIL:]
             else:
-                self.values["rows"][name] = row | {"attempt_seconds": round(time.perf_counter() - begin, 2)}
+                took = {"attempt_seconds": round(time.perf_counter() - begin, 2)}
+                self.values["rows"][name] = row | took | {"compiled_before": self.compiled_before(name, attempt)}
             self.save()
 
+    def compiled_before(self, name: str, attempt: Attempt) -> bool:
+        """Whether all that an attempt compiles was compiled before (`prepare`)."""
+        file = prepared_path(self.folder)
+        done = json.loads(file.read_text())["seconds"] if file.exists() else {}
+        return all(":".join([self.section, self.part, program]) in done for program in attempt.programs or (name,))
+
     def needed(self, name: str, attempt: Attempt) -> float:
-        """About how many seconds an attempt takes here: less where its programs are compiled already, none if tiny."""
+        """About how many seconds an attempt takes here; none if tiny."""
         if self.tiny:
             return 0.0
-        file = prepared_path(self.folder)
-        done = json.loads(file.read_text())["done"] if file.exists() else {}
-        return attempt.seconds * (QUICKER if {name, ALL} & set(done.get(f"{self.section}:{self.part}", [])) else 1)
+        return attempt.seconds + (0.0 if self.compiled_before(name, attempt) else attempt.compiling)
 
     def leave_out(self, name: str, why: str) -> None:
         """Says that something was not measured."""

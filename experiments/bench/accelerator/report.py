@@ -1,5 +1,6 @@
 """The results as one Markdown table: what was measured, the aim, and whether it is met."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,11 @@ class Row(NamedTuple):
 
 def collected(folder: Path) -> dict[str, Any]:
     """What the sections in `folder` have written, by name."""
-    return {name: values for name in SECTIONS if (values := record.read(folder, name))}
+    found = {name: values for name in SECTIONS if (values := record.read(folder, name))}
+    prepared = record.prepared_path(folder)
+    if "machine" in found and prepared.exists():
+        found["machine"]["prepared"] = json.loads(prepared.read_text())
+    return found
 
 
 def report(results: dict[str, Any]) -> str:
@@ -32,6 +37,14 @@ def report(results: dict[str, Any]) -> str:
     lines += [f"{card}; backend {m.get('backend')}, jax {m.get('jax')}, Python {m.get('python')}, PyTorch {torch}."]
     if any(r.get("tiny") for r in results.values()):
         lines += ["", "**Tiny sizes: these numbers show that every section runs, and nothing about speed.**"]
+    if prepared := results.get("machine", {}).get("prepared"):
+        count, took, at_once = len(prepared["seconds"]), prepared["took"], prepared["at_once"]
+        lines += [
+            "",
+            f"{count} programs were compiled in {took:.0f} s, {at_once} at a time: kernels were chosen beside",
+        ]
+        lines[-1] += " other processes, less exactly than alone."
+        lines += [f"Not compiled then: {', '.join(missed)}."] if (missed := _missed(prepared)) else []
     lines += ["", "| section | what | value | aim | met |", "|---|---|---|---|---|"]
     for row in rows(results):
         met = {None: "", True: "yes", False: "no"}[row.met]
@@ -42,6 +55,10 @@ def report(results: dict[str, Any]) -> str:
     failed += [f"- {name}: {_last(r['error'])}" for name, r in results.items() if r.get("error")]
     lines += ["", "Failed (the JSON has more of each traceback):", "", *failed] if failed else []
     return "\n".join(lines) + "\n"
+
+
+def _missed(prepared: dict[str, Any]) -> list[str]:
+    return [f"{p} (failed)" for p in prepared["failed"]] + [f"{p} (not reached)" for p in prepared["not_reached"]]
 
 
 def rows(results: dict[str, Any]) -> list[Row]:

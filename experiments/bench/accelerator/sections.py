@@ -7,7 +7,6 @@ the forward pass's matrix products and convolutions, three times as many for a t
     MFU = operations per second / operations per second of the machine's own matrix product        (1)
 """
 
-import math
 import os
 import platform
 import statistics
@@ -208,7 +207,7 @@ PROGRAMS: dict[str, Callable[[bool], dict[str, Callable[[], Program]]]] = {
 
 def programs_of(record: Record) -> dict[str, Callable[[], Program]]:
     """The programs of a record's section, for the images that are given where it is their number that counts."""
-    if record.section != "training":
+    if record.section != "training" or record.images is None:
         return PROGRAMS[record.section](record.tiny)
     x, _, classes = training_images(record)
     return training_programs(record.tiny, jobs.shapes(x.shape[1:], classes, tiny=record.tiny), len(x))
@@ -240,9 +239,9 @@ def machine(record: Record) -> None:
         return timed | {unit: work / timed["seconds"]}
 
     n, flat = programs["matrix product"]().args[0].shape[0], programs["copy"]().args[0].size
-    attempts = {"matrix product": Attempt(6, lambda: measure("matrix product", 2 * n**3, "flops_per_second"))}
+    attempts = {"matrix product": Attempt(3, 3, lambda: measure("matrix product", 2 * n**3, "flops_per_second"))}
     for name in ("copy", "negation"):
-        attempts[name] = Attempt(3, partial(measure, name, 2 * 4 * flat, "bytes_per_second"))
+        attempts[name] = Attempt(1, 0, partial(measure, name, 2 * 4 * flat, "bytes_per_second"))
     record.run(attempts)
 
 
@@ -257,7 +256,7 @@ def jit_train(record: Record) -> None:
 
     record.values["operations_per_image"] = operations
     programs = jit_train_programs(record.tiny)
-    record.run({name: Attempt(40, partial(measure, make)) for name, make in programs.items()})
+    record.run({name: Attempt(7, 38, partial(measure, make)) for name, make in programs.items()})
     if record.tiny:
         record.leave_out("attention by cuDNN", "it needs a GPU")
 
@@ -274,7 +273,7 @@ def jit_sample(record: Record) -> None:
 
     record.values["steps"] = len(job.grid) - 1
     programs = jit_sample_programs(record.tiny)
-    record.run({name: Attempt(35, partial(measure, make)) for name, make in programs.items()})
+    record.run({name: Attempt(10, 20, partial(measure, make)) for name, make in programs.items()})
 
 
 def unet(record: Record) -> None:
@@ -293,11 +292,12 @@ def unet(record: Record) -> None:
         return row | utilisation(record, passes * operations * row["images_per_second"])
 
     programs = unet_programs(record.tiny)
-    seconds = {"training": 55, "sampling": 35}
+    seconds = {"training": (8, 45), "sampling": (8, 25)}
     attempts = {
-        name: (seconds[name.partition(", ")[0]], partial(measure, name, make)) for name, make in programs.items()
+        name: Attempt(*seconds[name.partition(", ")[0]], partial(measure, name, make))
+        for name, make in programs.items()
     }
-    record.run({name: Attempt(*attempt) for name, attempt in attempts.items()})
+    record.run(attempts)
 
 
 def patch(record: Record) -> None:
@@ -317,7 +317,7 @@ def patch(record: Record) -> None:
         copied = record.values["rows"].get(f"copy of the tokens, {name.partition(', ')[2]}")
         return row | ({} if copied is None else {"over_copy": row["bytes_per_second"] / copied["bytes_per_second"]})
 
-    record.run({name: Attempt(1.5, partial(measure, name, make)) for name, make in programs.items()})
+    record.run({name: Attempt(1, 0.5, partial(measure, name, make)) for name, make in programs.items()})
 
 
 def digits(record: Record) -> None:
@@ -343,7 +343,10 @@ def digits(record: Record) -> None:
 
     one, several = digits_programs(record.tiny).items()
     record.run(
-        {one[0]: Attempt(35, partial(measure, one[1], 1)), several[0]: Attempt(30, partial(measure, several[1], SCAN))}
+        {
+            one[0]: Attempt(6, 30, partial(measure, one[1], 1)),
+            several[0]: Attempt(6, 30, partial(measure, several[1], SCAN)),
+        }
     )
 
 
@@ -381,7 +384,7 @@ def numbers(record: Record) -> None:
         return {"equal": not unequal, "unequal_arrays": len(unequal), "max_difference": max(unequal, default=0.0)}
 
     def samples() -> dict[str, Any]:
-        large, small = (make() for name, make in programs.items() if name.startswith("samples"))
+        large, small = (programs[name]() for name in samplings)
         params = jax.tree.map(jnp.asarray, jobs.random_params(jobs.params_like(job)))
         n, half = large.args[2].shape[0], small.args[2].shape[0]
         index = jnp.arange(n, dtype=jnp.int32)
@@ -391,15 +394,17 @@ def numbers(record: Record) -> None:
         part = np.asarray(compiled(record, small)(params, key, index[last], labels[last])).astype(int)
         return {"batches": [n, half], "max_difference_of_255": int(np.abs(whole[last] - part).max())}
 
+    step, unet_step = "JiT-B/16's step", "the U-Net's step"
+    samplings = tuple(name for name in programs if name.startswith("samples"))
     record.values["deterministic"] = "xla_gpu_deterministic_ops=true" in xla_flags()
     attempts = {
-        "gradients, bfloat16 against float32": Attempt(60, gradients),
-        "JiT-B/16's step twice": Attempt(45, partial(repeated, "JiT-B/16's step", job)),
-        "samples in two batch sizes": Attempt(45, samples),
-        "the U-Net's step twice": Attempt(60, partial(repeated, "the U-Net's step", jobs.lsun(tiny=record.tiny))),
+        "gradients, bfloat16 against float32": Attempt(8, 55, gradients, ("gradient, float32", "gradient, bfloat16")),
+        f"{step} twice": Attempt(8, 40, partial(repeated, step, job), (step,)),
+        "samples in two batch sizes": Attempt(6, 45, samples, samplings),
+        f"{unet_step} twice": Attempt(8, 50, partial(repeated, unet_step, jobs.lsun(tiny=record.tiny)), (unet_step,)),
     }
     if record.tiny:
-        del attempts["the U-Net's step twice"]
+        del attempts[f"{unet_step} twice"]
         record.leave_out("the U-Net's step twice", "tiny, it is JiT-B/16's once more, and takes long to compile")
     record.run(attempts)
 
@@ -412,7 +417,7 @@ def training(record: Record) -> None:
 
     def run() -> dict[str, Any]:
         job = jobs.shapes(x.shape[1:], classes, tiny=record.tiny)
-        programs = programs_of(record)
+        programs = training_programs(record.tiny, job, len(x))
         begin = time.perf_counter()
         sample, several = (compiled(record, programs[name]()) for name in ("samples", "steps"))
         params = compiled(record, programs["init"]())(jax.random.key(KEY + 1))
@@ -452,7 +457,8 @@ def training(record: Record) -> None:
             "written": ["samples.png", "training_images.png"],
         }
 
-    record.run({"JiT at 64x64" if not record.tiny else "JiT, tiny": Attempt(50, run)})
+    name = "JiT, tiny" if record.tiny else "JiT at 64x64"
+    record.run({name: Attempt(20, 35, run, tuple(training_programs(record.tiny)))})
 
 
 def training_images(record: Record) -> tuple[np.ndarray, np.ndarray, int]:
@@ -531,8 +537,6 @@ def timing(
     As many calls that a timing takes a quarter of a second; five timings, three of them if they are long.
     """
     wait(call())
-    if record.rehearsed:
-        return {"seconds": math.nan, "timings": [], "calls": 1}
     wait(call())
     begin = time.perf_counter()
     wait(call())
