@@ -25,6 +25,7 @@ from experiments.bench.accelerator import (
     jobs,
     peers,
     prepare,
+    program_text,
     record,
     report,
     sections,
@@ -178,6 +179,10 @@ def test_given_images_are_read_and_others_are_refused(tmp_path):
     assert (read == x).all() and (labels == y).all() and labels.dtype == np.int32
     np.savez(tmp_path / "bare.npz", x)
     assert image_grid.load(str(tmp_path / "bare.npz"))[1] is None
+    np.savez(tmp_path / "odd.npz", x[:, :14])
+    with pytest.raises(ValueError, match="sides must be multiples of 4, the patch size, not 14x16"):
+        command.run(tmp_path, ["training"], budget=9, tiny=True, images=str(tmp_path / "odd.npz"), start=command.here)
+    assert not (tmp_path / "sections").exists()  # before anything was measured
     for wrong, shape in ((x[..., 0], r"\(16, 16, 16\)"), (x[..., :2], r"\(16, 16, 16, 2\)")):
         np.savez(tmp_path / "wrong.npz", wrong)
         with pytest.raises(ValueError, match=rf"arr_0 must be uint8 \[N, H, W, 3\], not uint8 {shape}"):
@@ -331,7 +336,7 @@ def test_what_was_compiled_first_fits_into_eight_minutes(planned):
 
 
 def test_attempts_name_programs_that_there_are(planned):
-    for section in prepare.LONG:
+    for section in {p.section for p in prepare.pieces(report.SECTIONS) if p.part == record.OURS}:
         programs = set(sections.PROGRAMS[section](False))
         attempts = planned(section, "ours")
         assert programs == {p for name, a in attempts.items() for p in a.programs or (name,)}, section
@@ -470,7 +475,7 @@ def test_the_text_of_a_program_is_counted():
       %c.2 = f32[2]{0} custom-call(%c.1), custom_call_target="__cublas$gemm"
       %r.1 = f32[2]{0} all-reduce-start(%c.2)
     """
-    assert compile_ahead.calls(text) == {
+    assert program_text.calls(text) == {
         "fusions": 1,
         "library_calls": {"__cublas$gemm": 2},
         "collectives": {"all-reduce": 1},
@@ -501,7 +506,7 @@ ENTRY %main.1 (a.1: bf16[4,2]) -> bf16[2,4] {
 }
 """
     wanted = {"fusion_bytes": 16 + 16 + 5 * (32 + 32), "library_bytes": 8 + 3 + 16 + 16, "transposing_fusions": 1}
-    assert compile_ahead.traffic(text) == wanted
+    assert program_text.traffic(text) == wanted
 
 
 CONFIGS = {

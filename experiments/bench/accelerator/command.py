@@ -37,9 +37,9 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from experiments.bench.accelerator import prepare
-from experiments.bench.accelerator.prepare import OURS, PEER, Piece, end_group
-from experiments.bench.accelerator.record import TAIL, Record, path, prepared_path, read, write_json
+from experiments.bench.accelerator import image_grid, prepare
+from experiments.bench.accelerator.prepare import Piece, end_group
+from experiments.bench.accelerator.record import OURS, PEER, TAIL, Record, path, prepared_path, read, write_json
 from experiments.bench.accelerator.report import SECTIONS, collected, report
 from experiments.paths import define_path
 
@@ -131,13 +131,13 @@ def run(
     Args:
       start: measures a task until its record says so, at most so many seconds beyond: `here` or `in_process`.
     """
+    if images is not None:
+        image_grid.load(images)  # refused now, not after all other sections
     end = time.time() + budget
     tasks = [task for task in TASKS if task.section in (*sections, "machine")]
     for task in tasks:
         path(folder, task.section).unlink(missing_ok=True)
     prepared_path(folder).unlink(missing_ok=True)
-    if images is not None and not Path(images).is_file():
-        raise ValueError(f"--images={images}: there is no such file")
     for k, task in enumerate(tasks):
         now = time.time()
         share = max(end - now, 0) * task.share / sum(t.share for t in tasks[k:])

@@ -11,6 +11,7 @@ from diffusion.io.files import atomic_write
 
 KINDS = ("circle", "square", "triangle")
 COLOURS = ("red", "green", "blue")
+PATCH_SIZE = 4  # of the network that is trained on them
 NUM_CLASSES = len(KINDS) * len(COLOURS)  # label = kind * 3 + colour
 
 
@@ -20,6 +21,8 @@ def load(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     Raises:
       ValueError: the file is no npz, or its arr_0 is not such an array, or its labels do not fit.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"--images={path}: there is no such file")
     try:
         with np.load(path) as file:
             images, labels = file["arr_0"], file.get("arr_1")
@@ -27,6 +30,9 @@ def load(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         raise ValueError(f"--images={path}: no npz file with an array arr_0 can be read there ({e})") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise ValueError(f"--images={path}: arr_0 must be uint8 [N, H, W, 3], not {images.dtype} {images.shape}")
+    if any(side % PATCH_SIZE for side in images.shape[1:3]):
+        sides = "x".join(map(str, images.shape[1:3]))
+        raise ValueError(f"--images={path}: sides must be multiples of {PATCH_SIZE}, the patch size, not {sides}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.min() < 0):
         raise ValueError(f"--images={path}: arr_1 must be {len(images)} labels from 0 on, not of shape {labels.shape}")
     return images, None if labels is None else labels.astype(np.int32)

@@ -19,6 +19,7 @@ from diffusion import grids, guide, loss, optimize, process, sample, times, trai
 from diffusion.models import Model
 from diffusion.models.unet import unet
 from diffusion.models.vit import hidden_matrices, vit
+from experiments.bench.accelerator import image_grid
 
 LABEL_DROP = 0.1
 CHAIN = 1000  # steps of the variance-preserving chain
@@ -30,7 +31,16 @@ LSUN = dict(num_channels=256, channel_mult=(1.0, 1.0, 2.0, 2.0), num_res_blocks=
 LSUN |= dict(num_head_channels=64, learned_variance="head")
 DIGITS = dict(patch_size=10, stride=6, width=128, depth=6, heads=4, norm="rms", mlp="swiglu", qk_norm=True)
 DIGITS |= dict(positions=("learned", "rotary"), class_tokens=4, class_tokens_from=2, mlp_ratio=3.75)
-SHAPES = dict(patch_size=4, width=384, depth=12, heads=6, bottleneck=48, norm="rms", mlp="swiglu", qk_norm=True)
+SHAPES = dict(
+    patch_size=image_grid.PATCH_SIZE,
+    width=384,
+    depth=12,
+    heads=6,
+    bottleneck=48,
+    norm="rms",
+    mlp="swiglu",
+    qk_norm=True,
+)
 SHAPES |= dict(positions=("sincos", "rotary"), mlp_ratio=4.0)
 
 # What `--tiny` puts in their place: every field is still used.

@@ -19,9 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.bench.accelerator.record import Record, path, prepared_path, write_json
+from experiments.bench.accelerator.record import OURS, PEER, Record, path, prepared_path, write_json
 
-OURS, PEER = "ours", "peer"
 AT_ONCE = 12  # processes, where there are as many cores and two more
 PEERS_AT_ONCE = 2  # those of PyTorch compute, in up to 30 GiB of the device each
 FEWEST = 4  # cores for processes: with fewer, compiling all programs would take the budget
@@ -29,7 +28,6 @@ SHARE = 0.4  # of the budget, at most
 # The longest programs first; sections that are not named are compiled in a second.
 ORDER = (("unet", PEER), ("jit_train", PEER), ("unet", OURS), ("numbers", OURS), ("jit_train", OURS))
 ORDER += (("digits", OURS), ("jit_sample", PEER), ("jit_sample", OURS), ("training", OURS))
-LONG = tuple(section for section, part in ORDER if part == OURS)
 
 
 class Piece(NamedTuple):

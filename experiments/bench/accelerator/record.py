@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from diffusion.io.files import atomic_write
 
+OURS, PEER = "ours", "peer"  # the parts of a section
 TAIL = 3000  # characters of a traceback that are kept
 
 
@@ -42,13 +43,13 @@ class Record:
       until: seconds since the epoch.
       tiny: sizes for a CPU; attempts then need no time at all.
       images: `--images`, or None for made ones.
-      part: "ours" or "peer".
+      part: OURS or PEER.
       rehearsed: the only attempt to be made, its work done once and not measured (`prepare`); None for all attempts.
     """
 
     def __init__(
         self, folder: Path, section: str, until: float, *, tiny: bool = False, images: str | None = None,
-        part: str = "ours", rehearsed: str | None = None,
+        part: str = OURS, rehearsed: str | None = None,
     ):  # fmt: skip
         self.folder, self.section, self.until, self.tiny, self.images = Path(folder), section, until, tiny, images
         self.part, self.rehearsed = part, rehearsed

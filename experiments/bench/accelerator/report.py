@@ -38,13 +38,7 @@ def report(results: dict[str, Any]) -> str:
     if any(r.get("tiny") for r in results.values()):
         lines += ["", "**Tiny sizes: these numbers show that every section runs, and nothing about speed.**"]
     if prepared := results.get("machine", {}).get("prepared"):
-        count, took, at_once = len(prepared["seconds"]), prepared["took"], prepared["at_once"]
-        lines += [
-            "",
-            f"{count} programs were compiled in {took:.0f} s, {at_once} at a time: kernels were chosen beside",
-        ]
-        lines[-1] += " other processes, less exactly than alone."
-        lines += [f"Not compiled then: {', '.join(missed)}."] if (missed := _missed(prepared)) else []
+        lines += ["", *_compiled_first(prepared)]
     lines += ["", "| section | what | value | aim | met |", "|---|---|---|---|---|"]
     for row in rows(results):
         met = {None: "", True: "yes", False: "no"}[row.met]
@@ -57,8 +51,14 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _missed(prepared: dict[str, Any]) -> list[str]:
-    return [f"{p} (failed)" for p in prepared["failed"]] + [f"{p} (not reached)" for p in prepared["not_reached"]]
+def _compiled_first(prepared: dict[str, Any]) -> list[str]:
+    count, took, at_once = len(prepared["seconds"]), prepared["took"], prepared["at_once"]
+    missed = [f"{p} (failed)" for p in prepared["failed"]] + [f"{p} (not reached)" for p in prepared["not_reached"]]
+    return [
+        f"{count} programs were compiled in {took:.0f} s, {at_once} at a time: kernels were chosen beside other",
+        "processes, less exactly than alone.",
+        *([f"Not compiled then: {', '.join(missed)}."] if missed else []),
+    ]
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
