@@ -187,8 +187,19 @@ def test_given_images_are_read_and_others_are_refused(tmp_path):
         np.savez(tmp_path / "wrong.npz", wrong)
         with pytest.raises(ValueError, match=rf"arr_0 must be uint8 \[N, H, W, 3\], not uint8 {shape}"):
             image_grid.load(str(tmp_path / "wrong.npz"))
+    wanted = "arr_1 must be 16 integers from 0 on, the labels, not "
+    wrong_labels = (y - 9, rf"{wanted}-\d"), (y.astype(str), rf"{wanted}<U"), (y[1:], rf"{wanted}int32 \(15,\)")
+    for labels, match in (*wrong_labels, (y.astype(float), rf"{wanted}float64 \(16,\)")):
+        np.savez(tmp_path / "wrong.npz", x, labels)
+        with pytest.raises(ValueError, match=match):
+            image_grid.load(str(tmp_path / "wrong.npz"))
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(ValueError, match=r"can be read there \(it is no npz file, or holds objects\)"):
+        image_grid.load(str(tmp_path / "text.npz"))
     with pytest.raises(ValueError, match="there is no such file"):
         command.run(tmp_path, ["training"], budget=9, tiny=True, images="nowhere.npz", start=command.here)
+    with pytest.raises(ValueError, match="results cannot be written there"):
+        command.run(tmp_path / "text.npz", ["patch"], budget=9, tiny=True, start=command.here)
 
 
 def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):

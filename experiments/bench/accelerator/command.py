@@ -133,6 +133,12 @@ def run(
     """
     if images is not None:
         image_grid.load(images)  # refused now, not after all other sections
+    try:
+        (folder / "sections").mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(
+            f"--out={folder}: results cannot be written there ({e.strerror}): choose another folder"
+        ) from e
     end = time.time() + budget
     tasks = [task for task in TASKS if task.section in (*sections, "machine")]
     for task in tasks:

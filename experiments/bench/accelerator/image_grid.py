@@ -27,14 +27,19 @@ def load(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         with np.load(path) as file:
             images, labels = file["arr_0"], file.get("arr_1")
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
-        raise ValueError(f"--images={path}: no npz file with an array arr_0 can be read there ({e})") from None
+        why = "it is no npz file, or holds objects" if "allow_pickle" in str(e) else e
+        raise ValueError(f"--images={path}: no npz file with an array arr_0 can be read there ({why})") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise ValueError(f"--images={path}: arr_0 must be uint8 [N, H, W, 3], not {images.dtype} {images.shape}")
     if any(side % PATCH_SIZE for side in images.shape[1:3]):
         sides = "x".join(map(str, images.shape[1:3]))
         raise ValueError(f"--images={path}: sides must be multiples of {PATCH_SIZE}, the patch size, not {sides}")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.min() < 0):
-        raise ValueError(f"--images={path}: arr_1 must be {len(images)} labels from 0 on, not of shape {labels.shape}")
+    if labels is not None:
+        given = f"--images={path}: arr_1 must be {len(images)} integers from 0 on, the labels, not"
+        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{given} {labels.dtype} {labels.shape}")
+        if labels.min() < 0:
+            raise ValueError(f"{given} {labels.min()}")
     return images, None if labels is None else labels.astype(np.int32)
 
 
