@@ -26,6 +26,7 @@ _MODULES = (
     "pretrained",
     "process",
     "sample",
+    "sharding",
     "solvers",
     "superres",
     "times",

@@ -15,6 +15,7 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -73,6 +74,73 @@ def of_state(mesh: Mesh, state: Any, smallest: int = SMALLEST) -> Any:
     return jax.tree.map(of, state)
 
 
-def divided(mesh: Mesh, batch_size: int) -> bool:
-    """Whether batches of this size can be split over all devices."""
-    return batch_size % mesh.size == 0
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh on which the arrays of a pytree lie; None if they lie on none, as on a single device."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            return leaf.sharding.mesh
+    return None
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """The arrays of a pytree with these shardings, one for all or a pytree of them.
+
+    Every process passes the same values and keeps the part of its own devices.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(_put, tree, shardings)
+
+
+def put_rows(mesh: Mesh, tree: Any, batch_size: int) -> Any:
+    """A batch whose examples are split over all devices, from the examples `rows` of it that this process has read."""
+    sharding, own = by_examples(mesh), rows(mesh, batch_size)
+    if len(own) == batch_size:
+        return put(tree, sharding)
+    place = {row: i for i, row in enumerate(own.tolist())}
+
+    def put_own(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, *_ = index
+            start, stop, _ = first.indices(batch_size)
+            return x[place[start] : place[start] + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put_own, tree)
+
+
+def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which examples of a batch lie on devices of this process, ascending, when it is split over all devices.
+
+    Raises:
+      ValueError: batch_size is not a multiple of the number of devices.
+    """
+    if batch_size % mesh.size:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of the {mesh.size} devices")
+    found: set[int] = set()
+    for index in by_examples(mesh).addressable_devices_indices_map((batch_size,)).values():
+        found.update(range(*index[0].indices(batch_size)))
+    return np.array(sorted(found))
+
+
+def gathered(tree: Any) -> Any:
+    """A pytree of arrays as NumPy arrays, whole, in every process; all processes call it together."""
+
+    def local(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.process_allgather(x, tiled=True)
+        return x
+
+    return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(local, tree)))
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

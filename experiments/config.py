@@ -108,6 +108,14 @@ class Condition:
 
 
 @dataclass
+class Mesh:
+    """The devices of a training (`diffusion.sharding`): data x fsdp of them. A run may go on with others."""
+
+    data: int | None = None  # groups of devices with a whole state each; None: as many as there are devices for
+    fsdp: int = 1  # devices of a group, over which parameters, averages and the state of the optimiser are split
+
+
+@dataclass
 class Train:
     """Optimisation, and how often to log, sample and save (in steps)."""
 
@@ -199,6 +207,7 @@ class Config:
     process: Process = field(default_factory=Process)
     objective: Objective = field(default_factory=Objective)
     condition: Condition = field(default_factory=Condition)
+    mesh: Mesh = field(default_factory=Mesh)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
 

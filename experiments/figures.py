@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusion import data
+from diffusion import data, sharding
 from diffusion.metrics.distances import nearest
 from diffusion.metrics.seams import seams
 from experiments import charts, image_files, sampling
@@ -41,7 +41,7 @@ def film(
     n = min(len(labels), STRIP_ROWS)
     sample = sampling.sample_fn(run, min(len(run.grid), keep), members, weak=weak)
     _, frames = sample(params, np.arange(n), labels[:n], *(() if low is None else (low[:n],)))
-    shown = as_images(np.asarray(frames).reshape(-1, *run.spec.shape), run.spec.value_range)
+    shown = as_images(sharding.gathered(frames).reshape(-1, *run.spec.shape), run.spec.value_range)
     return shown.reshape(-1, n, *shown.shape[1:])
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import figures, image_files, inputs, page, parts, report, sampling
+from experiments import figures, image_files, inputs, page, parts, processes, report, sampling
 from experiments.config import Config
 from experiments.log import Log
 from experiments.run_dir import RunDir
@@ -16,11 +16,14 @@ def finish(
     """Makes config.sample.count samples, writes them and their report, and returns the report.
 
     Files: samples.npz, samples.png, the images of `draw`, report.json, which marks a run as finished, and report.html.
-    One expert cannot sample alone: it has only the last two. `steps` and `seconds` are those of the training.
+    One expert cannot sample alone: it has only the last two. `steps` and `seconds` are those of the training. Several
+    processes make the samples together; the first one measures and writes, and has the whole report.
     """
     reached = {"train_steps": steps, "train_seconds": seconds}
     if run.split is not None:
         reached |= {"split": run.split, "experts": len(run.bounds) + 1}
+        if not processes.first():
+            return reached
         folder.write_report(reached)
         page.write(folder)
         return reached
@@ -28,6 +31,13 @@ def finish(
     low = np.asarray(sampling.low_resolution(run, inputs.held_out(config, labels))) if run.superres else None
     sample = sampling.sample_fn(run, finite=True)
     images, sample_seconds, finite = report.collect(sample, params, labels, config.sample.batch_size, low)
+    frames = None
+    try:
+        frames = figures.film(run, params, labels, low)
+    except (ValueError, RuntimeError, MemoryError) as e:
+        print(f"samples on their way from noise could not be made: {e}")
+    if not processes.first():
+        return reached
     grid = report.save(folder.samples, folder.samples_image, images, labels, run.spec)
     log.image(steps, "samples", np.asarray(grid))
     reached |= {"sample_seconds": sample_seconds, "sample_count": len(images)}
@@ -50,7 +60,7 @@ def finish(
         reached["unmeasured"] = str(e)
     folder.write_report(reached)  # before what is only to look at
     try:
-        draw(config, run, folder, params, images[finite], labels, low)
+        draw(config, run, folder, frames, images[finite])
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
         print(f"some images of the report could not be made: {e}")
     page.write(folder)
@@ -58,21 +68,13 @@ def finish(
     return reached
 
 
-def draw(
-    config: Config,
-    run: parts.Parts,
-    folder: RunDir,
-    params: Any,
-    images: np.ndarray,
-    labels: np.ndarray,
-    low: np.ndarray | None,
-) -> None:
+def draw(config: Config, run: parts.Parts, folder: RunDir, frames: np.ndarray | None, images: np.ndarray) -> None:
     """Writes what numbers alone do not show: samples on their way from noise, the nearest training images, seams.
 
-    `images` [N, *S, C] are the samples that are finite. Those on their way are of the first of `labels` [M], and of
-    `low` for a super-resolution network.
+    `frames` are those of `figures.film`, if there are any; `images` [N, *S, C] are the samples that are finite.
     """
-    image_files.save(folder.film_strip, figures.film_strip(figures.film(run, params, labels, low)))
+    if frames is not None:
+        image_files.save(folder.film_strip, figures.film_strip(frames))
     if not len(images):
         return
     train, cut = inputs.source(config), report.patches(config, run.spec)

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffusion import data
+from diffusion import data, sharding
 from diffusion import train as training
 from diffusion.io import checkpoint
-from experiments import display, image_files, inputs, parts, sampling
+from experiments import display, image_files, inputs, parts, processes, sampling
 from experiments.config import Config
 from experiments.log import Log
 from experiments.objective import objective
@@ -17,13 +17,20 @@ from experiments.run_dir import RunDir
 
 
 class Validation:
-    """Loss on a fixed set of noised held-out images; keeps the best weights and says when to stop."""
+    """Loss on a fixed set of noised held-out images; keeps the best weights and says when to stop.
 
-    def __init__(self, config: Config, run: parts.Parts, folder: RunDir, log: Log) -> None:
+    The images, their noise and so the loss do not depend on the devices.
+    """
+
+    def __init__(
+        self, config: Config, run: parts.Parts, folder: RunDir, log: Log, mesh: jax.sharding.Mesh | None = None
+    ) -> None:
         c = config.train
         self._patience, self._log, self._best = c.patience, log, folder.best
-        # In equal batches, none larger than what one device gets in training, which is known to fit into memory.
-        most = max((c.microbatch or c.batch_size * c.repeat) // (c.repeat * jax.device_count()), 1)
+        # Of an earlier session too; later ones are added here, since only one of several processes writes the log.
+        self._losses = {row["step"]: row["held_out_loss"] for row in log.rows() if "held_out_loss" in row}
+        # In equal batches, none larger than in training, which is known to fit into memory.
+        most = max((c.microbatch or c.batch_size * c.repeat) // c.repeat, 1)
         count = -(-c.eval_count // c.repeat)
         batches = -(-count // most)
         size = -(-count // batches)
@@ -34,6 +41,8 @@ class Validation:
         def loss(params: Any) -> jax.Array:
             def of(now: tuple[jax.Array, Any]) -> jax.Array:
                 i, examples = now
+                if mesh is not None and size % mesh.size == 0:
+                    examples = jax.lax.with_sharding_constraint(examples, sharding.by_examples(mesh))
                 # The key is made inside, anew each time: every validation has the same noise.
                 key = jax.random.fold_in(parts.key(config.seed, "held out"), i)
                 return pieces.loss(params, key, pieces.draw(key, examples, None))[0]
@@ -42,21 +51,17 @@ class Validation:
 
         self._loss = jax.jit(loss)
 
-    def losses(self) -> dict[int, float]:
-        """Step to loss, of every validation so far."""
-        return {row["step"]: row["held_out_loss"] for row in self._log.rows() if "held_out_loss" in row}
-
     def validate(self, step: int, state: training.State) -> None:
         """Measures and logs the loss, and keeps the state if it is the best so far."""
-        before = self.losses()
         value = float(self._loss(state.ema[0]))
         self._log.scalars(step, {"held_out_loss": value})
-        if self._patience is not None and value < min(before.values(), default=math.inf):
+        if self._patience is not None and value < min(self._losses.values(), default=math.inf):
             checkpoint.save(self._best, step, state, keep=1)
+        self._losses[step] = value
 
     def should_stop(self) -> bool:
         """Whether the last `patience` validations were all worse than the best."""
-        losses = self.losses()
+        losses = self._losses
         if self._patience is None or not losses:
             return False
         best = min(losses, key=losses.get)
@@ -93,6 +98,8 @@ class Preview:
     def __call__(self, step: int, params: Any) -> None:
         batches = sampling.in_batches(self._sample, params, self._labels, self._batch_size, self._inputs)
         images = np.concatenate(list(batches))
+        if not processes.first():
+            return
         if self._expert:  # [N, 2, *S, C] to a row of noised images, one of denoised ones, and so on
             images = images.reshape(-1, self._columns, *images.shape[1:]).swapaxes(1, 2).reshape(-1, *images.shape[2:])
         image = image_files.grid(display.as_images(images, self._range), self._columns)

@@ -30,10 +30,10 @@ def data_spec(config: Config, images: data.Source) -> DataSpec:
     return DataSpec(tuple(images.images.shape[1:]), names, str(images.dtype), images.value_range)
 
 
-def batch(config: Config, images: data.Source, step: int) -> dict[str, np.ndarray]:
-    """The training batch of a step: {"x": [B, *S, C] of the data's type, "y": labels [B]}."""
+def batch(config: Config, images: data.Source, step: int, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """The training batch of a step: {"x": [B, *S, C] of the data's type, "y": labels [B]}; or these rows of it."""
     c = config.data
-    return data.batch(images, config.seed, step, config.train.batch_size, flip=c.flip, shift=c.shift)
+    return data.batch(images, config.seed, step, config.train.batch_size, flip=c.flip, shift=c.shift, rows=rows)
 
 
 def held_out(config: Config, labels: np.ndarray) -> np.ndarray:

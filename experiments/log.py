@@ -11,10 +11,13 @@ from experiments.trackers import Tracker
 
 
 class Log:
-    """Numbers in a file of JSON lines, a row per step; numbers and images also to the trackers, if any."""
+    """Numbers in a file of JSON lines, a row per step; numbers and images also to the trackers, if any.
 
-    def __init__(self, path: Path, trackers: Sequence[Tracker] = ()) -> None:
-        self.path = path
+    Without `writes`, as in all processes of a run but one, it reads alone.
+    """
+
+    def __init__(self, path: Path, trackers: Sequence[Tracker] = (), *, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
         self._trackers = list(trackers)
 
     def __enter__(self) -> "Log":
@@ -35,13 +38,16 @@ class Log:
 
     def rewind(self, step: int) -> None:
         """Removes the rows after `step`: those steps will be run again."""
+        if not self._writes:
+            return
         kept = [row for row in self.rows() if row["step"] <= step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Appends a row."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
         self.tell(step, values)
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from diffusion import data
+from diffusion import data, sharding
 from diffusion.patch.geometry import geometry
 from experiments import checks, display, inputs, objective, parts, report, sampling
 from experiments.config import Config, network_name, to_dict
@@ -17,17 +17,19 @@ from experiments.run_dir import RunDir
 
 def check(config: Config) -> None:
     """Raises ValueError for values out of range and fields that do not fit each other, naming the flag."""
-    c = config.train
+    c, devices = config.train, jax.device_count()
     parts.check(config)
-    if c.batch_size % jax.device_count():
-        raise ValueError(f"--config.train.batch_size={c.batch_size} must be a multiple of {jax.device_count()} devices")
+    with checks.named("mesh"):
+        sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    if c.batch_size % devices:
+        raise ValueError(f"--config.train.batch_size={c.batch_size} must be a multiple of {devices} devices")
     if c.patience is not None and not c.eval_every:
         raise ValueError(f"--config.train.patience={c.patience} needs --config.train.eval_every")
     examples = c.batch_size * c.repeat
     if c.microbatch is not None and examples % c.microbatch:
         raise ValueError(f"--config.train.microbatch={c.microbatch} must divide the {examples} examples of a batch")
-    if c.microbatch is not None and c.microbatch % jax.device_count():
-        raise ValueError(f"--config.train.microbatch={c.microbatch} must be a multiple of {jax.device_count()} devices")
+    if c.microbatch is not None and c.microbatch % devices:
+        raise ValueError(f"--config.train.microbatch={c.microbatch} must be a multiple of {devices} devices")
     if config.process.snr_splits and config.process.split is None:
         raise ValueError(
             f"--config.process.split=None: with snr_splits={config.process.snr_splits} train one expert at a time, "

@@ -107,16 +107,24 @@ class RunDir(NamedTuple):
         """The step of the newest checkpoint; None without one."""
         return checkpoint.latest(self.checkpoints)
 
-    def open(self, config: Config, spec: DataSpec, command: str | None = None) -> None:
+    def open(self, config: Config, spec: DataSpec, command: str | None = None, *, writes: bool = True) -> None:
         """Stores the config in a new folder, or makes sure that the folder is that of a run with the same config.
 
-        `command` is what the user typed, and is stored too.
+        The mesh may be another one. `command` is what the user typed, and is stored too. Without `writes`, as in all
+        processes of a run but one, the config must be there.
 
         Raises:
           ValueError: it holds a run with another config; the fields that differ are listed.
-          OSError: nothing can be written there.
+          OSError: nothing can be written there, or another process wrote it where this one cannot read.
         """
         resolved = _to_stored(config, spec)
+        if not writes:
+            if not self.is_run:
+                raise OSError(
+                    f"the first process wrote to {self.path}, where this one finds nothing: all need one folder"
+                )
+            self._check_same(resolved)
+            return
         files.check_writable(self.path)
         if self.is_run:
             self._check_same(resolved)
@@ -130,6 +138,7 @@ class RunDir(NamedTuple):
         stored = stored_config.read_config(self.path)
         with contextlib.suppress(ValueError, FileNotFoundError):  # one of a later version differs, and is refused below
             stored = _to_stored(*self.stored())
+        stored, resolved = ({k: v for k, v in each.items() if k != "mesh"} for each in (stored, resolved))
         differing = stored_config.config_differences(stored, resolved)
         if differing:
             raise ValueError(

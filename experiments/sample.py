@@ -26,9 +26,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from diffusion import data
+from diffusion import data, sharding
 from diffusion.methods import windows
-from experiments import command, figures, image_files, inputs, report, sampling
+from experiments import command, figures, image_files, inputs, processes, report, sampling
 from experiments.checks import reset, without_guidance
 from experiments.config import Config, Sample
 from experiments.parts import DataSpec, Parts
@@ -64,6 +64,7 @@ _SAMPLE_SIZE = flags.DEFINE_list(
 _WINDOW_STRIDE = flags.DEFINE_integer(
     "window_stride", None, "With --sample_size: pixels between windows; default: half a window.", lower_bound=1
 )
+_FSDP = flags.DEFINE_integer("fsdp", 1, "Devices over which the parameters are split.", lower_bound=1)
 _TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Also show how the first samples emerge from noise.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Allow writing over earlier samples in --outdir.")
 
@@ -89,8 +90,13 @@ SAMPLE_FLAGS = _define_sample_flags()
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    command.start()
-    workdirs = command.workdirs()
+    with processes.joined():
+        command.start()
+        sample(mesh_of_flags(), command.workdirs())
+
+
+def sample(mesh: jax.sharding.Mesh, workdirs: Sequence[Path]) -> None:
+    """Makes the samples that the flags ask for, on the devices of a mesh, and writes them."""
     run = trained(workdirs, _CHECKPOINT.value, _EMA.value)
     weaker = weaker_run(run, workdirs)
     run = run._replace(config=overridden(run.config, run.spec, autoguided=weaker is not None))
@@ -100,18 +106,33 @@ def main(argv: Sequence[str]) -> None:
     if weaker is not None:
         weak, run = larger(weaker.parts()[0], ())[0], run._replace(params=(run.params, weaker.params))
     low, labels = base_samples(run.config, run.spec)
-    sample = sampling.sample_fn(parts, members=members, finite=True, weak=weak)
+    make = sampling.sample_fn(parts, members=members, finite=True, weak=weak)
     few = [a[:1] for a in (labels, labels, low) if a is not None]
-    jax.eval_shape(sample, run.params, *few)
-    outdir = command.output_folder(workdirs[0] / "samples", "samples.npz", _OUTDIR.value, _OVERWRITE.value)
+    jax.eval_shape(make, run.params, *few)
+    outdir = None
+    if processes.first():
+        outdir = command.output_folder(workdirs[0] / "samples", "samples.npz", _OUTDIR.value, _OVERWRITE.value)
+    run = run._replace(params=sharding.put(run.params, sharding.of_state(mesh, run.params)))
     print(f"making {len(labels)} samples from step {run.step} of {' and '.join(map(str, workdirs))}")
-    images, seconds, finite = report.collect(sample, run.params, labels, run.config.sample.batch_size, low)
-    report.save(outdir / "samples.npz", outdir / "samples.png", images, labels, parts.spec)
+    images, seconds, finite = report.collect(make, run.params, labels, run.config.sample.batch_size, low)
+    if outdir is not None:
+        report.save(outdir / "samples.npz", outdir / "samples.png", images, labels, parts.spec)
     if _TRAJECTORY.value:
         trajectory(run, parts, members, labels, low, outdir, weak)
+    processes.wait("finished")
+    if outdir is None:
+        return
     print(f"{report.minutes(seconds)}; written to {outdir}: {', '.join(sorted(p.name for p in outdir.iterdir()))}")
     if not finite.all():
         raise FloatingPointError(report.non_finite(int((~finite).sum()), len(finite)))
+
+
+def mesh_of_flags() -> jax.sharding.Mesh:
+    """All devices, of which --fsdp share a network."""
+    try:
+        return sharding.make_mesh(fsdp=_FSDP.value)
+    except ValueError as e:
+        raise ValueError(f"--{e}") from e
 
 
 @contextlib.contextmanager
@@ -320,11 +341,13 @@ def trajectory(
     members: Sequence[Parts],
     labels: np.ndarray,
     low: np.ndarray | None,
-    outdir: Path,
+    outdir: Path | None,
     weak: Parts | None = None,
 ) -> None:
-    """Writes trajectory.png, a row per sample, and trajectory.gif."""
+    """Writes trajectory.png, a row per sample, and trajectory.gif; without a folder it only takes part."""
     frames = figures.film(parts, run.params, labels, low, members, keep=_ANIMATION_FRAMES, weak=weak)
+    if outdir is None:
+        return
     image_files.save(outdir / "trajectory.png", figures.film_strip(frames))
     animation = [image_files.grid(frame, min(frames.shape[1], 5)) for frame in frames]
     image_files.save_animation(outdir / "trajectory.gif", animation)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import experts, guide, superres
+from diffusion import experts, guide, sharding, superres
 from diffusion import sample as samplers
 from diffusion.predict import Denoise, convert
 from diffusion.process import noise
@@ -175,12 +175,18 @@ def in_batches(
 ) -> Iterator[Any]:
     """Samples 0..len(labels) - 1 batch by batch; the last batch is filled up, so that one program serves all.
 
-    What `sample` returns, an array or a tuple of arrays, is cut to the samples that were asked for. `images` [N, ...]
-    are the inputs of `sample`, if it has any.
+    Where `params` lie on a mesh, all its devices share a batch, whose size is then a multiple of their number. What
+    `sample` returns, an array or a tuple of arrays, is cut to the samples that were asked for. `images` [N, ...] are
+    the inputs of `sample`, if it has any.
     """
-    n, batch_size = len(labels), min(batch_size, len(labels))
+    n, mesh = len(labels), sharding.mesh_of(params)
+    batch_size = min(batch_size, n)
+    if mesh is not None:
+        batch_size = -(-batch_size // mesh.size) * mesh.size
     for start in range(0, n, batch_size):
         index = np.arange(start, start + batch_size)
-        inputs = () if images is None else (images[index % n],)
-        made = sample(params, index, labels[index % n], *inputs)
-        yield jax.tree.map(lambda array, left=n - start: np.asarray(array)[:left], made)
+        inputs = (index, labels[index % n]) + (() if images is None else (images[index % n],))
+        if mesh is not None:
+            inputs = sharding.put(inputs, sharding.by_examples(mesh))
+        made = sharding.gathered(sample(params, *inputs))
+        yield jax.tree.map(lambda array, left=n - start: array[:left], made)

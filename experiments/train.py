@@ -5,7 +5,8 @@
     python -m experiments.train --config=experiments/configs/patch_unet_mnist.py    a U-Net on patches
     python -m experiments.train --config.data.name=folder:PATH --config.data.size="(64, 64)" --workdir=runs/mine
 
-The same command continues a run that was stopped, bit for bit. `--dry_run` prints what would be trained.
+The same command continues a run that was stopped, bit for bit, also on other devices. `--dry_run` prints what would be
+trained. All devices of the machine are used; `experiments.processes` says how to start several processes.
 """
 
 import contextlib
@@ -20,9 +21,9 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
-from diffusion import data
+from diffusion import data, sharding
 from diffusion.io import checkpoint, snapshots
-from experiments import command, hooks, inputs, objective, parts, preflight, report, signals, trackers
+from experiments import command, hooks, inputs, objective, parts, preflight, processes, report, signals, trackers
 from experiments.command_line import define_config, given_config
 from experiments.config import Config, Train, to_dict
 from experiments.finish import finish
@@ -42,12 +43,13 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; fields are set as in --config.train.steps=100")
     config = given_config()
-    command.start()
-    if _DRY_RUN.value:
-        preflight.dry_run(config)
-    else:
-        typed = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
-        train(config, command.workdir(default_workdir(config)), track=_TRACK.value, typed=typed)
+    with processes.joined():
+        command.start()
+        if _DRY_RUN.value:
+            preflight.dry_run(config)
+        else:
+            typed = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
+            train(config, command.workdir(default_workdir(config)), track=_TRACK.value, typed=typed)
 
 
 def train(config: Config, workdir: Path, *, track: Sequence[str] = (), typed: str | None = None) -> dict[str, Any]:
@@ -60,20 +62,26 @@ def train(config: Config, workdir: Path, *, track: Sequence[str] = (), typed: st
       signals.Stopped: a signal ended training; everything is saved.
     """
     preflight.check(config)
-    source, folder = inputs.source(config), RunDir(workdir)
+    folder = RunDir(workdir)
+    with processes.first_alone("data"):  # which may prepare a data set
+        source = inputs.source(config)
     run = parts.resolve(config, inputs.data_spec(config, source))
     preflight.check_shapes(config, run, fresh=folder.latest_step is None)
-    folder.open(config, run.spec, typed)
+    with processes.first_alone("folder"):
+        folder.open(config, run.spec, typed, writes=processes.first())
     finished = folder.report()
     if finished is not None:
         print(f"{workdir} is finished; nothing was trained again.\n\n{report.paragraph(workdir, finished)}")
         return finished
-    followers = trackers.start(track, folder, config.name, to_dict(config))
-    with Log(folder.metrics, followers) as log:
+    writes = processes.first()
+    followers = trackers.start(track if writes else (), folder, config.name, to_dict(config))
+    with Log(folder.metrics, followers, writes=writes) as log:
         with signals.stop_signals() as stop:
             ema, steps, seconds = fit(config, run, folder, source, log, stop)
         reached = finish(config, run, folder, ema, steps, seconds, log)
-    print("\n" + report.paragraph(workdir, reached))
+    processes.wait("finished")
+    if writes:
+        print("\n" + report.paragraph(workdir, reached))
     return reached
 
 
@@ -104,28 +112,33 @@ def fit(
 ) -> tuple[Any, int, float]:
     """Trains from the newest checkpoint, or from the start, to the end: (averaged parameters, steps, seconds)."""
     c = config.train
-    params, state, begin = restored(config, run, folder)
-    log.rewind(begin)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    state, placed, begin = restored(config, run, folder, mesh)
+    with processes.first_alone("log"):
+        log.rewind(begin)
     seconds = max((row["seconds"] for row in log.rows() if "seconds" in row), default=0.0)
-    validation = hooks.Validation(config, run, folder, log) if c.eval_every else None
+    validation = hooks.Validation(config, run, folder, log, mesh) if c.eval_every else None
     if begin >= c.steps or (validation and validation.should_stop()):
         return state.ema[0], begin, seconds
 
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    everywhere, split = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("data",)))
-    step = jax.jit(objective.make_step(run), donate_argnums=1)
-    state, key = jax.device_put((state, parts.key(config.seed, "train")), everywhere)
-    batches = data.prefetch(partial(inputs.batch, config, source), begin, c.steps)
+    everywhere, own = sharding.whole(mesh), sharding.rows(mesh, c.batch_size)
+    step = jax.jit(objective.make_step(run), donate_argnums=1, out_shardings=(placed, everywhere))
+    key = sharding.put(parts.key(config.seed, "train"), everywhere)
+
+    def placed_batch(i: int) -> dict[str, jax.Array]:
+        return sharding.put_rows(mesh, inputs.batch(config, source, i, own), c.batch_size)
+
+    batches = data.prefetch(placed_batch, begin, c.steps)
     preview = hooks.Preview(config, run, folder, log)
 
-    print(preflight.describe(config, source, params))
+    print(preflight.describe(config, source, state.params))
     print(f"{'continuing after' if begin else 'training from'} step {begin} of {c.steps}, writing to {folder.path}")
     with Bar(c.steps, "training", "step", begin, seconds) as bar, contextlib.closing(batches):
         for i, examples in batches:
-            state, metrics = step(key, state, jax.device_put(examples, split))
+            state, metrics = step(key, state, examples)
             bar.update()
             done, now = i + 1, due(c, i + 1)
-            stopping = stop.asked  # read once: what is announced as saved must have been saved
+            stopping = asked(stop, now)  # read once: what is announced as saved must have been saved
             if any(now) or stopping:
                 hooks.check_finite(done, state.step, metrics, folder)
             if now.log:
@@ -149,14 +162,28 @@ def fit(
         return state.ema[0], done, bar.seconds()
 
 
-def restored(config: Config, run: parts.Parts, folder: RunDir) -> tuple[Any, Any, int]:
-    """Initial parameters, the state of the newest checkpoint or else the initial one, and the step that it is from."""
-    params, init_from, fresh = parts.init_params(run), config.train.init_from, folder.latest_step is None
-    if init_from is not None and fresh:
-        params = RunDir(Path(init_from)).initial_weights(params)
+def asked(stop: signals.Stop, now: Due) -> bool:
+    """Whether to stop after this step. Several processes agree on it, at the steps after which anything is due."""
+    return (any(now) and processes.anywhere(stop.asked)) if processes.several() else stop.asked
+
+
+def restored(config: Config, run: parts.Parts, folder: RunDir, mesh: jax.sharding.Mesh) -> tuple[Any, Any, int]:
+    """The state of the newest checkpoint or else the initial one, its shardings, and the step that it is from."""
+    init_from, fresh = config.train.init_from, folder.latest_step is None
+    shapes = jax.eval_shape(partial(parts.init_params, run))
+    of_params = sharding.of_state(mesh, shapes)
+    like = jax.eval_shape(partial(objective.init_state, run), shapes)
+    placed = sharding.of_state(mesh, like)
+    if not fresh:
+        like = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like, placed)
+        state, step = checkpoint.restore(folder.checkpoints, like, report=print)
+        return state, placed, step
+    if init_from is None:
+        params = parts.init_params(run, of_params)
+    else:
+        params = sharding.put(RunDir(Path(init_from)).initial_weights(shapes), of_params)
         print(f"starting from the averaged weights of {init_from}")
-    state = objective.init_state(run, params)
-    return (params, state, 0) if fresh else (params, *checkpoint.restore(folder.checkpoints, state, report=print))
+    return jax.jit(partial(objective.init_state, run), out_shardings=placed)(params), placed, 0
 
 
 def log_step(step: int, metrics: dict[str, jax.Array], bar: Bar, log: Log, examples: int) -> None:

@@ -174,9 +174,18 @@ def checked_labels(
 
 
 def batch(
-    source: Source, seed: int, step: int, batch_size: int, *, flip: bool = False, shift: int = 0
+    source: Source,
+    seed: int,
+    step: int,
+    batch_size: int,
+    *,
+    flip: bool = False,
+    shift: int = 0,
+    rows: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Batch number `step` of the run `seed`, eq. (1): {"x": [B, *S, C] of the source's type, "y": int32 [B]}.
+
+    With `rows`, integers in 0 .. B - 1, only these examples of it, as a process reads of a batch that several share.
 
     `flip` mirrors each image left to right with probability 1/2. `shift` moves each by -shift .. shift pixels
     vertically and horizontally, and fills the free space by repeating the edge pixels.
@@ -193,15 +202,15 @@ def batch(
         raise ValueError(f"step={step} must be at least 0 and seed={seed} must lie in 0 .. 2^64 - 1")
     if flip or shift:
         check_augmentation(source.images.shape[1:], flip, shift)
-    first = step * batch_size
-    epoch, place = np.divmod(np.arange(first, first + batch_size), n)
-    picked = np.empty(batch_size, np.int64)
-    for e in range(int(epoch[0]), int(epoch[-1]) + 1):
+    numbers = step * batch_size + (np.arange(batch_size) if rows is None else np.asarray(rows, np.int64))
+    epoch, place = np.divmod(numbers, n)
+    picked = np.empty(len(numbers), np.int64)
+    for e in np.unique(epoch).tolist():
         within = epoch == e
         picked[within] = _permutation(n, seed, e)[place[within]]
     x, y = source.images[picked], source.labels[picked]
     if flip or shift:
-        x = _augment(x, seed, first, flip, shift)
+        x = _augment(x, seed, numbers, flip, shift)
     return {"x": x, "y": y}
 
 
@@ -225,10 +234,12 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def _augment(x: np.ndarray, seed: int, first: int, flip: bool, shift: int) -> np.ndarray:
+def _augment(x: np.ndarray, seed: int, numbers: np.ndarray, flip: bool, shift: int) -> np.ndarray:
     b, height, width, _ = x.shape
+    first, last = int(numbers.min()), int(numbers.max())
     philox = np.random.Philox(key=np.array([seed, AUGMENTATION], np.uint64), counter=first)
-    words = philox.random_raw(4 * b).reshape(b, 4)  # one block of four words per sample number
+    # One block of four words per sample number, those between a process's own included.
+    words = philox.random_raw(4 * (last - first + 1)).reshape(-1, 4)[numbers - first]
     down, across = (words[:, 1:3] % np.uint64(2 * shift + 1)).astype(np.int64).T - shift
     rows = np.clip(np.arange(height) - down[:, None], 0, height - 1)
     columns = np.clip(np.arange(width) - across[:, None], 0, width - 1)

@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion import sharding
 from diffusion.io.files import atomic_write
 
 DIGESTS = "digests.json"
@@ -204,12 +205,7 @@ def _checked_leaves(tree: Any, name: str, kinds: Any) -> Leaves:
 def _on_host(leaves: Leaves) -> dict[tuple[str, ...], np.ndarray]:
     """Leaves as contiguous NumPy arrays in this machine's byte order; keys become their key data."""
     leaves = {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()}
-    for path, leaf in leaves.items():
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            from jax.experimental import multihost_utils
-
-            leaves[path] = multihost_utils.process_allgather(leaf, tiled=True)
-    arrays = {path: np.asarray(leaf) for path, leaf in jax.device_get(leaves).items()}
+    arrays = sharding.gathered(leaves)
     return {path: np.asarray(x, x.dtype.newbyteorder("="), order="C") for path, x in arrays.items()}
 
 
@@ -315,7 +311,7 @@ def _place(path: tuple[str, ...], value: Any, like: Any = None) -> Any:
     if isinstance(like, np.ndarray | np.generic):
         return value[()] if isinstance(like, np.generic) else value
     committed = like.committed if isinstance(like, jax.Array) else getattr(like, "sharding", None) is not None
-    placed = jax.device_put(value, like.sharding) if committed else jnp.asarray(value)
+    placed = sharding.put(value, like.sharding) if committed else jnp.asarray(value)
     if placed.dtype != value.dtype:
         raise ValueError(f"leaf {_dotted(path)} is {value.dtype}, which JAX keeps only with jax_enable_x64=True")
     return placed

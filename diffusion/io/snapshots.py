@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffusion import sharding
 from diffusion.io.files import atomic_write
 
 
 def save(directory: str | os.PathLike, step: int, averages: Sequence[Any]) -> None:
     """Writes averages, nested dicts of arrays, as those of `step`; replaces those of the same step.
 
-    If several JAX processes train together, the first one writes.
+    If several JAX processes train together, each calls it, and the first one writes.
 
     Raises:
       ValueError: a node is not a dict, a name is not a string or has a slash in it, or NumPy lacks a leaf's type.
@@ -31,11 +32,11 @@ def save(directory: str | os.PathLike, step: int, averages: Sequence[Any]) -> No
     for name, leaf in arrays.items():
         if np.dtype(leaf.dtype).kind not in "biufc":
             raise ValueError(f"a snapshot cannot hold the average {name} of type {leaf.dtype}: cast it to float32")
+    arrays = sharding.gathered(arrays)
     if jax.process_index():
         return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.asarray(leaf) for name, leaf in arrays.items()}
     atomic_write(directory / f"{step:07d}.npz", lambda file: np.savez(file, **arrays))
 
 

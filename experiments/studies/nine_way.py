@@ -6,8 +6,9 @@
 After Li & He 2025 (2511.13720), table 2: on large patches only x0 is predicted well, whatever the loss. Here digits of
 28x28 are learned by a vision transformer and by Patch Diffusion's U-Net, on patches of 2, 4, 7 and 14 pixels. All cells
 train for the same time, compilation apart, at a constant rate, so that the time alone decides how many steps they take.
-On a CPU that is processor time over cores, which other programs on the machine hardly change. All are on the linear path, with the same times, batches and sampler, without guidance. Conversions of the
-error divide by at least 0.05, as JiT's do (`loss.measured_in`).
+On a CPU that is processor time over cores, which other programs on the machine hardly change. All are on the linear
+path, with the same times, batches and sampler, without guidance. Conversions of the error divide by at least 0.05, as
+JiT's do (`loss.measured_in`).
 
 ratio: Frechet distance of the samples in features of the digits' classifier, over that of as many real digits.
 agreement: share of samples that the classifier reads as their label. error: mean square error of x0_hat on held-out
@@ -15,7 +16,6 @@ digits, at the SNRs of `SNR`, whatever was predicted: what the advice of `experi
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +32,7 @@ from diffusion.models.unet import UNet
 from diffusion.models.vit import ViT
 from experiments import command, inputs, objective, parts, report, sampling
 from experiments.bench.tables import table
+from experiments.bench.timing import cores
 from experiments.config import AnyNetwork, Config, Data, Process, Sample, Train
 from experiments.studies import cells
 from experiments.studies.toy import PREDICTIONS, whole
