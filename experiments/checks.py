@@ -26,8 +26,8 @@ _RANGES: list[tuple[Callable[[Any], bool], str, str]] = [
         lambda v: v >= 1,
         "must be at least 1",
         "process.steps mesh.data mesh.fsdp train.steps train.batch_size train.microbatch train.repeat train.log_every "
-        "train.sample_every train.save_every train.snapshot_every train.eval_every train.eval_count train.patience sample.count "
-        "sample.steps sample.batch_size sample.order",
+        "train.sample_every train.save_every train.snapshot_every train.eval_every train.eval_count train.patience "
+        "sample.count sample.steps sample.batch_size sample.order",
     ),
     (
         lambda v: 0 < v < float("inf"),

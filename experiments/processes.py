@@ -8,6 +8,7 @@ reads its share of a batch; the first one prints, and writes every file, in a fo
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: whic
 _TIMEOUT = flags.DEFINE_integer(
     "process_timeout", 100, "Seconds without a sign of life after which a process counts as lost.", lower_bound=10
 )
+# What JAX and its communication say, in errors of several types, when a process is gone.
+_UNREACHABLE = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]oordination ?[Ss]ervice")
 
 
 @contextmanager
@@ -41,8 +44,8 @@ def joined() -> Iterator[None]:
     except Exception as e:
         if not several() or isinstance(e, signals.Stopped):
             raise
-        if isinstance(e, jax.errors.JaxRuntimeError):
-            what = f"the others cannot be reached any more ({str(e).strip().partition(chr(10))[0]:.300})"
+        if isinstance(e, jax.errors.JaxRuntimeError) or _UNREACHABLE.search(str(e)):
+            what = f"the others cannot be reached any more ({str(e).strip().splitlines()[0]:.300})"
         else:
             what = f"{type(e).__name__}: {e}"
         if os.environ.get("PATCH_DIFFUSION_TRACEBACK"):
