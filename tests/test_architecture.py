@@ -48,7 +48,7 @@ ARROWS = {
     "io": {"sharding"},
     "data": {"io"},
     "models": {"cpu", "patch", "predict", "process"},
-    "metrics": {"data", "models", "pretrained"},
+    "metrics": {"data", "models", "pretrained", "sharding"},
     "pretrained": {"models"},
 }
 WITHOUT_JAX = ("patch/geometry.py", "patch/views.py", "patch/compiled.py", "patch/kernels.py",

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,16 +11,14 @@ import pytest
 from diffusion import data, sharding
 
 
-def mesh_of(data_, fsdp):
-    """What `of_state` asks of a mesh of devices that this process lacks."""
-    devices = np.array([SimpleNamespace(id=i, platform="cpu") for i in range(data_ * fsdp)], object)
-    return jax.sharding.AbstractMesh((data_, fsdp), sharding.AXES), devices
+def mesh(data_, fsdp):
+    """A mesh of devices that this process lacks."""
+    return jax.sharding.AbstractMesh((data_, fsdp), sharding.AXES)
 
 
 def specs(shapes, fsdp, **options):
-    mesh, _ = mesh_of(2, fsdp)
     tree = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
-    return [tuple(s.spec) for s in sharding.of_state(mesh, tree, **options)]
+    return [tuple(s.spec) for s in sharding.of_state(mesh(2, fsdp), tree, **options)]
 
 
 def test_an_array_is_split_along_its_longest_axis_that_can_be():
@@ -56,9 +53,8 @@ def test_rows_of_a_batch_are_those_of_the_whole_batch():
 
 
 def test_a_batch_that_devices_cannot_share_is_refused():
-    mesh, _ = mesh_of(2, 4)
     with pytest.raises(ValueError, match="batch_size=12 must be a multiple of the 8 devices"):
-        sharding.rows(mesh, 12)
+        sharding.rows(mesh(2, 4), 12)
 
 
 PROGRAM = """
@@ -136,4 +132,34 @@ def test_ten_steps_on_eight_devices_are_those_of_one(case):
         [sys.executable, "-c", PROGRAM, case], env=os.environ | flags, capture_output=True, text=True, timeout=300
     )
     print(done.stdout)
+    assert done.returncode == 0, done.stderr
+
+
+FEATURES = """
+import jax, numpy as np
+from diffusion.metrics.features import digits
+from diffusion.metrics.features.batches import in_batches
+
+digits.BATCH_SIZE = 5
+images = np.random.default_rng(0).integers(0, 256, (23, 28, 28, 1), np.uint8)
+shapes = []
+
+def forward(x):
+    shapes.append((x.shape[0], len(x.sharding.device_set)))
+    return digits._forward(digits._default_params(), x)
+
+logits, features = in_batches(forward, images, 5)
+assert shapes == [(10, 2)] * 3, shapes
+one = [np.asarray(digits._forward(digits._default_params(), images[i : i + 1])[1][0]) for i in (0, 9, 22)]
+np.testing.assert_allclose(features[[0, 9, 22]], one, rtol=1e-4, atol=1e-4)
+found = digits.digit_features(images)
+np.testing.assert_array_equal(found.features, features)
+assert found.logits.shape == (23, 10)
+"""
+
+
+def test_features_are_computed_on_all_devices():
+    devices = "--xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}", "NPROC": "16", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", FEATURES], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -129,6 +129,8 @@ def test_without_a_cluster_the_flags_for_another_place_are_named(given, monkeypa
     for name in list(os.environ):
         if name.startswith(("SLURM", "OMPI", "KUBERNETES", "TPU", "CLOUD_TPU")):
             monkeypatch.delenv(name)
+    # As in a new process, in which JAX has not been asked for devices.
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     given("--distributed")
     with pytest.raises(ValueError, match="no cluster was found .*--coordinator=HOST:PORT --num_processes=N"):
         processes.join()

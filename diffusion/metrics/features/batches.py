@@ -1,9 +1,12 @@
-"""Images through a network in batches of one size: any number of images compiles once."""
+"""Images through a network in batches of one size, on all devices of a process: any number of images compiles once."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+
+from diffusion import sharding
 
 Forward = Callable[[np.ndarray], Any]
 Progress = Callable[[int], Any]
@@ -14,14 +17,18 @@ def in_batches(
 ) -> tuple[np.ndarray, ...]:
     """The arrays [N, ...] that `forward`, uint8 [batch_size, H, W, C] -> (arrays [batch_size, ...], ...), gives.
 
-    The last batch is filled up with black images, whose results are dropped. `progress(n)` is told of every n images.
+    Several devices share a batch of so many times this size. The last batch is filled up with black images, whose
+    results are dropped. `progress(n)` is told of every n images.
     """
-    parts = []
+    parts, mesh = [], sharding.make_mesh(devices=jax.local_devices())
+    batch_size *= mesh.size
     for i in range(0, len(images), batch_size):
         batch = images[i : i + batch_size]
         n = len(batch)
         if n < batch_size:
             batch = np.concatenate([batch, np.zeros((batch_size - n, *batch.shape[1:]), batch.dtype)])
+        if mesh.size > 1:
+            batch = sharding.put(batch, sharding.by_examples(mesh))
         parts.append([np.asarray(x)[:n] for x in forward(batch)])
         if progress is not None:
             progress(n)
