@@ -19,7 +19,7 @@ from experiments.run_dir import RunDir
 class Validation:
     """Loss on a fixed set of noised held-out images; keeps the best weights and says when to stop.
 
-    The images, their noise and so the loss do not depend on the devices.
+    The images, their noise and so the loss depend neither on the devices nor on microbatches.
     """
 
     def __init__(
@@ -30,10 +30,11 @@ class Validation:
         # Of an earlier session too; later ones are added here, since only one of several processes writes the log.
         self._losses = {row["step"]: row["held_out_loss"] for row in log.rows() if "held_out_loss" in row}
         # In equal batches, none larger than in training, which is known to fit into memory.
-        most = max((c.microbatch or c.batch_size * c.repeat) // c.repeat, 1)
         count = -(-c.eval_count // c.repeat)
-        batches = -(-count // most)
+        batches = -(-count // c.batch_size)
         size = -(-count // batches)
+        examples = size * c.repeat
+        at_once = max(n for n in range(1, min(c.microbatch or examples, examples) + 1) if examples % n == 0)
         held = data.batch(inputs.source(config, config.data.held_out), config.seed, 0, batches * size)
         held = jax.tree.map(lambda x: x.reshape(batches, size, *x.shape[1:]), held)
         pieces = objective(run, training=False)
@@ -45,7 +46,9 @@ class Validation:
                     examples = jax.lax.with_sharding_constraint(examples, sharding.by_examples(mesh))
                 # The key is made inside, anew each time: every validation has the same noise.
                 key = jax.random.fold_in(parts.key(config.seed, "held out"), i)
-                return pieces.loss(params, key, pieces.draw(key, examples, None))[0]
+                drawn = pieces.draw(key, examples, None)
+                found = training.accumulated(lambda k, d: (pieces.loss(params, k, d), ()), key, drawn, at_once)
+                return found[0][0]
 
             return jax.lax.map(of, (np.arange(batches), held)).mean()
 

@@ -272,7 +272,7 @@ def test_early_stopping_keeps_the_best_weights(blog_run):
 
 @pytest.mark.slow
 def test_validation_takes_batches_no_larger_than_those_of_training(blog_run, monkeypatch, tmp_path):
-    sizes, objective = [], hooks.objective
+    sizes, seen, objective = [], [], hooks.objective
 
     def spied(*args, **kwargs):
         pieces = objective(*args, **kwargs)
@@ -281,7 +281,11 @@ def test_validation_takes_batches_no_larger_than_those_of_training(blog_run, mon
             sizes.append(len(batch["x"]))
             return pieces.draw(key, batch, state)
 
-        return pieces._replace(draw=draw)
+        def loss(params, key, drawn):
+            seen.append(len(drawn["x0"]))
+            return pieces.loss(params, key, drawn)
+
+        return pieces._replace(draw=draw, loss=loss)
 
     monkeypatch.setattr(hooks, "objective", spied)
     config, spec = RunDir(blog_run.workdir).stored()
@@ -297,10 +301,10 @@ def test_validation_takes_batches_no_larger_than_those_of_training(blog_run, mon
     loss = jax.jit(lambda k, b: pieces.loss(params, k, pieces.draw(k, b, None))[0])
     losses = [loss(k, b) for k, b in zip(keys, batches, strict=True)]
     assert float(value) == pytest.approx(np.mean(losses), rel=1e-5)
+    # Microbatches see the same noise: no more than 6 of the 8 examples of a batch at a time are 4.
     config.train.microbatch = 6
-    sizes.clear()
-    jax.eval_shape(validation(config, spec, tmp_path)._loss, params)
-    assert sizes == [3]
+    assert float(validation(config, spec, tmp_path)._loss(params)) == pytest.approx(float(value), rel=1e-6)
+    assert set(seen) == {8, 4}
 
 
 @pytest.mark.slow
