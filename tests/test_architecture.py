@@ -28,7 +28,8 @@ OWNERS = {
 ARROWS = {
     "process": set(),
     "times": set(),
-    "optimize": set(),
+    "layers": set(),
+    "optimize": {"layers"},
     "averages": set(),
     "train": {"averages"},
     "predict": {"process"},
@@ -46,9 +47,9 @@ ARROWS = {
     "patch": {"cpu"},
     "io": set(),
     "data": {"io"},
-    "models": {"cpu", "patch", "predict", "process"},
+    "models": {"cpu", "layers", "patch", "predict", "process"},
     "metrics": {"data", "models", "pretrained"},
-    "pretrained": {"models"},
+    "pretrained": {"layers", "models"},
 }
 WITHOUT_JAX = ("patch/geometry.py", "patch/views.py", "patch/compiled.py", "patch/kernels.py",
                "patch/random_numbers.py", "io/files.py", "io/stored_config.py", "data/")  # fmt: skip
