@@ -14,6 +14,8 @@ import jax
 import optax
 from optax import contrib
 
+from diffusion.layers import is_stacked
+
 Params = Any
 
 
@@ -67,7 +69,7 @@ def muon(
     Args:
       learning_rate: NAdam's peak, eq. (1). (In `optax.contrib.muon` the argument of this name is Muon's.)
       hidden: params -> the same tree of bools. The first axis of a marked matrix is its input, all others its output;
-        for a ViT, `models.vit.hidden_matrices`.
+        of stacked layers (`layers`) each has its own. For a ViT, `models.vit.hidden_matrices`.
       matrix_rate: Muon's peak.
       b2, eps: NAdam's.
       weight_decay: acts on the marked matrices, by Muon's rate(step) * weight_decay per step.
@@ -78,16 +80,17 @@ def muon(
     """
 
     def axes(params: Params) -> Params:
-        def of(is_hidden: bool, p: jax.Array) -> contrib.MuonDimensionNumbers | None:
-            if is_hidden and p.ndim < 2:
+        def of(path: tuple, is_hidden: bool, p: jax.Array) -> contrib.MuonDimensionNumbers | None:
+            first = is_stacked(path)  # what is neither input nor output is a batch of matrices
+            if is_hidden and p.ndim < 2 + first:
                 raise ValueError(f"hidden marks a parameter of shape {p.shape}, which is not a matrix")
-            return contrib.MuonDimensionNumbers(0, tuple(range(1, p.ndim))) if is_hidden else None
+            return contrib.MuonDimensionNumbers(first, tuple(range(first + 1, p.ndim))) if is_hidden else None
 
         mask = hidden(params)
         if not any(jax.tree.leaves(mask)):
             names = sorted(params) if isinstance(params, dict) else jax.tree.structure(params)
             raise ValueError(f"hidden marks none of the parameters {names!s:.200}: is it meant for another network?")
-        return jax.tree.map(of, mask, params)
+        return jax.tree_util.tree_map_with_path(of, mask, params)
 
     options = dict(steps=steps, warmup=warmup, schedule=schedule)
     optimizer = contrib.muon(
@@ -126,7 +129,7 @@ def decayed(params: Params) -> Params:
     """Which parameters weight decay acts on: matrices and tables, not vectors and not biases, which may have axes."""
 
     def is_decayed(path: tuple, p: jax.Array) -> bool:
-        return p.ndim > 1 and getattr(path[-1], "key", None) != "bias"
+        return p.ndim > 1 + is_stacked(path) and getattr(path[-1], "key", None) != "bias"
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 

@@ -14,7 +14,7 @@ from diffusion.models.unet import UNet
 from diffusion.models.vit import ViT
 
 AnyNetwork = ViT | UNet | Blog
-VERSION = 2  # of the stored config; `stored_versions` reads the earlier ones
+VERSION = 3  # of the stored config; `stored_versions` reads the earlier ones
 
 
 def _only(default: Any, **values: Any) -> Any:

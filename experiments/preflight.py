@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +106,8 @@ def dry_run(config: Config) -> None:
     check(config)
     source = inputs.source(config)
     run = parts.resolve(config, inputs.data_spec(config, source))
+    if getattr(config.model, "scan", False):  # XLA counts the body of a loop once
+        run = parts.resolve(replace(config, model=replace(config.model, scan=False)), run.spec)
     params = jax.eval_shape(partial(parts.init_params, run))
     state = jax.eval_shape(partial(objective.init_state, run), params)
     examples = _examples(config.train.batch_size, run.spec)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from diffusion import layers
 from diffusion.io import checkpoint, files, stored_config
 from diffusion.metrics.report import with_current_names
 from experiments import stored_versions
@@ -217,7 +218,8 @@ class RunDir(NamedTuple):
             values = to_dict(each)
             process = noising(each) | {name: values["process"][name] for name in _CHAIN if name not in _PATH}
             of_data = {name: values["data"][name] for name in ("low", "high")}
-            found.append({"process": process, "data": of_data, "model": values["model"]})
+            model = {name: value for name, value in values["model"].items() if name not in ("scan", "remat")}
+            found.append({"process": process, "data": of_data, "model": model})
         if differing := stored_config.config_differences(*found):
             raise ValueError(
                 f"--config.train.init_from={self.path} is no teacher for this run, which evaluates it with its own "
@@ -227,7 +229,7 @@ class RunDir(NamedTuple):
             )
 
     def initial_weights(self, like: Any) -> Any:
-        """The averaged weights, as initial weights of a network with the parameters `like`.
+        """The averaged weights, as initial weights of a network with the parameters `like`, scanned or not.
 
         Raises:
           FileNotFoundError: there is no run.
@@ -236,7 +238,7 @@ class RunDir(NamedTuple):
         found, _ = self.weights()
         shapes = [
             {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-            for tree in (like, found)
+            for tree in (jax.eval_shape(layers.unstacked, like), layers.unstacked(found))
         ]
         differing = [
             f"{name}: {shapes[0].get(name, 'nothing')} here, {shapes[1].get(name, 'nothing')} there"
@@ -248,7 +250,7 @@ class RunDir(NamedTuple):
                 f"--config.train.init_from={self.path} is another network; {len(differing)} parameters differ:\n  "
                 + "\n  ".join(differing[:5])
             )
-        return found
+        return layers.stacked(layers.unstacked(found), like)
 
 
 class Trained(NamedTuple):

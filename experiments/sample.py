@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from diffusion import data, sharding
+from diffusion import data, layers, sharding
 from diffusion.methods import windows
 from experiments import command, figures, image_files, inputs, processes, report, sampling
 from experiments.checks import reset, without_guidance
@@ -183,7 +183,8 @@ def weaker_run(run: Trained, workdirs: Sequence[Path]) -> Trained | None:
 
 
 def same_weights(a: Any, b: Any) -> bool:
-    """Whether parameters are those of one network, and equal."""
+    """Whether parameters are those of one network, scanned or not, and equal."""
+    a, b = layers.unstacked(a), layers.unstacked(b)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )

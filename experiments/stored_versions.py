@@ -2,6 +2,7 @@
 
 Version 1 (no "version" field): one `model` section with the fields of all networks, and with `name` and `conditional`;
 the variational term was `bound` and `bound_alone`; the facts about the data were called "seen".
+Version 2: `model.remat` was true or false, now "all" or "none".
 """
 
 import dataclasses
@@ -24,11 +25,17 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
       ValueError: a later version stored it.
     """
     version = values.get("version", 1)
-    if version == 1:
-        return _from_1(values)
-    if version != 2:
-        raise ValueError(f"the config has version {version!r}, of a later release; this release reads versions 1 and 2")
-    return dict(values)
+    if version not in (1, 2, 3):
+        raise ValueError(f"the config has version {version!r}, of a later release; this release reads versions 1 to 3")
+    values = _from_1(values) if version == 1 else values
+    return _from_2(values) if version < 3 else dict(values)
+
+
+def _from_2(values: dict[str, Any]) -> dict[str, Any]:
+    model = dict(values.get("model", {}))
+    if isinstance(model.get("remat"), bool):
+        model["remat"] = "all" if model["remat"] else "none"
+    return values | {"version": 3} | ({"model": model} if "model" in values else {})
 
 
 def _from_1(values: dict[str, Any]) -> dict[str, Any]:

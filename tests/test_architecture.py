@@ -28,7 +28,8 @@ OWNERS = {
 ARROWS = {
     "process": set(),
     "times": set(),
-    "optimize": set(),
+    "layers": set(),
+    "optimize": {"layers"},
     "averages": set(),
     "train": {"averages"},
     "predict": {"process"},
@@ -47,9 +48,9 @@ ARROWS = {
     "sharding": set(),
     "io": {"sharding"},
     "data": {"io"},
-    "models": {"cpu", "patch", "predict", "process"},
+    "models": {"cpu", "layers", "patch", "predict", "process"},
     "metrics": {"data", "models", "pretrained", "sharding"},
-    "pretrained": {"models"},
+    "pretrained": {"layers", "models"},
 }
 WITHOUT_JAX = ("patch/geometry.py", "patch/views.py", "patch/compiled.py", "patch/kernels.py",
                "patch/random_numbers.py", "io/files.py", "io/stored_config.py", "data/")  # fmt: skip

@@ -28,6 +28,7 @@ from experiments.bench import (
     patch_size_cases,
     patch_size_report,
     peers,
+    scan,
     startup,
     tables,
     timing,
@@ -128,6 +129,19 @@ def test_vit_against_pytorch():
         assert all(row["mfu"] == pytest.approx(row["tflops"] / 0.5) for row in result[kind].values())
     assert json.loads(json.dumps(result)) == result
     assert "PyTorch eager" in vit.report(result)
+
+
+@pytest.mark.slow
+def test_a_scanned_network_beside_the_unrolled_one():
+    config = jax_run.with_model(tiny(), depth=4, class_tokens_from=1)
+    result = scan.run(config, {"tiny": config}, images=1, rounds=1)
+    assert result["parity"]["outputs"] < peers.TOLERANCE
+    consistent(result["train"], {"unrolled", "scanned"})
+    assert all(row["trace"] > 0 and row["compile"] > 0 for row in result["compiled"]["tiny"].values())
+    assert json.loads(json.dumps(result)) == result
+    assert "training step of tiny, 1 images" in scan.report(result)
+    with pytest.raises(ValueError, match="scan is a field of vit, not of blog"):
+        scan.run(blog_config.get_config(), {})
 
 
 @pytest.mark.slow

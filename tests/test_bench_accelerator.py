@@ -520,6 +520,44 @@ ENTRY %main.1 (a.1: bf16[4,2]) -> bf16[2,4] {
     assert program_text.traffic(text) == wanted
 
 
+def test_of_arrays_of_all_layers_a_loop_moves_a_slice_at_a_time():
+    text = """HloModule jit_f
+
+%store (p.1: f32[5,8], p.2: f32[8], p.3: s32[]) -> f32[5,8] {
+  %p.1 = f32[5,8]{1,0} parameter(0)
+  %p.2 = f32[8]{0} parameter(1)
+  %p.3 = s32[] parameter(2)
+  %b.1 = f32[1,8]{1,0} bitcast(%p.2)
+  ROOT %u = f32[5,8]{1,0} dynamic-update-slice(%p.1, %b.1, %p.3, %p.3)
+}
+
+%load (p.4: f32[5,8], p.5: s32[]) -> f32[8] {
+  %p.4 = f32[5,8]{1,0} parameter(0)
+  %p.5 = s32[] parameter(1)
+  %s.1 = f32[1,8]{1,0} dynamic-slice(%p.4, %p.5, %p.5), dynamic_slice_sizes={1,8}
+  ROOT %b.2 = f32[8]{0} bitcast(%s.1)
+}
+
+%product (p.6: f32[5,8], p.7: s32[]) -> f32[4] {
+  %p.6 = f32[5,8]{1,0} parameter(0)
+  %p.7 = s32[] parameter(1)
+  %s.2 = f32[1,8]{1,0} dynamic-slice(%p.6, %p.7, %p.7), dynamic_slice_sizes={1,8}
+  ROOT %c.2 = f32[4]{0} custom-call(%s.2), custom_call_target="__cublas"
+}
+
+ENTRY %main.1 (a.1: f32[5,8], a.2: s32[]) -> f32[5,8] {
+  %a.1 = f32[5,8]{1,0} parameter(0)
+  %a.2 = s32[] parameter(1)
+  %l = f32[8]{0} fusion(%a.1, %a.2), kind=kLoop, calls=%load
+  %m = f32[4]{0} fusion(%a.1, %a.2), kind=kCustom, calls=%product
+  ROOT %r = f32[5,8]{1,0} fusion(%a.1, %l, %a.2), kind=kLoop, calls=%store
+}
+"""
+    load, store, product = 32 + 4 + 32, 32 + 4 + 32, 32 + 4 + 16
+    wanted = {"fusion_bytes": load + store, "library_bytes": product, "transposing_fusions": 0}
+    assert program_text.traffic(text) == wanted
+
+
 CONFIGS = {
     "jit_b16": (jit.get_config, jobs.jit_b16, (256, 256, 3), 1000),
     "lsun": (lsun.get_config, jobs.lsun, (256, 256, 3), 0),

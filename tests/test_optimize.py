@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffusion import optimize, train
+from diffusion import layers, optimize, train
 from diffusion.io import checkpoint
 from diffusion.models.vit import hidden_matrices, vit
 
@@ -45,6 +45,43 @@ def test_weight_decay_spares_biases_of_any_shape():
     by_name = {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in marked}
     assert params["block_0"]["qkv"]["bias"].ndim == 3 and not by_name["block_0.qkv.bias"]
     assert by_name["block_0.qkv.kernel"] and not any(v for k, v in by_name.items() if k.endswith("bias"))
+
+
+@pytest.fixture(scope="module")
+def both_forms():
+    """Parameters of a network with an entry for each block, and those of the same one scanned over them."""
+    options = dict(patch_size=4, width=16, depth=3, heads=2, norm="rms", qk_norm=True)
+    xt, t = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1)
+    return tuple(vit(**options, scan=scan).init(jax.random.key(0), xt, t) for scan in (False, True))
+
+
+def test_weight_decay_acts_on_the_same_parameters_of_stacked_layers(both_forms):
+    plain, stacked = both_forms
+    decayed = optimize.decayed(stacked)
+    assert stacked["blocks_0_3"]["norm_q"]["scale"].ndim == 2 and not decayed["blocks_0_3"]["norm_q"]["scale"]
+    whole = jax.tree.map(lambda mark, p: np.full(p.shape, mark), decayed, stacked)
+    wanted = jax.tree.map(lambda mark, p: np.full(p.shape, mark), optimize.decayed(plain), plain)
+    jax.tree.map(np.testing.assert_array_equal, layers.unstacked(whole), wanted)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_stacked_layers_move_as_each_alone(both_forms, kind):
+    """Other gradients in each of three steps, with clipping and decay, which act on all together."""
+    options = dict(steps=10, schedule="constant", weight_decay=0.1, clip=1.0)
+    muon = lambda: optimize.muon(1e-2, hidden=hidden_matrices, matrix_rate=0.1, **options)  # noqa: E731
+    optimizer = muon() if kind == "muon" else optimize.adamw(1e-2, **options)
+    rng, update = np.random.default_rng(0), jax.jit(optimizer.update)
+    grads = [jax.tree.map(lambda p: rng.standard_normal(p.shape, np.float32), both_forms[0]) for _ in range(3)]
+    ends = []
+    for params in both_forms:
+        state = optimizer.init(params)
+        for gradient in grads:
+            updates, state = update(layers.stacked(gradient, params), state, params)
+            params = optax.apply_updates(params, updates)
+        ends.append(layers.unstacked(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *ends)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ends[0], both_forms[0])
+    assert min(jax.tree.leaves(moved)) > 1e-3
 
 
 def test_clipping_bounds_the_gradient_norm():

@@ -37,6 +37,7 @@ ClassIn = Literal["gate", "time"]
 FilmNorm = Literal["plain", "affine"]
 WidenIn = Literal["resample", "block"]
 Downsample = Literal["same", "symmetric"]
+Remat = Literal["none", "all"]
 
 # The fields by which guided-diffusion's U-Net differs from Patch Diffusion's: unet(**ADM, ...).
 ADM = {
@@ -78,7 +79,7 @@ class UNet:
       widen_in: the width changes where the grid does ("resample"), or in the next level's first "block".
       downsample: the convolution with stride 2 pads as TensorFlow's "same" does, at the end, or "symmetric".
       dtype: of the computation; parameters, statistics of norms, the softmax and the heads are float32.
-      remat: recompute blocks in the backward pass to save memory.
+      remat: "all": blocks are computed again in the backward pass, to save memory; or "none".
       attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
       clock: how t is scaled before its sinusoidal embedding: "1000 t", "1 - t", "index" (DDPM's T t - 1) or
         a function.
@@ -110,7 +111,7 @@ class UNet:
     widen_in: str = "resample"
     downsample: str = "same"
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     attention: str | None = None
     clock: str = "1000 t"
 
@@ -122,7 +123,7 @@ class UNet:
             not divide a width that attends.
         """
         names = dict(sinusoids=Sinusoids, class_in=ClassIn, film_norm=FilmNorm)
-        check_names(self, task, **names, widen_in=WidenIn, downsample=Downsample)
+        check_names(self, task, **names, widen_in=WidenIn, downsample=Downsample, remat=Remat)
         if self.num_res_blocks < 1:
             raise ValueError(f"num_res_blocks={self.num_res_blocks} must be at least 1")
         if not self.channel_mult or min(self.channel_mult) * self.num_channels < 1:
@@ -166,8 +167,9 @@ class _UNet(nn.Module):
         for _ in widths[1:]:
             grids.append(tuple(-(-n // 2) for n in grids[-1]))
         time, label = self._conditions(t, y)
-        res = nn.remat(_ResBlock, static_argnums=(4,)) if net.remat else _ResBlock
-        attention = nn.remat(_Attention) if net.remat else _Attention
+        again = net.remat == "all"
+        res = nn.remat(_ResBlock, static_argnums=(4,)) if again else _ResBlock
+        attention = nn.remat(_Attention) if again else _Attention
 
         def block(x: jax.Array, level: int, name: str) -> jax.Array:
             x = res(net, widths[level], grids[level], name=name)(x, time, label, train)

@@ -11,8 +11,11 @@ the prediction is their average, which removes visible borders between patches.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
@@ -20,8 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from diffusion import layers
 from diffusion.models.base import DEFAULT_TASK, Model, Task, check_names, clock_of, from_fields, from_module
 from diffusion.patch import patchify, unpatchify
 from diffusion.patch.geometry import geometry
@@ -31,6 +36,7 @@ Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "swiglu"]
 Positions = Literal["sincos", "learned", "rotary"]
 DropoutBlocks = Literal["all", "middle"]
+Remat = Literal["none", "dots", "all"]
 
 _ZERO = nn.initializers.zeros_init()
 _XAVIER = nn.initializers.xavier_uniform()
@@ -55,7 +61,12 @@ class ViT:
       velocity_depth: of a network with a second output, Task.velocity, this many of the last blocks are doubled, one
         sequence for each output; 0: only the last layer is.
       dtype: of the computation; parameters, statistics of norms, the softmax and the head are float32.
-      remat: recompute blocks in the backward pass to save memory.
+      remat: what of a block is computed again in the backward pass, to save memory: "none"; "dots": all but the results
+        of matrix products with weights and of attention; "all".
+      scan: blocks that are alike are one loop (`jax.lax.scan`), and the parameters of all blocks one array of each kind
+        (`diffusion.layers` converts both ways): programs of deep networks are shorter and compile faster. Initial
+        values are those without; dropout draws other numbers. With remat="none", what is cheap to compute from the
+        results of products is computed again in the backward pass.
       attention: implementation of `jax.nn.dot_product_attention`: None, "xla" or "cudnn" (a GPU's, in bfloat16).
       clock: how t is scaled before its sinusoidal embedding: "1000 t" (DiT), "1 - t" (JiT), "index" (DDPM's T t - 1),
         or a function.
@@ -86,7 +97,8 @@ class ViT:
     attention_dropout: float = 0.0
     dropout_blocks: str = "all"
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
+    scan: bool = False
     attention: str | None = None
     clock: str = "1000 t"
 
@@ -97,7 +109,7 @@ class ViT:
           ValueError: heads does not divide width, or a value is unknown; on a call, windows do not tile the image, or
             the width does not suit the positions.
         """
-        check_names(self, task, norm=Norm, mlp=Mlp, dropout_blocks=DropoutBlocks)
+        check_names(self, task, norm=Norm, mlp=Mlp, dropout_blocks=DropoutBlocks, remat=Remat)
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not divisible by heads={self.heads}")
         unknown = set(self.positions) - set(get_args(Positions))
@@ -121,8 +133,34 @@ class ViT:
             )
         if task.velocity and task.learned_variance != "none":
             raise ValueError(f"learned_variance={task.learned_variance!r} and a velocity head exclude each other")
-        module = _ViT(replace(self), task, clock_of(self.clock, task.steps))
-        return from_module(module, num_classes=task.num_classes, times=self.times, scalars=task.scalars)
+        clock = clock_of(self.clock, task.steps)
+        unrolled, model = (
+            from_module(
+                _ViT(replace(self, scan=scan), task, clock),
+                num_classes=task.num_classes,
+                times=self.times,
+                scalars=task.scalars,
+            )
+            for scan in (False, self.scan)
+        )
+        if not self.scan:
+            return model
+        names = [layers.Span("block", 0, self.depth).name, layers.Span("velocity_block", 0, self.velocity_depth).name]
+
+        def init(key: jax.Array, xt: jax.Array, t: jax.Array, y: Any = None) -> Any:
+            params = unrolled.init(key, xt, t, y)
+            return layers.stacked(params, names if "velocity_block_0" in params else names[:1])
+
+        return model._replace(init=init)
+
+    def spans(self, task: Task) -> list[tuple[int, int]]:
+        """First and end of blocks that are alike and follow each other; without `scan` each block is alone."""
+        cuts = {0, self.depth - self.velocity_depth, self.depth}
+        if self.class_tokens and task.num_classes:
+            cuts.add(self.class_tokens_from)
+        if self.dropout_blocks == "middle" and (self.dropout or self.attention_dropout):
+            cuts |= {self.depth // 4, 3 * (self.depth // 4)}
+        return list(pairwise(sorted(cuts) if self.scan else range(self.depth + 1)))
 
     def hidden_matrices(self, params: Any) -> Any:
         """Marks the matrices for which `optimize.muon` is made; see the function of this name."""
@@ -173,25 +211,24 @@ class _ViT(nn.Module):
             c = c + label
         rotation = rotary_angles(shape.grid, net.width // net.heads) if "rotary" in net.positions else None
 
-        block = nn.remat(_Block, static_argnums=(4,)) if net.remat else _Block
         undropped, quarter = replace(net, dropout=0.0, attention_dropout=0.0), net.depth // 4
 
         def of(layer: int) -> ViT:
             """The arguments of a block, which may be one without dropout."""
             return net if net.dropout_blocks == "all" or quarter <= layer < 3 * quarter else undropped
 
-        prefix = 0
-        for layer in range(net.depth):
-            if class_tokens and layer == net.class_tokens_from:
+        prefix, spans, doubled = 0, net.spans(task), net.depth - net.velocity_depth
+        for first, end in spans:
+            if class_tokens and first == net.class_tokens_from:
                 prefix = class_tokens
                 place = self.param("class_positions", _NORMAL, (prefix, net.width)).astype(dtype)
                 z = jnp.concatenate([label[:, None] + place[None], z], 1)
                 if rotation is not None:
                     # Class tokens have no place in the image: they are not rotated.
                     rotation = np.concatenate([np.zeros((prefix, rotation.shape[1]), np.float32), rotation])
-            if layer == net.depth - net.velocity_depth:
+            if first == doubled:
                 z_velocity = z
-            z = block(of(layer), name=f"block_{layer}")(z, c, rotation, train)
+            z = self._blocks(layers.Span("block", first, end), of(first), z, c, rotation, train)
 
         learned_variance = task.learned_variance == "channels"
         channels = channels if task.out_channels is None else task.out_channels
@@ -210,10 +247,59 @@ class _ViT(nn.Module):
             return pred
         if net.velocity_depth:
             z = z_velocity
-            for layer in range(net.velocity_depth):
-                here = of(net.depth - net.velocity_depth + layer)
-                z = block(here, name=f"velocity_block_{layer}")(z, c, rotation, train)
+            for first, end in (span for span in spans if span[0] >= doubled):
+                span = layers.Span("velocity_block", first - doubled, end - doubled)
+                z = self._blocks(span, of(first), z, c, rotation, train)
         return WithVelocity(pred, head(z, "velocity_head"))
+
+    def _blocks(
+        self, span: layers.Span, net: ViT, z: jax.Array, c: jax.Array, rotation: np.ndarray | None, train: bool
+    ) -> jax.Array:
+        """The blocks of a span, one after the other, with the arguments `net`."""
+        if not net.scan:
+            again = partial(nn.remat, static_argnums=(4,), policy=_kept(net.remat))
+            for name in span.layers:
+                z = (_Block if net.remat == "none" else again(_Block))(net, name=name)(z, c, rotation, train)
+            return z
+        whole = span._replace(first=0, end=net.depth if span.layer == "block" else net.velocity_depth)
+        if (params := self.get_variable("params", whole.name)) is None:
+            raise ValueError(
+                f"a network with scan=True has the parameters {whole.name}, and these have "
+                f"{', '.join(sorted(self.variables['params']))}: pass layers.stacked(params, ['{whole.name}'])"
+            )
+        if span != whole:
+            params = jax.tree.map(lambda leaf: leaf[span.first : span.end], params)
+        block = _Block(net, parent=None)
+        dropped = train and (net.dropout or net.attention_dropout)
+        key = self.make_rng("dropout") if dropped else None
+
+        def body(z: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+            params, i = layer
+            rngs = {"dropout": jax.random.fold_in(key, i)} if dropped else None
+            return block.apply({"params": params}, z, c, rotation, train, rngs=rngs), None
+
+        body = jax.checkpoint(body, prevent_cse=False, policy=_kept(net.remat))
+        return jax.lax.scan(body, z, (params, jnp.arange(span.first, span.end)))[0]
+
+
+def _kept(remat: str) -> Callable[..., Any]:
+    """What of a block is not computed again in the backward pass: a policy of `jax.checkpoint`.
+
+    For "none", in a loop, all but cheap functions of arrays that are kept: without a policy a loop keeps every array in
+    between too, twice the memory of unrolled blocks, where the compiler fuses such functions into both passes.
+    """
+    if remat == "all":
+        return jax.checkpoint_policies.nothing_saveable
+    products = jax.checkpoint_policies.save_only_these_names("product")
+    if remat == "dots":
+        return products
+
+    def policy(primitive: Any, *args: Any, **params: Any) -> Any:
+        # Of the softmax, norms; cuDNN's attention.
+        inside = ("exp", "reduce_max", "reduce_sum", "dot_product_attention")
+        return primitive.name.startswith(inside) or products(primitive, *args, **params)
+
+    return policy
 
 
 class _Block(nn.Module):
@@ -231,7 +317,7 @@ class _Block(nn.Module):
 
     def _attend(self, h: jax.Array, rotation: np.ndarray | None, train: bool) -> jax.Array:
         net, dtype, width = self.net, jnp.dtype(self.net.dtype), h.shape[-1]
-        qkv = _Qkv(net.heads, dtype, name="qkv")(h)  # (B, N, 3, H, D)
+        qkv = checkpoint_name(_Qkv(net.heads, dtype, name="qkv")(h), "product")  # (B, N, 3, H, D)
         # The gradient of a split is one concatenation; of three indices, a sum of three padded arrays.
         q, k, v = (a.squeeze(2) for a in jnp.split(qkv, 3, 2))
         if net.qk_norm:
@@ -246,7 +332,8 @@ class _Block(nn.Module):
             out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(dtype), v)
         else:
             out = jax.nn.dot_product_attention(q, k, v, implementation=net.attention)
-        out = nn.Dense(width, dtype=dtype, kernel_init=_XAVIER, name="out")(out.reshape(h.shape))
+        out = checkpoint_name(out.reshape(h.shape), "product")
+        out = checkpoint_name(nn.Dense(width, dtype=dtype, kernel_init=_XAVIER, name="out")(out), "product")
         return nn.Dropout(net.dropout)(out, deterministic=not train)
 
     def _feed(self, h: jax.Array, train: bool) -> jax.Array:
@@ -255,12 +342,14 @@ class _Block(nn.Module):
         if net.mlp == "swiglu":
             # Two thirds of the hidden width keep the parameter count of the plain MLP (Shazeer 2020, 2002.05202).
             hidden = int(hidden * 2 / 3)
-            gate, value = jnp.split(nn.Dense(2 * hidden, dtype=dtype, kernel_init=_XAVIER, name="up")(h), 2, -1)
+            h = checkpoint_name(nn.Dense(2 * hidden, dtype=dtype, kernel_init=_XAVIER, name="up")(h), "product")
+            gate, value = jnp.split(h, 2, -1)
             h = nn.silu(gate) * value
         else:
-            h = nn.gelu(nn.Dense(hidden, dtype=dtype, kernel_init=_XAVIER, name="up")(h), approximate=True)
+            h = checkpoint_name(nn.Dense(hidden, dtype=dtype, kernel_init=_XAVIER, name="up")(h), "product")
+            h = nn.gelu(h, approximate=True)
         h = nn.Dropout(net.dropout)(h, deterministic=not train)
-        return nn.Dense(width, dtype=dtype, kernel_init=_XAVIER, name="down")(h)
+        return checkpoint_name(nn.Dense(width, dtype=dtype, kernel_init=_XAVIER, name="down")(h), "product")
 
 
 class _Qkv(nn.Module):
@@ -310,9 +399,9 @@ def hidden_matrices(params: Any) -> Any:
     """
 
     def is_hidden(path: tuple, _: jax.Array) -> bool:
-        names = [getattr(key, "key", None) for key in path]
-        inside = len(names) == 3 and str(names[0]).startswith(("block_", "velocity_block_"))
-        return inside and names[1] in ("qkv", "out", "up", "down") and names[2] == "kernel"
+        names = [str(getattr(key, "key", "")) for key in path]
+        inside = len(names) == 3 and re.match(r"(velocity_)?blocks?_\d", names[0])
+        return bool(inside) and names[1] in ("qkv", "out", "up", "down") and names[2] == "kernel"
 
     return jax.tree_util.tree_map_with_path(is_hidden, params)
 
@@ -360,7 +449,8 @@ def _frequencies(n: int) -> np.ndarray:
 
 def _gates(c: jax.Array, n: int, width: int, dtype: jnp.dtype, name: str) -> list[jax.Array]:
     """n vectors [B, 1, W] from the condition c [B, W], zero at first, so that every block starts as the identity."""
-    return jnp.split(nn.Dense(n * width, dtype=dtype, kernel_init=_ZERO, name=name)(nn.silu(c))[:, None], n, -1)
+    gates = checkpoint_name(nn.Dense(n * width, dtype=dtype, kernel_init=_ZERO, name=name)(nn.silu(c)), "product")
+    return jnp.split(gates[:, None], n, -1)
 
 
 def _modulate(z: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

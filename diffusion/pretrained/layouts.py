@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion import layers
 from diffusion.pretrained import torch_file
 
 _SAFETENSORS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
@@ -90,11 +91,13 @@ def read(path: str | os.PathLike, entry: str | None = None) -> dict[str, np.ndar
 def from_torch(arrays: Mapping[str, np.ndarray], like: Any, layout: Layout) -> Any:
     """Our parameters, a nested dict of float32 arrays shaped like `like`, from the arrays of a state dict.
 
+    `like` may have stacked layers (`diffusion.layers`).
+
     Raises:
       ValueError: missing or unexpected keys, shapes that differ, dtypes that are not floating point, all of which are
         listed; or `like` has a parameter for which the layout has no entry.
     """
-    paths = jax.tree_util.tree_flatten_with_path(like)[0]
+    paths = jax.tree_util.tree_flatten_with_path(jax.eval_shape(layers.unstacked, like))[0]
     shapes = {tuple(key.key for key in path): tuple(leaf.shape) for path, leaf in paths}
     entries = layout.entries(shapes)
     expected = {entry.name: entry for entry in entries.values()}
@@ -120,7 +123,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], like: Any, layout: Layout) -> A
         for name in path[:-1]:
             node = node.setdefault(name, {})
         node[path[-1]] = np.ascontiguousarray(value)
-    return params
+    return layers.stacked(params, like)
 
 
 def patch_unet(*, new_attention_order: bool = False, null_class: bool = True) -> Layout:

@@ -8,8 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import objective, parts, sampling
+from experiments import inputs, objective, parts, sampling
 from experiments.config import Config
+
+
+def data_spec(config: Config, num_classes: int) -> parts.DataSpec:
+    """What the network must know of its data; the data itself is only opened if the config leaves its shape open."""
+    c = config.data
+    if c.size and c.channels:
+        return parts.DataSpec((*c.size, c.channels), tuple(map(str, range(num_classes * c.labels))))
+    return inputs.data_spec(config, inputs.source(config))
 
 
 def params(run: parts.Parts, noise: float) -> Any:

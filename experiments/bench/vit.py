@@ -28,7 +28,7 @@ from absl import flags
 from diffusion.models.vit import ViT
 from diffusion.models.vit_flops import vit_flops
 from diffusion.patch.geometry import geometry
-from experiments import command, inputs
+from experiments import command
 from experiments.bench import commands, jax_run, peers, tables, timing
 from experiments.command_line import define_config, given_config
 from experiments.config import Config, network_name
@@ -48,7 +48,7 @@ NOISE = 0.02  # on the initial parameters
 KNOWN = {
     "model.dropout": 0,
     "model.attention_dropout": 0,
-    "model.remat": False,
+    "model.remat": "none",
     "model.times": 1,
     "model.velocity_depth": 0,
     "objective.kind": "denoise",
@@ -107,7 +107,7 @@ def run(
     if modes:
         options = dataclasses.replace(config.train, optimizer="adamw", matrix_rate=Config().train.matrix_rate)
         config = dataclasses.replace(config, train=options)
-    spec = data_spec(config, num_classes)
+    spec = jax_run.data_spec(config, num_classes)
     rng = np.random.default_rng(0)
     b, count = config.train.batch_size, config.sample.batch_size
     batch = {"x": rng.integers(0, 256, (b, *spec.shape), np.uint8)}
@@ -150,14 +150,6 @@ def run(
             row["tflops"] = flops * row["per_second"] / 1e12
             row["mfu"] = row["tflops"] / peak_tflops if peak_tflops else None
     return result
-
-
-def data_spec(config: Config, num_classes: int) -> DataSpec:
-    """What the network must know of its data; the data itself is only opened if the config leaves its shape open."""
-    c = config.data
-    if c.size and c.channels:
-        return DataSpec((*c.size, c.channels), tuple(map(str, range(num_classes * c.labels))))
-    return inputs.data_spec(config, inputs.source(config))
 
 
 def peer_module(config: Config) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from diffusion import layers
 from diffusion.grids import shifted_grid
 from experiments.bench import jax_run, peers, torch_run, torch_vit
 from experiments.config import Config
@@ -37,7 +38,7 @@ def network(config: Config, spec: DataSpec, params: Any) -> torch_vit.ViT:
         class_tokens_from=c.class_tokens_from,
         clock=CLOCKS[c.clock],
     )
-    return torch_vit.copy_params(module, params).to(torch_run.device())
+    return torch_vit.copy_params(module, layers.unstacked(params)).to(torch_run.device())
 
 
 def parity(config: Config, spec: DataSpec, params: Any, count: int = 4) -> dict[str, float]:

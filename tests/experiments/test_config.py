@@ -63,7 +63,7 @@ def test_tuples_and_nones_survive_json():
 @pytest.mark.parametrize("network", [ViT(patch_size=2), UNet(num_channels=8)], ids=configs.network_name)
 def test_a_stored_config_names_its_network_and_version(network):
     values = configs.to_dict(configs.Config(model=network))
-    assert values["version"] == 2 and values["model"]["network"] == configs.network_name(network)
+    assert values["version"] == 3 and values["model"]["network"] == configs.network_name(network)
     assert configs.from_dict(values).model == network
 
 
@@ -76,8 +76,8 @@ def test_a_stored_config_of_another_version_names_the_fields():
     values["model"]["network"] = "mamba"
     with pytest.raises(ValueError, match="the network 'mamba', which is not one of vit, unet, blog"):
         configs.from_dict(values)
-    with pytest.raises(ValueError, match="the config has version 3, of a later release"):
-        configs.from_dict(values | {"version": 3})
+    with pytest.raises(ValueError, match="the config has version 4, of a later release"):
+        configs.from_dict(values | {"version": 4})
 
 
 def test_fields_newer_than_a_stored_config_take_their_defaults():
@@ -109,6 +109,17 @@ def test_dry_run_says_what_would_be_trained(name, blank_images, capsys):
         assert (parameters, tokens) == (f"{3 * attention + 5 * 324:,}", "4")
     if name in JITS:
         assert tokens == "256" and published_size(int(parameters.replace(",", "")), JITS[name])
+
+
+@pytest.mark.slow
+def test_dry_run_counts_the_blocks_of_a_loop_as_often_as_they_run(blank_images, capsys):
+    counted = []
+    for scan in (False, True):
+        config = shipped("smoke")
+        config.model.depth, config.model.scan = 3, scan
+        preflight.dry_run(config)
+        counted.append(capsys.readouterr().out.splitlines()[-1])
+    assert counted[0] == counted[1] and "FLOPs" in counted[0]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The folder of a run: stored configs of every version, averages, initial weights, experts that belong together."""
 
+import dataclasses
 import json
 import zipfile
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 from diffusion.io import stored_config
-from diffusion.models.unet import ADM
+from diffusion.models.unet import ADM, UNet
+from diffusion.models.vit import ViT
 from experiments import config as configs
-from experiments import inputs, parts, run_dir, stored_versions, train
+from experiments import inputs, objective, parts, run_dir, stored_versions, train
+from experiments.bench import jax_run
 from experiments.configs import blog, patch_unet_mnist, smoke
 from experiments.parts import DataSpec
 from experiments.run_dir import RunDir, trained
@@ -91,10 +94,20 @@ def test_a_run_of_version_1_is_continued_and_sampled_from(quick, tmp_path, monke
 # Stored configs
 
 
+@pytest.mark.parametrize("network", [ViT(), UNet()], ids=configs.network_name)
+def test_what_was_true_or_false_of_remat_is_a_name(network):
+    for stored, name in ((True, "all"), (False, "none")):
+        values = configs.to_dict(configs.Config(model=network)) | {"version": 2}
+        values["model"]["remat"] = stored
+        config = configs.from_dict(values)
+        assert config.model.remat == name and values["model"]["remat"] is stored
+        assert configs.from_dict(configs.to_dict(config)) == config
+
+
 def test_a_config_of_a_later_version_is_refused(tmp_path):
-    values = configs.to_dict(tiny()) | {"version": 3, "data_spec": {"shape": [28, 28, 1], "class_names": []}}
+    values = configs.to_dict(tiny()) | {"version": 4, "data_spec": {"shape": [28, 28, 1], "class_names": []}}
     stored_config.write_config(tmp_path, values)
-    with pytest.raises(ValueError, match="the config has version 3, of a later release; this release reads versions"):
+    with pytest.raises(ValueError, match="the config has version 4, of a later release; this release reads versions"):
         RunDir(tmp_path).stored()
     with pytest.raises(ValueError, match="holds a run with another config"):
         RunDir(tmp_path).open(tiny(), DataSpec((28, 28, 1)))
@@ -129,6 +142,23 @@ def test_initial_weights_are_the_average_of_the_other_run(expert_runs):
     other = structure.unflatten([np.zeros((3, 3)), *leaves[1:]])
     with pytest.raises(ValueError, match=r"is another network; 1 parameters differ:\n.*\(3, 3\) here"):
         first.initial_weights(other)
+
+
+def test_initial_weights_may_be_those_of_a_scanned_network_or_not(tmp_path):
+    config, spec = tiny(), DataSpec((28, 28, 1))
+    config.model.depth = 3
+    forms = {"plain": config, "scanned": jax_run.with_model(config, scan=True, remat="all")}
+    params = {name: parts.init_params(parts.resolve(form, spec)) for name, form in forms.items()}
+    assert "blocks_0_3" in params["scanned"] and "block_0" in params["plain"]
+    for here, there in (("plain", "scanned"), ("scanned", "plain")):
+        folder, moved = RunDir(tmp_path / there), jax.tree.map(lambda p: p + 1, params[there])
+        folder.write_new(forms[there], spec, objective.init_state(parts.resolve(forms[there], spec), moved))
+        found = folder.initial_weights(params[here])
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), found, params[here])
+        folder.check_teacher(dataclasses.replace(forms[here], objective=configs.Objective(kind="progressive")))
+    deeper = parts.init_params(parts.resolve(jax_run.with_model(forms["scanned"], depth=4), spec))
+    with pytest.raises(ValueError, match=r"is another network; .* parameters differ:\n.*block_3.* nothing there"):
+        folder.initial_weights(deeper)
 
 
 def test_training_starts_from_those_weights_and_needs_them_only_once(expert_runs, tmp_path, monkeypatch):

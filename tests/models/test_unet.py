@@ -182,7 +182,7 @@ def test_half_precision_computes_close_to_float32_with_float32_parameters():
 def test_remat_marks_the_blocks():
     fields = {**TINY, "channel_mult": (1,), "patch_size": 4, "num_classes": 2}
     params, *inputs = ready(fields, (1, 8, 8, 1))
-    programs = [str(jax.make_jaxpr(unet(**fields, remat=remat).apply)(params, *inputs)) for remat in (False, True)]
+    programs = [str(jax.make_jaxpr(unet(**fields, remat=remat).apply)(params, *inputs)) for remat in ("none", "all")]
     assert "remat" in programs[1] and "remat" not in programs[0]
 
 
@@ -192,7 +192,7 @@ def test_remat_computes_the_same_gradients_again():
     params, *inputs = ready(fields, (1, 8, 8, 1))
     part = {name: params[name] for name in ("input_0", "input_1", "middle_1", "time_in")}
     grads = []
-    for remat in (False, True):
+    for remat in ("none", "all"):
         model = unet(**fields, remat=remat)
         grad = jax.grad(lambda part, model=model: jnp.square(model.apply(params | part, *inputs)).sum())
         grads.append(compiled(grad, part)(part))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion import layers
 from diffusion.models.base import Task
 from diffusion.models.vit import ViT, _rotate, rotary_angles, sincos_positions, vit
 from diffusion.models.vit_flops import vit_flops
@@ -216,11 +217,97 @@ def test_a_network_can_be_exported_for_gpus():
 @pytest.mark.slow
 def test_remat_and_jit_change_nothing():
     params, xt, t, y = ready(vit(**JIT), (2, 8, 8, 1), 5)
-    plain, remat = vit(**JIT), vit(**JIT | {"remat": True})
+    plain = vit(**JIT)
     square = lambda model, p: jnp.square(model.apply(p, xt, t, y)).sum()  # noqa: E731
-    wanted, got = (jax.jit(jax.grad(partial(square, m)))(params) for m in (plain, remat))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), wanted, got)
+    wanted = jax.jit(jax.grad(partial(square, plain)))(params)
+    for remat in ("dots", "all"):
+        got = jax.jit(jax.grad(partial(square, vit(**JIT | {"remat": remat}))))(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), wanted, got)
     np.testing.assert_allclose(jax.jit(plain.apply)(params, xt, t, y), plain.apply(params, xt, t, y), atol=1e-5)
+
+
+SCANNED = {
+    # Loops over the block 0, over 1 and 2, and over 3 and 4: quarters of the dropout, class tokens from the fourth on.
+    "tokens": JIT | {"depth": 5, "class_tokens_from": 3, "dropout": 0.3, "dropout_blocks": "middle"},
+    "velocity": SMALL | {"depth": 3, "times": 2, "scalars": 1, "velocity": True, "velocity_depth": 2},
+}
+# What costs time here is the compiler.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.mark.parametrize("case", ["tokens", pytest.param("velocity", marks=pytest.mark.slow)])
+def test_scanned_blocks_are_the_same_network(case):
+    """Prediction and gradient, with the parameters of one network in the form of the other."""
+    models = [vit(**SCANNED[case], scan=scan) for scan in (False, True)]
+    rng, xt, t, y = np.random.default_rng(0), np.ones((2, 8, 8, 1), np.float32), np.float32([0.1, 0.9]), np.arange(2)
+    if case == "velocity":
+        t, y = np.stack([t, t / 2], 1), (None, np.float32([[0.2], [0.7]]))
+    shapes = [jax.eval_shape(model.init, jax.random.key(0), xt, t, y) for model in models]
+    names = {"tokens": {"blocks_0_5"}, "velocity": {"blocks_0_3", "velocity_blocks_0_2"}}
+    assert {name for name in shapes[1] if "block" in name} == names[case]
+    plain = jax.tree.map(lambda p: np.float32(0.3) * rng.standard_normal(p.shape, np.float32), shapes[0])
+    params = [plain, layers.stacked(plain, shapes[1])]
+    assert jax.tree.map(np.shape, params[1]) == jax.tree.map(np.shape, shapes[1])
+
+    def gradient(model, params):
+        square = lambda p: sum(jnp.square(out).sum() for out in jax.tree.leaves(model.apply(p, xt, t, y)))  # noqa: E731
+        found = jax.jit(jax.value_and_grad(square)).lower(params).compile(compiler_options=QUICK)(params)
+        return found[0], layers.unstacked(found[1])
+
+    (wanted, slopes), (got, others) = map(gradient, models, params)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(slopes))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a / scale, b / scale, atol=1e-5), others, slopes)
+
+
+def test_scanned_blocks_begin_as_the_others_do(key):
+    inputs = jnp.ones((1, 8, 8, 1)), jnp.ones(1)
+    plain, scanned = (vit(**SMALL, scan=scan).init(key, *inputs) for scan in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, layers.unstacked(scanned), plain)
+
+
+@pytest.mark.slow
+def test_dropout_of_scanned_blocks_differs_between_them(key):
+    """Blocks of equal parameters, and an input that is nearly the same for each: masks differ all the same."""
+    fields = SMALL | {"depth": 4, "dropout": 0.5}
+    plain, scanned = vit(**fields), vit(**fields, scan=True)
+    params, xt, t, _ = ready(plain, (2, 8, 8, 1))
+    names = jax.eval_shape(scanned.init, key, xt, t)
+    apply = jax.jit(scanned.apply)
+
+    def change(block, key):
+        """What dropout changes if all blocks but one are the identity."""
+        only = {
+            name: params["block_0"] if name == f"block_{block}"
+            else jax.tree.map(jnp.zeros_like, p) if name.startswith("block_") else p
+            for name, p in params.items()
+        }  # fmt: skip
+        return apply(layers.stacked(only, names), xt, t, key=key)
+
+    first, second, again = change(0, key), change(3, key), change(0, key)
+    np.testing.assert_array_equal(first, again)
+    assert jnp.abs(first - second).max() > 1e-3
+    assert jnp.abs(first - change(0, jax.random.split(key)[0])).max() > 1e-3
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "all"])
+def test_products_that_are_computed_again_are_those_that_remat_says(remat):
+    """In the gradient of a block: of scores alone (q k), or of all, gates and the head's products apart."""
+    counts = []
+    for fields in ({"depth": 1}, {"depth": 3, "scan": True, "remat": remat}):
+        model = vit(**SMALL | fields)
+        params, xt, t, _ = ready(vit(**SMALL | {"depth": fields["depth"]}), (2, 8, 8, 1))
+        params = layers.stacked(params, ["blocks_0_3"]) if "scan" in fields else params
+        program = jax.make_jaxpr(jax.grad(lambda p, m=model, xt=xt, t=t: m.apply(p, xt, t).sum()))(params)
+        counts.append(str(program).count("dot_general["))
+    again = counts[1] - counts[0]
+    assert again == {"none": 0, "dots": 1}.get(remat, again) and (again > 5) == (remat == "all"), counts
+
+
+def test_parameters_of_the_other_form_are_named():
+    params, *inputs = ready(vit(**SMALL), (1, 8, 8, 1))
+    with pytest.raises(ValueError, match=r"has the parameters blocks_0_2, and these have block_0, block_1, .* pass"):
+        vit(**SMALL, scan=True).apply(params, *inputs)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, jnp.dtype("bfloat16")], ids=["name", "type", "dtype"])
@@ -263,6 +350,7 @@ def test_published_sizes():
         ({"mlp": "relu"}, "mlp='relu'"),
         ({"positions": ("alibi",)}, "alibi"),
         ({"times": 3}, "times=3 must be 1 or 2"),
+        ({"remat": True}, r"remat=True is not one of \('none', 'dots', 'all'\)"),
         ({"dropout_blocks": "first"}, r"dropout_blocks='first' is not one of \('all', 'middle'\)"),
         ({"attention_dropout": 1.0}, r"attention_dropout=1.0 must lie in \[0, 1\)"),
         ({"attention_dropout": 0.1, "attention": "cudnn"}, "attention='cudnn' never forms the probabilities"),

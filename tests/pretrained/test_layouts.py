@@ -102,13 +102,18 @@ def flat(shapes):
     return {tuple(k.key for k in p): x.shape for p, x in jax.tree_util.tree_flatten_with_path(shapes)[0]}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SCANNED = "jit_p4_tokens3, scanned"  # its four blocks in one array, as two loops
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, SCANNED])
 def test_published_networks_give_the_published_outputs(name):
+    scan, name = {"scan": True} if name == SCANNED else {}, name.partition(",")[0]
     make, layout = NETWORKS[name]
-    model = make(clock=lambda t: t)
+    model = make(clock=lambda t: t, **scan)
     arrays, vectors = published(name)
     args = inputs(vectors)
-    params = layouts.from_torch(arrays, shapes_of(name), layout)
+    params = layouts.from_torch(arrays, like(model, *args), layout)
+    assert ("blocks_0_4" in params) == bool(scan)
     out = jax.jit(model.apply).lower(params, *args).compile(compiler_options=QUICK)(params, *args)
     assert isinstance(out, WithVariance) == ("sigma" in name)
     got = np.concatenate(out, -1) if isinstance(out, WithVariance) else np.asarray(out)

@@ -94,13 +94,17 @@ class Program(NamedTuple):
             return lowered.compile(compiler_options=options | {"xla_gpu_enable_triton_gemm": False})
 
 
-def jit_b16(*, tiny: bool = False, dtype: Any = jnp.bfloat16, attention: str | None = None, depth: int | None = None):
+def jit_b16(
+    *, tiny: bool = False, dtype: Any = jnp.bfloat16, attention: str | None = None, depth: int | None = None,
+    **changed: Any,
+) -> Job:  # fmt: skip
     """JiT-B/16 at 256x256, 1,000 classes, as `configs/jit.py:b16`: AdamW, Heun in 50 steps, guidance in [0, 0.9].
 
     One average, no floor of the velocity's divisor. With another `depth` its class tokens come in the last block.
+    `changed` are fields of the network.
     """
     fields = JIT_B16 | (TINY_VIT | dict(patch_size=4, bottleneck=16, class_tokens=2) if tiny else {})
-    fields |= {} if depth is None else {"depth": depth, "class_tokens_from": depth - 1}
+    fields |= ({} if depth is None else {"depth": depth, "class_tokens_from": depth - 1}) | changed
     shape, classes = ((16, 16, 3), 10) if tiny else ((256, 256, 3), 1000)
     return Job(
         vit(**fields, num_classes=classes, dtype=dtype, attention=attention, clock=JIT_CLOCK),
