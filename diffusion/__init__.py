@@ -15,6 +15,7 @@ _MODULES = (
     "grids",
     "guide",
     "io",
+    "ledger",
     "loss",
     "methods",
     "metrics",

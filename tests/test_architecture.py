@@ -30,6 +30,7 @@ ARROWS = {
     "times": set(),
     "optimize": set(),
     "averages": set(),
+    "ledger": set(),
     "train": {"averages"},
     "predict": {"process"},
     "grids": {"process"},

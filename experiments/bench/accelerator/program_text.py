@@ -3,10 +3,25 @@
 import math
 import re
 from collections import Counter
-from typing import Any
+from collections.abc import Container, Iterator
+from typing import Any, NamedTuple
 
 # Bytes of a number, by XLA's name of its type.
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+SIZES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -19,11 +34,21 @@ def calls(text: str) -> dict[str, Any]:
     }
 
 
-def traffic(text: str) -> dict[str, int]:
-    """What the kernels of a compiled program read and write in all: bytes of fusions and of library calls.
+class Operation(NamedTuple):
+    """An operation in the text of a compiled program: how often it runs, and the bytes of its operands."""
 
-    Whole operands are counted, also where a fusion reads a part. Bodies of loops count as often as they run. Also the
-    number of fusions that transpose.
+    times: int
+    name: str
+    shape: str
+    kind: str
+    operands: list[int]
+    rest: str  # of its line, after the kind
+
+
+def operations(text: str, enter: Container[str] = ("while", "call")) -> Iterator[Operation]:
+    """All operations from the entry on, and those of the computations that the kinds in `enter` call.
+
+    Bodies of loops count as often as they run, every branch of a condition once.
     """
     found: dict[str, list[str]] = {}
     for row in text.splitlines():
@@ -31,26 +56,77 @@ def traffic(text: str) -> dict[str, int]:
             rows = found.setdefault("ENTRY" if head.group(1) else head.group(2), [])
         elif row.startswith(" ") and found:
             rows.append(row)
-    total = {"fusion_bytes": 0, "library_bytes": 0, "transposing_fusions": 0}
+    pattern = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 
-    def add(computation: str, times: int) -> None:
-        pattern = r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)"
-        parsed = [m.groups() for m in map(re.compile(pattern).match, found.get(computation, [])) if m]
+    def inside(computation: str, times: int) -> Iterator[Operation]:
+        parsed = [m.groups() for m in map(pattern.match, found.get(computation, [])) if m]
         shapes = {name: size(shape) for name, shape, *_ in parsed}
-        for name, _, operation, rest in parsed:
-            if operation in ("fusion", "custom-call"):
-                operands = re.findall(r"%([\w.\-]+)", rest.partition("), ")[0])
-                moved = shapes[name] + sum(shapes.get(operand, 0) for operand in operands)
-                total["fusion_bytes" if operation == "fusion" else "library_bytes"] += times * moved
-                total["transposing_fusions"] += operation == "fusion" and "transpose" in name
-            elif operation == "while":
+        for name, shape, kind, rest in parsed:
+            operands = [shapes.get(n, 0) for n in re.findall(r"%([\w.\-]+)", rest.partition("), ")[0])]
+            yield Operation(times, name, shape, kind, operands, rest)
+            if kind in enter:
                 count = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-                add(re.search(r"body=%?([\w.\-]+)", rest).group(1), times * int(count.group(1) if count else 1))
-            elif called := re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", rest) if operation == "call" else None:
-                add(called.group(1), times)
+                names = re.findall(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", rest)
+                for branches in re.findall(r"branch_computations=\{(.*?)\}", rest):
+                    names += re.findall(r"[\w.\-]+", branches)
+                for called in names:
+                    yield from inside(called, times * int(count.group(1) if count else 1))
 
-    add("ENTRY", 1)
+    yield from inside("ENTRY", 1)
+
+
+def traffic(text: str) -> dict[str, int]:
+    """What the kernels of a compiled program read and write in all: bytes of fusions and of library calls.
+
+    Whole operands are counted, also where a fusion reads a part. Bodies of loops count as often as they run. Also the
+    number of fusions that transpose.
+    """
+    total = {"fusion_bytes": 0, "library_bytes": 0, "transposing_fusions": 0}
+    for op in operations(text):
+        if op.kind in ("fusion", "custom-call"):
+            moved = size(op.shape) + sum(op.operands)
+            total["fusion_bytes" if op.kind == "fusion" else "library_bytes"] += op.times * moved
+            total["transposing_fusions"] += op.kind == "fusion" and "transpose" in op.name
     return total
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """Communication of a compiled program by kind: {"count", "bytes" of the whole arrays, "sent" by each device}.
+
+    An array of S bytes in a group of n devices sends, in rings (Patarasuk & Yuan 2009, the least that there is)
+
+        all-gather, reduce-scatter, all-to-all  S (n - 1) / n,    all-reduce  twice that,    permute  S          (1)
+    """
+    whole = re.search(r"num_partitions=(\d+)", text)
+    found: dict[str, dict[str, int]] = {}
+    for op in operations(text, ("while", "call", "conditional", "fusion", "async-start")):
+        kind = op.kind.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        n = _group_size(op.rest) or int(whole.group(1) if whole else 1)
+        array = sum(op.operands) * (n if kind == "all-gather" else 1)
+        sent = array if kind == "collective-permute" else array * (n - 1) // n
+        row = found.setdefault(kind, {"count": 0, "bytes": 0, "sent": 0})
+        row["count"] += op.times
+        row["bytes"] += op.times * array
+        row["sent"] += op.times * sent * (2 if kind == "all-reduce" else 1)
+    return found
+
+
+def _group_size(rest: str) -> int | None:
+    """Devices in a group of a collective; None for all of them.
+
+    It is written as replica_groups={{0,1},{2,3}}, as [2,2]<=[4], or by axes, mesh['a'=4,'b'=2] {'a','b':(1)2}, of
+    which the last is a part of 'b' with two devices.
+    """
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(listed.group(1).split(","))
+    if by_axes := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", rest):
+        axes = dict(re.findall(r"'([^']+)'=(\d+)", by_axes.group(1)))
+        used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", by_axes.group(2))
+        return math.prod(int(part or axes[name]) for name, part in used)
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
+    return int(counted.group(1)) if counted else None
 
 
 def size(shape: str) -> int:
