@@ -43,6 +43,7 @@ class Operation(NamedTuple):
     kind: str
     operands: list[int]
     rest: str  # of its line, after the kind
+    computation: str  # that it is in
 
 
 def operations(text: str, enter: Container[str] = ("while", "call")) -> Iterator[Operation]:
@@ -63,7 +64,7 @@ def operations(text: str, enter: Container[str] = ("while", "call")) -> Iterator
         shapes = {name: size(shape) for name, shape, *_ in parsed}
         for name, shape, kind, rest in parsed:
             operands = [shapes.get(n, 0) for n in re.findall(r"%([\w.\-]+)", rest.partition("), ")[0])]
-            yield Operation(times, name, shape, kind, operands, rest)
+            yield Operation(times, name, shape, kind, operands, rest, computation)
             if kind in enter:
                 count = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
                 names = re.findall(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", rest)
@@ -96,13 +97,20 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     An array of S bytes in a group of n devices sends, in rings (Patarasuk & Yuan 2009, the least that there is)
 
         all-gather, reduce-scatter, all-to-all  S (n - 1) / n,    all-reduce  twice that,    permute  S          (1)
+
+    TPUs begin, continue and end one in several fusions, with one channel, and have a reduce-scatter as a fusion of an
+    all-reduce of the name all-reduce-scatter.
     """
     whole = re.search(r"num_partitions=(\d+)", text)
     found: dict[str, dict[str, int]] = {}
+    channels: set[str] = set()
     for op in operations(text, ("while", "call", "conditional", "fusion", "async-start")):
         kind = op.kind.removesuffix("-start")
-        if kind not in COLLECTIVES:
+        channel = re.search(r"channel_id=(\d+)", op.rest)
+        if kind not in COLLECTIVES or (channel and channel.group(1) in channels):
             continue
+        channels.update(channel.groups() if channel else ())
+        kind = "reduce-scatter" if op.computation.startswith("all-reduce-scatter") else kind
         n = _group_size(op.rest) or int(whole.group(1) if whole else 1)
         array = sum(op.operands) * (n if kind == "all-gather" else 1)
         sent = array if kind == "collective-permute" else array * (n - 1) // n
