@@ -16,6 +16,7 @@ _MODULES = (
     "guide",
     "io",
     "layers",
+    "ledger",
     "loss",
     "methods",
     "metrics",

@@ -160,14 +160,19 @@ def key(seed: int, use: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode()))
 
 
-def init_params(parts: Parts, shardings: Any = None) -> Any:
-    """Parameters from the config's seed; with `shardings`, for each of them, on those devices from the start."""
+def example(parts: Parts) -> tuple[jax.Array, jax.Array, Any]:
+    """Zeros as the network's inputs (xt, t, y) for one image."""
     *size, channels = parts.spec.shape
     xt = jnp.zeros((1, *size, channels + extra_channels(parts)))
     t, y = jnp.zeros(1), jnp.zeros(1, int) if parts.spec.num_classes else None
     if isinstance(parts.method, methods.MeanFlow):
         t, y = jnp.zeros((1, 2)), meanflow.guided(y, 1.0, 0.0, 1.0, xt)
-    return jax.jit(parts.model.init, out_shardings=shardings)(key(parts.seed, "init"), xt, t, y)
+    return xt, t, y
+
+
+def init_params(parts: Parts, shardings: Any = None) -> Any:
+    """Parameters from the config's seed; with `shardings`, for each of them, on those devices from the start."""
+    return jax.jit(parts.model.init, out_shardings=shardings)(key(parts.seed, "init"), *example(parts))
 
 
 def extra_channels(parts: Parts) -> int:

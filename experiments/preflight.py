@@ -2,16 +2,15 @@
 
 import json
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from diffusion import data, sharding
+from diffusion import data, ledger, sharding
 from diffusion.patch.geometry import geometry
-from experiments import checks, display, inputs, objective, parts, report, sampling
+from experiments import checks, costs, display, inputs, objective, parts, report, sampling
 from experiments.config import Config, network_name, to_dict
 from experiments.run_dir import RunDir
 
@@ -50,8 +49,8 @@ def check_shapes(config: Config, run: parts.Parts, *, fresh: bool = True) -> Non
             data.check_augmentation(shape, c.flip, c.shift)
     params = jax.eval_shape(partial(parts.init_params, run))
     state = jax.eval_shape(partial(objective.init_state, run), params)
-    jax.eval_shape(objective.make_step(run), jax.random.key(0), state, _examples(config.train.batch_size, run.spec))
-    one, image = jax.ShapeDtypeStruct((1,), np.int32), _examples(1, run.spec)["x"]
+    jax.eval_shape(objective.make_step(run), jax.random.key(0), state, examples(config.train.batch_size, run.spec))
+    one, image = jax.ShapeDtypeStruct((1,), np.int32), examples(1, run.spec)["x"]
     if run.split is not None:
         jax.eval_shape(sampling.denoise_fn(run), params, one, one, image)
     else:
@@ -102,21 +101,21 @@ def describe(config: Config, source: data.Source, params: parts.Any) -> str:
 
 
 def dry_run(config: Config) -> None:
-    """Prints the resolved config and the cost of a training step; computes nothing."""
+    """Prints the resolved config, the ledger of the network and the cost of a training step; computes nothing."""
     check(config)
     source = inputs.source(config)
     run = parts.resolve(config, inputs.data_spec(config, source))
-    if getattr(config.model, "scan", False):  # XLA counts the body of a loop once
-        run = parts.resolve(replace(config, model=replace(config.model, scan=False)), run.spec)
     params = jax.eval_shape(partial(parts.init_params, run))
-    state = jax.eval_shape(partial(objective.init_state, run), params)
-    examples = _examples(config.train.batch_size, run.spec)
-    lowered = jax.jit(objective.make_step(run)).lower(jax.random.key(0), state, examples)
+    found = costs.of_network(run)
+    images = config.train.batch_size * config.train.repeat
     print(json.dumps(to_dict(config), indent=2))
     print(describe(config, source, params))
-    print(f"{lowered.cost_analysis()['flops']:.3e} FLOPs per training step, as XLA counts them before optimising")
+    print(costs.printed(costs.rows(found)))
+    print(
+        f"{3 * images * ledger.total(found).flops:.3e} FLOPs per training step: three forward passes of {images} images"
+    )
 
 
-def _examples(b: int, spec: parts.DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
+def examples(b: int, spec: parts.DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
     dtype = jax.dtypes.canonicalize_dtype(spec.dtype)  # a device gets 32 bits where the data has 64
     return {"x": jax.ShapeDtypeStruct((b, *spec.shape), dtype), "y": jax.ShapeDtypeStruct((b,), np.int32)}

@@ -31,6 +31,7 @@ ARROWS = {
     "layers": set(),
     "optimize": {"layers"},
     "averages": set(),
+    "ledger": set(),
     "train": {"averages"},
     "predict": {"process"},
     "grids": {"process"},

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from diffusion import loss
-from diffusion.models.vit_flops import vit_flops
 from diffusion.process import coefficients
 from experiments import parts
 from experiments.bench.accelerator import (
@@ -31,6 +30,7 @@ from experiments.bench.accelerator import (
     sections,
 )
 from experiments.configs import jit, lsun, mnist
+from tests.models.vit_flops import vit_flops
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ An image of n x n pixels in patches of P x P gives the network (n / P)^2 positio
 
 after Luhman & Luhman 2022 (2207.04316). Only the first and the last convolution see the patch itself. All cases take
 turns (`timing`): one image size at every P, and every P at the number of positions that the largest image has in
-(1). Operations are counted twice, by hand (`unet_flops`; three times the forward pass for a training step) and by XLA;
+(1). Operations are counted twice, by `diffusion.ledger` (three times the forward pass for a training step) and by XLA;
 memory is what XLA allocates for arguments, results and temporary arrays. A training step is noising, forward, backward,
 AdamW and the average of the parameters; a sampling step one of DDIM, the initial noise included.
 

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import loss, optimize, process, sample, train
+from diffusion import ledger, loss, optimize, process, sample, train
 from diffusion.grids import uniform_grid
 from diffusion.models import Model
 from diffusion.models.unet import unet
-from diffusion.models.unet_flops import unet_flops
 from experiments.bench import jax_run
 from experiments.bench.timing import Program
 
@@ -156,14 +155,14 @@ def lowered_sample(model: Model, like: Any, shape: Sequence[int], sample_steps: 
 def operations(
     case: Case, fields: dict[str, Any], dtype: str, training: jax.stages.Lowered, batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Operations of an image's forward pass and training step, by hand and as XLA counts them."""
+    """Operations of an image's forward pass and training step, as the ledger and as XLA count them."""
     model, like = network(case, fields, dtype)
     shape = case.shape(batch_size)
     xt, t = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.float32)
     programs = {"forward": jax.jit(model.apply).lower(like, xt, t), "train": training}
-    by_hand = unet_flops(shape[1:-1], CHANNELS, patch_size=case.patch, **fields)
+    counted = ledger.flops(model.apply, like, xt, t)
     return {
-        "flops": {"forward": by_hand, "train": 3 * by_hand},
+        "flops": {"forward": counted, "train": 3 * counted},
         "xla_flops": {kind: program.cost_analysis()["flops"] / batch_size for kind, program in programs.items()},
     }
 

@@ -39,7 +39,7 @@ def claims(result: dict[str, Any]) -> list[tuple[str, float, str, float]]:
         ]
         fewer = cases[pixels]["flops"]["train"] / cases[name]["flops"]["train"]
         rows.append((f"operations saved, {what}", fewer, "at least", goal))
-    counts = [cost["xla_flops"][kind] / by_hand for cost in cases.values() for kind, by_hand in cost["flops"].items()]
+    counts = [cost["xla_flops"][kind] / ours for cost in cases.values() for kind, ours in cost["flops"].items()]
     rows.append(
         ("larger over smaller count of operations, worst case", max(max(c, 1 / c) for c in counts), "at most", 1.05)
     )

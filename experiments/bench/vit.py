@@ -26,9 +26,8 @@ import numpy as np
 from absl import flags
 
 from diffusion.models.vit import ViT
-from diffusion.models.vit_flops import vit_flops
 from diffusion.patch.geometry import geometry
-from experiments import command
+from experiments import command, costs
 from experiments.bench import commands, jax_run, peers, tables, timing
 from experiments.command_line import define_config, given_config
 from experiments.config import Config, network_name
@@ -172,8 +171,7 @@ def peer_module(config: Config) -> Any:
 
 def forward_flops(config: Config, spec: DataSpec) -> int:
     """FLOPs of the matrix products of one image's forward pass, eq. (1)."""
-    *size, channels = spec.shape
-    return vit_flops(size, channels, num_classes=spec.num_classes, **dataclasses.asdict(config.model))
+    return costs.forward_flops(resolve(config, spec))
 
 
 def report(result: dict[str, Any]) -> str:

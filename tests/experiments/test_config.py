@@ -103,6 +103,9 @@ def test_dry_run_says_what_would_be_trained(name, blank_images, capsys):
     values, end = json.JSONDecoder().raw_decode(printed)
     assert configs.from_dict(values) == config
     parameters, tokens = re.search(r"([\d,]+) parameters, (\d+) tokens", printed[end:]).groups()
+    ledger = printed[end:].partition("module ")[2].splitlines()
+    assert len(ledger) <= 25 + 1  # and the line below it
+    assert ledger[-2].split()[:2] == ["network", parameters]
     assert float(re.search(r"([\d.e+]+) FLOPs", printed[end:])[1]) > 2 * config.train.batch_size * int(tokens)
     if name == "blog":
         attention = 4 * 324 * 2000 + 3 * 2000 + 324

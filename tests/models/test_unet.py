@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion import ledger
 from diffusion.models.unet import ADM, _GroupNorm, _resized, sine_positions, sinusoids, unet
-from diffusion.models.unet_flops import unet_flops
 from diffusion.predict import WithVariance
+from tests.models.unet_flops import unet_flops
 
 TINY = {"num_channels": 8, "num_res_blocks": 1, "channel_mult": (1, 2), "num_heads": 2, "attention_resolutions": (4,)}
 
@@ -347,7 +348,8 @@ def test_operations_are_those_that_xla_counts(size, channels, fields):
     inputs = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32), number, label
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     counted = jax.jit(model.apply).lower(params, *inputs).cost_analysis()["flops"]
-    assert 0.98 < unet_flops(size, channels, **fields) / counted < 1
+    ours = ledger.flops(model.apply, params, *inputs)
+    assert ours == unet_flops(size, channels, **fields) and 0.98 < ours / counted < 1
 
 
 def test_patches_cost_what_their_grid_costs():

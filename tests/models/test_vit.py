@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import layers
+from diffusion import layers, ledger
 from diffusion.models.base import Task
 from diffusion.models.vit import ViT, _rotate, rotary_angles, sincos_positions, vit
-from diffusion.models.vit_flops import vit_flops
 from tests.models.networks import ready
+from tests.models.vit_flops import vit_flops
 
 SMALL = {"patch_size": 4, "width": 32, "depth": 2, "heads": 2}
 JIT = {
@@ -477,7 +477,7 @@ def _is_shape(value):
     ],
 )
 def test_operations_are_those_that_xla_counts(fields):
-    """XLA counts a few per cent more: norms, activations, additions; also of what a field adds or saves."""
+    """As by hand; XLA counts a few per cent more, norms, activations, additions; also of what a field adds or saves."""
 
     def counts(**fields):
         fields = dict(patch_size=4, width=64, depth=2, heads=2, num_classes=5) | fields
@@ -487,7 +487,9 @@ def test_operations_are_those_that_xla_counts(fields):
         inputs = jnp.ones((1, 16, 16, 3)), t, (y, jnp.ones((1, scalars))) if scalars else y
         params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
         counted = jax.jit(model.apply).lower(params, *inputs).cost_analysis()["flops"]
-        return vit_flops((16, 16), 3, **fields), counted
+        ours = ledger.flops(model.apply, params, *inputs)
+        assert ours == vit_flops((16, 16), 3, **fields)
+        return ours, counted
 
     ours, theirs = counts(**fields)
     assert 0.93 < ours / theirs < 1

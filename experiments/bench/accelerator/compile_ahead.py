@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -69,31 +70,45 @@ def prepare() -> None:
     Raises:
       ValueError: JAX has no CUDA plugin.
     """
-    plugins = [name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(name)]
-    if not plugins:
-        from importlib.metadata import version
-
-        package = f"jax-cuda12-plugin[with-cuda]=={version('jax')}"
+    if (package := missing_plugin()) is not None:
         raise ValueError(
             f"--compile_for needs the compiler of JAX's CUDA plugin (3 GB, no GPU): pip install '{package}', best "
             "in an environment of its own"
         )
+    os.environ.update(environment())
+
+
+def missing_plugin() -> str | None:
+    """What to install to compile for a GPU, if it is not there."""
+    if any(importlib.util.find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin")):
+        return None
+    return f"jax-cuda12-plugin[with-cuda]=={version('jax')}"
+
+
+def environment() -> dict[str, str]:
+    """The variables that JAX must find when it is imported, to compile for a GPU on the CPU."""
     nvidia = importlib.util.find_spec("nvidia")
     folders = [Path(p) for p in (nvidia.submodule_search_locations if nvidia else [])]
     libraries = [found.parents[1] for folder in folders for found in folder.glob("*/nvvm/libdevice")]
     given = ["--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"]
     given += [f"--xla_gpu_cuda_data_dir={found}" for found in libraries[:1]]
-    os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), *given]))
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return {"XLA_FLAGS": " ".join(flags + [flag for flag in given if flag not in flags]), "JAX_PLATFORMS": "cpu"}
 
 
 def topology(card: str, text: str) -> Any:
     """The one device to compile for, as a sharding."""
     import jax
+
+    return jax.sharding.SingleDeviceSharding(devices_of(card, text)[0])
+
+
+def devices_of(card: str, text: str, hosts: int = 1, each: int = 1) -> list[Any]:
+    """Devices to compile for: `each` on every host."""
     from jax.experimental import topologies
 
-    found = topologies.get_topology_desc(card, "cuda", topology="1x1x1", target_config=text)
-    return jax.sharding.SingleDeviceSharding(found.devices[0])
+    found = topologies.get_topology_desc(card, "cuda", topology=f"1x{hosts}x{each}", target_config=text)
+    return list(found.devices)
 
 
 def programs(sections: Sequence[str], tiny: bool) -> Any:

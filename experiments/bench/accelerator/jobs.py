@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion import grids, guide, loss, optimize, process, sample, times, train, vlb
+from diffusion import grids, guide, ledger, loss, optimize, process, sample, times, train, vlb
 from diffusion.models import Model
 from diffusion.models.unet import unet
 from diffusion.models.vit import hidden_matrices, vit
@@ -272,6 +272,11 @@ def gradient_program(job: Job, batch_size: int, precision: str | None = None) ->
             return jax.grad(lambda p: loss_at(job, p, drawn, x0, y))(params)
 
     return Program(jax.jit(gradient), (params_like(job), key_like(), batch_like(job, batch_size)))
+
+
+def forward_flops(job: Job) -> int:
+    """Operations of one image's forward pass."""
+    return ledger.flops(job.model.apply, params_like(job), *_init_arguments(job))
 
 
 def init_program(job: Job) -> Program:

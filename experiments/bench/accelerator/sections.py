@@ -21,8 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffusion.models.unet_flops import unet_flops
-from diffusion.models.vit_flops import vit_flops
 from diffusion.patch import fold, patchify, unpatchify
 from diffusion.patch.geometry import geometry
 from experiments.bench.accelerator import image_grid, jobs
@@ -248,7 +246,7 @@ def machine(record: Record) -> None:
 def jit_train(record: Record) -> None:
     """JiT-B/16's training step."""
     job = jobs.jit_b16(tiny=record.tiny)
-    operations = 3 * vit_flops(job.shape[:2], job.shape[2], **job.fields)
+    operations = 3 * jobs.forward_flops(job)
 
     def measure(make: Callable[[], Program]) -> dict[str, Any]:
         row = trained(record, job, make())
@@ -265,7 +263,7 @@ def jit_sample(record: Record) -> None:
     """Sampling with JiT-B/16: Heun's method, two evaluations a step but the last, each with and without the label."""
     job = jobs.jit_b16(tiny=record.tiny)
     evaluations = 2 * (2 * (len(job.grid) - 1) - 1)
-    operations = evaluations * vit_flops(job.shape[:2], job.shape[2], **job.fields)
+    operations = evaluations * jobs.forward_flops(job)
 
     def measure(make: Callable[[], Program]) -> dict[str, Any]:
         row = sampled(record, job, make())
@@ -283,7 +281,7 @@ def unet(record: Record) -> None:
     def measure(name: str, make: Callable[[], Program]) -> dict[str, Any]:
         kind, _, size = name.partition(", ")
         job = by_name[size]
-        operations = unet_flops(job.shape[:2], job.shape[2], **job.fields)
+        operations = jobs.forward_flops(job)
         if kind == "training":
             row, passes = trained(record, job, make()), 3
         else:

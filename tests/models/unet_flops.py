@@ -1,4 +1,4 @@
-"""The number of operations of the U-Net, counted by hand from its fields.
+"""The number of operations of the U-Net, counted by hand from its fields: what `diffusion.ledger` must find.
 
     convolution  2 taps C_in C_out,    linear map  2 D_in D_out,    attention over N positions  4 N^2 W        (1)
 

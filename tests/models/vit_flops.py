@@ -1,4 +1,4 @@
-"""How many operations the vision transformer takes, counted by hand from its fields.
+"""How many operations the vision transformer takes, counted by hand from its fields: what `diffusion.ledger` must find.
 
     FLOPs = 2 (multiplications in the matrix products of the forward pass)                          (1)
 
