@@ -63,7 +63,7 @@ def mesh_of(data: int | None, fsdp: int, count: int, devices: list[Any] | None =
         return sharding.make_mesh(count // fsdp, fsdp, devices)
     except NotImplementedError as e:
         raise ValueError(
-            f"--config.mesh.fsdp={fsdp} does not fit the slice: it must be a product of some of its sides, or 1 or {count}"
+            f"--config.mesh.fsdp={fsdp} does not fit the slice: it must be a product of some of its sides, 1 or {count}"
         ) from e
 
 

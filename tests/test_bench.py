@@ -241,11 +241,10 @@ def interpreted(types, signature, **_):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_patch(tmp_path, monkeypatch, compiled):
-    if not compiled:  # the blog's versions, which Numba takes long for
-        monkeypatch.setattr(patch_implementations, "njit", lambda f: f)
-        monkeypatch.setattr(patch_implementations, "guvectorize", interpreted)
+def test_patch(tmp_path, monkeypatch):
+    """The blog's versions, which Numba takes long for, are compiled by colab/patching.ipynb (test_notebooks)."""
+    monkeypatch.setattr(patch_implementations, "njit", lambda f: f)
+    monkeypatch.setattr(patch_implementations, "guvectorize", interpreted)
     result = patch.run(["28x28/7"], fraction=0.0002, rounds=2)
     case = result["cases"]["28x28/7"]
     assert case["bytes"] == 12 * 28 * 28 * 4

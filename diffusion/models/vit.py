@@ -252,6 +252,7 @@ class _ViT(nn.Module):
                 z = self._blocks(span, of(first), z, c, rotation, train)
         return WithVelocity(pred, head(z, "velocity_head"))
 
+    @nn.nowrap  # the blocks are named in the network itself
     def _blocks(
         self, span: layers.Span, net: ViT, z: jax.Array, c: jax.Array, rotation: np.ndarray | None, train: bool
     ) -> jax.Array:
@@ -269,7 +270,7 @@ class _ViT(nn.Module):
             )
         if span != whole:
             params = jax.tree.map(lambda leaf: leaf[span.first : span.end], params)
-        block = _Block(net, parent=None)
+        block = _Block(net, parent=None, name=span.name)
         dropped = train and (net.dropout or net.attention_dropout)
         key = self.make_rng("dropout") if dropped else None
 

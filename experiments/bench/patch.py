@@ -45,7 +45,9 @@ def define_flags(argv: list[str]) -> None:
     """Defines the flags of all benchmarks and those of this one."""
     commands.define_flags(argv)
     flags.DEFINE_list("cases", list(CASES), "Which geometries to measure.")
-    flags.DEFINE_float("fraction", 1.0, "Measure with this fraction of the images.", lower_bound=0.0)
+    flags.DEFINE_float(
+        "fraction", 1.0, "Measure with this fraction of the images and of the generators' calls.", lower_bound=0.0
+    )
     define_path("plot", None, "Also write a box plot to this PNG, and bars to the one ending in _against_copy.")
 
 
@@ -63,7 +65,8 @@ def run(cases: Sequence[str] = tuple(CASES), *, fraction: float = 1.0, rounds: i
             "device": timing.compare(device, case.images * calls, rounds),
             "skipped": skipped,
         }
-    result["generator"] = timing.compare(generators(), BATCH * REPEAT, rounds, calls=20)
+    calls = max(1, round(20 * fraction))
+    result["generator"] = timing.compare(generators(), BATCH * REPEAT, rounds, calls=calls)
     return result
 
 

@@ -1,5 +1,6 @@
 """Trained runs that tests share, and what makes them quick."""
 
+import copy as copying
 import fcntl
 import functools
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffusion.metrics.features import efficientnet
-from experiments import command, finish, inputs, report
+from experiments import command, finish, inputs, objective, parts, report, sampling
 from experiments import config as configs
 from experiments.run_dir import RunDir
 from tests.experiments.runs import Run, tiny, tiny_blog, tiny_chain, trained
@@ -20,6 +21,23 @@ from tests.experiments.runs import Run, tiny, tiny_blog, tiny_chain, trained
 def opened():
     """Data sets that were opened before."""
     return {}
+
+
+def _kept(make):
+    """`make`, called once with the same objects, so that JAX traces what it returns once for each shape."""
+    made = {}
+
+    def identity(value):
+        return tuple(map(id, value)) if type(value) in (list, tuple) else id(value)
+
+    @functools.wraps(make)
+    def get(*given, **options):
+        key = (*map(identity, given), *((name, identity(value)) for name, value in sorted(options.items())))
+        if key not in made:
+            made[key] = make(*given, **options), given, options  # kept too, lest another object gets the id of one
+        return made[key][0]
+
+    return get
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,6 +70,30 @@ def quick(compiled_once, opened):
         patch.setenv("PATCH_DIFFUSION_CACHE", str(compiled_once.parent / "cache"))
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled_once))  # of processes that tests start
         yield open_source
+
+
+@pytest.fixture(scope="module")
+def kept(quick):
+    """Equal configs have the same parts, whose steps and samplers are traced and compiled once in a module.
+
+    For modules that train the same several times.
+    """
+    resolve, resolved = parts.resolve, {}
+
+    def resolve_once(config, spec):
+        key = repr((config, spec))
+        if key in resolved:
+            return resolved[key]
+        found = resolve(copying.deepcopy(config), spec)  # tests change theirs
+        if found.history is None:  # its arrays become those of a state, which training donates
+            resolved[key] = found
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "resolve", resolve_once)
+        for module, name in ((objective, "make_step"), (sampling, "sample_fn"), (sampling, "denoise_fn")):
+            patch.setattr(module, name, _kept(getattr(module, name)))
+        yield
 
 
 def _shared(folder: Path, name: str, config: configs.Config) -> Run:

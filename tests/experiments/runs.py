@@ -110,6 +110,12 @@ def own_flags(monkeypatch: Any, workdir: Path, command: Any, *others: Any) -> fl
     return own
 
 
+def noisy(params: Any, scale: float) -> Any:
+    """Parameters with normal noise added, so that none is at its initial zero; NumPy's, which nothing compiles."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: np.asarray(p) + scale * rng.standard_normal(p.shape, np.float32), params)
+
+
 def state(config: configs.Config, workdir: Path, step: int | None = None) -> training.State:
     """The state in a checkpoint."""
     run = parts.resolve(config, RunDir(workdir).stored()[1])

@@ -1,6 +1,5 @@
 """Edits of images with the parts of a run: guidance with a memory is in all of them."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -9,6 +8,7 @@ from diffusion.models.vit import ViT
 from experiments import config as configs
 from experiments import edits, parts
 from experiments.parts import DataSpec
+from tests.experiments.runs import noisy
 
 MASK = (np.arange(8) < 4)[None, :, None, None]
 EDITS = {
@@ -31,9 +31,7 @@ def test_guidance_with_a_memory_guides_edits(name):
     made = []
     for scale in (1.0, 4.0):
         run = resolved(guidance=scale, guidance_kind="apg", guidance_momentum=-0.5)
-        params = jax.tree.map(
-            lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), parts.init_params(run)
-        )
+        params = noisy(parts.init_params(run), 0.3)
         images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
         made.append(np.asarray(edits.edit_fn(run, EDITS[name](run))(params, np.arange(2), np.arange(2), images)[-1]))
     assert np.isfinite(made).all() and np.abs(made[0] - made[1]).max() > 1e-2

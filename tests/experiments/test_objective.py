@@ -11,6 +11,7 @@ from diffusion.models.vit import ViT
 from experiments import objective, parts, sampling
 from experiments.configs import patch_unet_mnist
 from experiments.parts import DataSpec
+from tests.experiments.runs import noisy
 
 SPEC = DataSpec((8, 8, 1), ("a", "b", "c"))
 
@@ -44,8 +45,7 @@ def stepped(microbatch=None):
     config = small()
     config.train.ema, config.process.times, config.train.microbatch = (0.0, 0.9), "loss_second_moment", microbatch
     run = parts.resolve(config, SPEC)
-    noisy = lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape)  # noqa: E731
-    params = jax.jit(lambda: jax.tree.map(noisy, parts.init_params(run)))()
+    params = jax.tree.map(jnp.asarray, noisy(parts.init_params(run), 0.05))
     state = objective.init_state(run, params)
     return run, state, *jax.jit(objective.make_step(run))(jax.random.key(3), state, batch())
 
@@ -107,7 +107,7 @@ def test_estimates_are_kept_in_range():
     config = small()
     config.process.variance, config.process.vlb_weight, config.sample.clip = "fixed_small", 0.0, False
     params = parts.init_params(parts.resolve(config, SPEC))
-    params = jax.tree.map(lambda p: p + jax.random.normal(jax.random.key(p.size), p.shape), params)
+    params = noisy(params, 1.0)
     given = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.full(4, 0.5), jnp.arange(4) % 3
     free = jax.jit(sampling.denoiser(parts.resolve(config, SPEC), params))(*given)
     config.sample.clip = True

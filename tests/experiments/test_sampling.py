@@ -17,7 +17,7 @@ from experiments import inputs, likelihood, parts, preflight, report, sample, sa
 from experiments.parts import DataSpec
 from experiments.run_dir import RunDir, trained
 from tests.experiments import runs
-from tests.experiments.runs import call, samples, tiny_chain, with_unet
+from tests.experiments.runs import call, noisy, samples, tiny_chain, with_unet
 
 
 def sampled(outdir, *arguments):
@@ -180,9 +180,7 @@ def test_every_sampler_of_the_config_samples(sampler):
     if sampler == "edm":
         config.sample.respacing, config.sample.steps, config.sample.rho, config.sample.churn = None, 4, 7.0, 2.0
     run = parts.resolve(config, DataSpec((8, 8, 1)))
-    params = jax.tree.map(
-        lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), parts.init_params(run)
-    )
+    params = noisy(parts.init_params(run), 0.3)
     images = np.asarray(sampling.sample_fn(run)(params, np.arange(2), np.zeros(2, np.int32)))
     assert images.shape == (2, 8, 8, 1) and len(np.unique(images)) > 10
 
@@ -217,9 +215,7 @@ def test_every_kind_of_guidance_reaches_the_samples_and_each_is_another():
         options = {"guidance": 3.0, "guidance_kind": kind.removesuffix(" with momentum"), **options}
         config.sample = configs.Sample(steps=5, **options)
         run = parts.resolve(config, DataSpec((8, 8, 1), ("a", "b")))
-        params = jax.tree.map(
-            lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), parts.init_params(run)
-        )
+        params = noisy(parts.init_params(run), 0.3)
         made[kind] = np.asarray(sampling.sample_fn(run)(params, np.arange(2), np.arange(2)))
     stacked = np.stack(list(made.values())).astype(int)
     assert (np.abs(stacked[:, None] - stacked[None]).sum((2, 3, 4, 5)) > 0).sum() == len(KINDS) * (len(KINDS) - 1)

@@ -32,6 +32,8 @@ from tests.experiments.runs import (
     trained,
 )
 
+pytestmark = pytest.mark.usefixtures("kept")
+
 # What a run leaves
 
 
