@@ -129,6 +129,11 @@ def test_vit_against_pytorch():
         assert all(row["mfu"] == pytest.approx(row["tflops"] / 0.5) for row in result[kind].values())
     assert json.loads(json.dumps(result)) == result
     assert "PyTorch eager" in vit.report(result)
+    from experiments.bench import vit_peer
+
+    config = jax_run.with_model(config, scan=True, depth=2)
+    params = jax_run.params(resolve(config, SPEC), vit.NOISE)
+    assert "blocks_0_2" in params and max(vit_peer.parity(config, SPEC, params).values()) < peers.TOLERANCE
 
 
 @pytest.mark.slow
