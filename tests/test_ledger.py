@@ -12,6 +12,7 @@ from diffusion.models.unet import unet
 from diffusion.models.vit import JIT, vit
 
 VIT = dict(patch_size=4, width=64, depth=2, heads=2, bottleneck=8, class_tokens=3, class_tokens_from=1, num_classes=5)
+JIT_B16 = dict(patch_size=16, width=768, heads=12, bottleneck=128, class_tokens=32, dtype="bfloat16")  # of 2 blocks
 # Channels as wide as published ones: of narrow ones norms and activations are not a few per cent.
 UNET = dict(num_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,), num_classes=3)
 
@@ -30,8 +31,9 @@ def inputs(size, channels, labelled):
         (vit(**VIT, **JIT), inputs((16, 16), 3, True), 0.07),
         (unet(**UNET), inputs((16, 16), 3, True), 0.02),
         (blog(process.Geometric(), patch_size=7, stride=7, heads=4, head_dim=64), inputs((28, 28), 1, False), 0.05),
+        pytest.param(vit(**VIT | JIT_B16, **JIT), inputs((256, 256), 3, True), 0.02, marks=pytest.mark.slow),
     ],
-    ids=["vit", "unet", "blog"],
+    ids=["vit", "unet", "blog", "jit"],
 )
 def test_totals_are_those_of_the_parameters_and_of_xla(model, given, tolerance):
     """Exact in the parameters. XLA also counts what is done once per value: the tolerance is for these widths."""
