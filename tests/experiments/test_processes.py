@@ -52,12 +52,12 @@ def start(workdir, devices, *given, after=0, name="SIGTERM", process=0):
 
 
 def together(workdir, number, *given, **signalled):
-    """So many processes of one device each, until all have ended: (status, printed, errors) of each."""
+    """So many processes of two devices each, until all have ended: (status, printed, errors) of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     started = [
-        start(workdir, 1, f"--coordinator=localhost:{port}", f"--num_processes={number}", f"--process_id={i}",
+        start(workdir, 2, f"--coordinator=localhost:{port}", f"--num_processes={number}", f"--process_id={i}",
               "--process_timeout=20", *given, **signalled)
         for i in range(number)
     ]  # fmt: skip
