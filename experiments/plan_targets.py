@@ -108,7 +108,8 @@ def environment(target: Target) -> dict[str, str]:
     if target.device.kind == "gpu":
         return compile_ahead.environment()
     if target.device.kind == "tpu":
-        return {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        # No TPU is used, so several processes may compile at a time.
+        return {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
     others = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")).split()
     flags = [*others, f"--xla_force_host_platform_device_count={target.count}"]
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
@@ -136,4 +137,4 @@ def devices(target: Target) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)[: target.count]
     except Exception as e:  # of several types, with the shapes that it knows
-        raise ValueError(f"--target={target}: the compiler knows no such slice: {str(e).splitlines()[0]:.300}") from e
+        raise ValueError(f"--target={target}: the compiler has no such slice: {str(e).splitlines()[0]:.300}") from e

@@ -295,10 +295,10 @@ def test_the_command_compiles_for_eight_devices():
     # Beside state and batch there is a key. The state is written where it was.
     assert 0 <= found["arguments"] - held <= 64 and found["alias"] > 0.9 * (held - result["state_bytes"]["batch"])
     assert result["bytes"] == found["arguments"] + found["outputs"] - found["alias"] + found["temporary"]
-    # Most split matrices are gathered, and not those whose use is cheaper to sum; every gradient is summed over all.
-    split = 4 * 0.6 * result["ledger"][-1]["cost"]["parameters"]
-    assert found["collectives"]["all-gather"]["bytes"] > split
-    assert sum(row["bytes"] for name, row in found["collectives"].items() if "reduce" in name) > split / 4
+    # Of the split matrices those that see one vector an image need not be gathered; every gradient is summed.
+    whole = 4 * result["ledger"][-1]["cost"]["parameters"]
+    assert whole / 2 < found["collectives"]["all-gather"]["bytes"] < 3 * whole
+    assert whole / 4 < sum(row["bytes"] for name, row in found["collectives"].items() if "reduce" in name) < 3 * whole
     assert 0.8 < result["flops"] / (8 * found["flops"]) < 1.1
     text = plan_report.report(result)
     assert "all-gather" in text and "temporary, compiled in" in text and "of the peak" not in text
