@@ -111,7 +111,7 @@ class Condition:
 class Mesh:
     """The devices of a training (`diffusion.sharding`): data x fsdp of them. A run may go on with others."""
 
-    data: int | None = None  # groups of devices with a whole state each; None: as many as there are devices for
+    data: int | None = None  # number of groups, each with a whole state; None: the number of devices over fsdp
     fsdp: int = 1  # devices of a group, over which parameters, averages and the state of the optimiser are split
 
 

@@ -35,6 +35,8 @@ def finish(
     try:
         frames = figures.film(run, params, labels, low)
     except (ValueError, RuntimeError, MemoryError) as e:
+        if processes.several():
+            raise  # the others may be waiting for this one
         print(f"samples on their way from noise could not be made: {e}")
     if not processes.first():
         return reached

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion import data, sharding
@@ -22,9 +23,7 @@ class Validation:
     The images, their noise and so the loss depend neither on the devices nor on microbatches.
     """
 
-    def __init__(
-        self, config: Config, run: parts.Parts, folder: RunDir, log: Log, mesh: jax.sharding.Mesh | None = None
-    ) -> None:
+    def __init__(self, config: Config, run: parts.Parts, folder: RunDir, log: Log, mesh: jax.sharding.Mesh) -> None:
         c = config.train
         self._patience, self._log, self._best = c.patience, log, folder.best
         # Of an earlier session too; later ones are added here, since only one of several processes writes the log.
@@ -33,24 +32,28 @@ class Validation:
         count = -(-c.eval_count // c.repeat)
         batches = -(-count // c.batch_size)
         size = -(-count // batches)
+        # Filled up so that all devices, and microbatches, have equal shares; what is random is drawn before.
         examples = size * c.repeat
-        at_once = max(n for n in range(1, min(c.microbatch or examples, examples) + 1) if examples % n == 0)
+        at_once = -(-min(c.microbatch or examples, examples) // mesh.size) * mesh.size
+        filled = -(-examples // at_once) * at_once - examples
         held = data.batch(inputs.source(config, config.data.held_out), config.seed, 0, batches * size)
         held = jax.tree.map(lambda x: x.reshape(batches, size, *x.shape[1:]), held)
         pieces = objective(run, training=False)
 
         def loss(params: Any) -> jax.Array:
             def of(now: tuple[jax.Array, Any]) -> jax.Array:
-                i, examples = now
-                if mesh is not None and size % mesh.size == 0:
-                    examples = jax.lax.with_sharding_constraint(examples, sharding.by_examples(mesh))
+                i, images = now
                 # The key is made inside, anew each time: every validation has the same noise.
                 key = jax.random.fold_in(parts.key(config.seed, "held out"), i)
-                drawn = pieces.draw(key, examples, None)
-                found = training.accumulated(lambda k, d: (pieces.loss(params, k, d), ()), key, drawn, at_once)
-                return found[0][0]
+                drawn = pieces.draw(key, images, None)
+                drawn = jax.tree.map(lambda x: sharding.split_examples(fill(x, filled)), drawn)
+                (value, aux), _ = training.accumulated(
+                    lambda k, d: (pieces.loss(params, k, d), ()), key, drawn, at_once
+                )
+                return aux["loss"][:examples].mean() if filled else value
 
-            return jax.lax.map(of, (np.arange(batches), held)).mean()
+            with sharding.in_use(mesh):
+                return jax.lax.map(of, (np.arange(batches), held)).mean()
 
         self._loss = jax.jit(loss)
 
@@ -75,8 +78,14 @@ class Validation:
         if self._patience is None:
             return state
         state, step = checkpoint.restore(self._best, state, report=print)
+        processes.check_same("the step of the best weights", step)
         print(f"\nheld-out loss was lowest after step {step}: those weights are kept")
         return state
+
+
+def fill(x: jax.Array, n: int) -> jax.Array:
+    """An array [B, ...] with its last entry n times more."""
+    return jnp.concatenate([x, jnp.repeat(x[-1:], n, 0)]) if n else x
 
 
 class Preview:

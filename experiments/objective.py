@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion import guide, superres, times, train
+from diffusion import guide, sharding, superres, times, train
 from diffusion import loss as losses
 from diffusion.methods import distill, meanflow
 from diffusion.predict import Predict, predictor
@@ -161,10 +161,10 @@ def _teacher(parts: Parts, state: train.State, drawn: dict[str, Any]) -> Predict
     return predictor(denoise, parts.path, parts.prediction, drawn.get("y"))
 
 
-def make_step(parts: Parts) -> train.StepFn:
-    """(key, state, batch) -> (state, metrics): one step of training."""
+def make_step(parts: Parts, mesh: jax.sharding.Mesh | None = None) -> train.StepFn:
+    """(key, state, batch) -> (state, metrics): one step of training; networks split their examples over a mesh."""
     pieces = objective(parts)
-    return train.make_step(
+    step = train.make_step(
         pieces.loss,
         parts.optimizer,
         ema_decay=parts.ema,
@@ -174,6 +174,17 @@ def make_step(parts: Parts) -> train.StepFn:
         microbatch=parts.microbatch,
         gammas=parts.gammas,
     )
+
+    def on_mesh(key: jax.Array, state: train.State, batch: Any) -> tuple[train.State, dict[str, jax.Array]]:
+        with sharding.in_use(mesh):
+            return step(key, state, batch)
+
+    return step if mesh is None else on_mesh
+
+
+def sharded_step(parts: Parts, mesh: jax.sharding.Mesh, placed: train.State) -> train.StepFn:
+    """`make_step`, compiled for a mesh, with a state that lies and stays where `placed` says, and is given away."""
+    return jax.jit(make_step(parts, mesh), donate_argnums=1, out_shardings=(placed, sharding.whole(mesh)))
 
 
 def init_state(parts: Parts, params: Any) -> train.State:

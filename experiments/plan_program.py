@@ -6,7 +6,7 @@ temporary what the compiler says, or, not compiled, gradients like the parameter
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import numpy as np
 from diffusion import sharding
 from experiments import objective, parts, preflight
 from experiments.bench.accelerator import program_text
+from experiments.checks import named
 from experiments.parts import Parts
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -59,12 +60,8 @@ def mesh_of(data: int | None, fsdp: int, count: int, devices: list[Any] | None =
         raise ValueError(f"{given} {must} the number of devices, {count}")
     if devices is None:
         return jax.sharding.AbstractMesh((count // fsdp, fsdp), sharding.AXES)
-    try:
+    with named("mesh"):
         return sharding.make_mesh(count // fsdp, fsdp, devices)
-    except NotImplementedError as e:
-        raise ValueError(
-            f"--config.mesh.fsdp={fsdp} does not fit the slice: it must be a product of some of its sides, 1 or {count}"
-        ) from e
 
 
 def shapes(run: Parts, batch_size: int, mesh: Mesh) -> Shapes:
@@ -92,8 +89,7 @@ def compiled(run: Parts, given: Shapes) -> Compiled:
       jax.errors.JaxRuntimeError: it does not fit, where the compiler knows that (`out_of_memory`), or another reason.
     """
     begin = time.perf_counter()
-    out = jax.tree.map(lambda x: x.sharding, given.state), None
-    step = jax.jit(objective.make_step(run), donate_argnums=1, out_shardings=out)
+    step = objective.sharded_step(run, given.key.sharding.mesh, jax.tree.map(lambda x: x.sharding, given.state))
     program = step.lower(*given).compile()
     memory, cost = program.memory_analysis(), program.cost_analysis()
     return Compiled(
@@ -156,13 +152,3 @@ def _placed(x: Any, where: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
 def _share(x: jax.ShapeDtypeStruct) -> int:
     """Bytes of an array on each device."""
     return prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-
-
-def seconds(flops: float, device_flops: float, devices: int, utilisation: float) -> float:
-    """How long a step of so many operations takes at a share of the peak of all devices."""
-    return flops / (device_flops * devices * utilisation)
-
-
-def sent(collectives: Mapping[str, Mapping[str, int]]) -> int:
-    """Bytes that each device sends in a step."""
-    return sum(row["sent"] for row in collectives.values())

@@ -100,6 +100,17 @@ def describe(config: Config, source: data.Source, params: parts.Any) -> str:
     return line
 
 
+def describe_mesh(mesh: jax.sharding.Mesh, state: parts.Any) -> str:
+    """How many devices there are, and what each of them holds of the state."""
+    leaves = [x for x in jax.tree.leaves(state) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    whole = sum(x.size * x.dtype.itemsize for x in leaves)
+    own = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return (
+        f"{mesh.size} devices, data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}, of {jax.process_count()} "
+        f"process{'es' * (jax.process_count() > 1)}: each holds {own / 1e6:,.1f} of {whole / 1e6:,.1f} MB of the state"
+    )
+
+
 def dry_run(config: Config) -> None:
     """Prints the resolved config, the ledger of the network and the cost of a training step; computes nothing."""
     check(config)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+import numpy as np
 from absl import flags
 
 from experiments import signals
@@ -41,31 +42,35 @@ def joined() -> Iterator[None]:
     join()
     try:
         yield
-    except Exception as e:
+    except (Exception, KeyboardInterrupt) as e:
         if not several() or isinstance(e, signals.Stopped):
             raise
-        if isinstance(e, jax.errors.JaxRuntimeError) or _UNREACHABLE.search(str(e)):
-            what = f"the others cannot be reached any more ({str(e).strip().splitlines()[0]:.300})"
+        interrupted = isinstance(e, KeyboardInterrupt)
+        said = f"process {jax.process_index()} of {jax.process_count()}: "
+        if interrupted:
+            said += "interrupted; files saved before are complete."
+        elif _UNREACHABLE.search(str(e)):
+            said += (
+                f"the others cannot be reached any more ({str(e).strip().splitlines()[0]:.300}). Start all processes "
+                "again with the same commands: a training goes on from its newest checkpoint."
+            )
         else:
-            what = f"{type(e).__name__}: {e}"
+            said += f"error: {e}"
+            if not isinstance(e, ValueError | TypeError | OSError | FloatingPointError | ImportError):
+                traceback.print_exc()
         if os.environ.get("PATCH_DIFFUSION_TRACEBACK"):
             traceback.print_exc()
-        print(
-            f"\nerror: process {jax.process_index()} of {jax.process_count()}: {what}. Start all processes again with "
-            "the same commands: a training goes on from its newest checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"\n{said}", file=sys.stderr, flush=True)
         # Not sys.exit, which would wait for processes that wait for this one.
-        os._exit(1)
+        os._exit(130 if interrupted else 1)
 
 
 def join() -> None:
     """Connects this process to the others, if the flags say that there are any; before JAX is asked for devices.
 
     Raises:
-      ValueError: flags are missing, or there is no cluster.
-      RuntimeError: the others did not appear within five minutes.
+      ValueError: flags are missing or malformed, or there is no cluster.
+      OSError: the others did not appear within five minutes.
     """
     explicit = {"coordinator": _COORDINATOR, "num_processes": _NUM_PROCESSES, "process_id": _PROCESS_ID}
     given = {name: holder.value for name, holder in explicit.items() if holder.value is not None}
@@ -74,10 +79,14 @@ def join() -> None:
         raise ValueError(f"--{next(iter(given))} alone connects no processes: pass {' and '.join(missing)} too")
     if not given and not _DISTRIBUTED.value:
         return
-    if given and _PROCESS_ID.value >= _NUM_PROCESSES.value:
-        raise ValueError(
-            f"--process_id={_PROCESS_ID.value} must be below --num_processes={_NUM_PROCESSES.value}: they count from 0"
-        )
+    if given:
+        if not re.fullmatch(r".+:\d+", _COORDINATOR.value):
+            raise ValueError(f"--coordinator={_COORDINATOR.value} must be HOST:PORT, such as {_COORDINATOR.value}:8476")
+        if _PROCESS_ID.value >= _NUM_PROCESSES.value:
+            raise ValueError(
+                f"--process_id={_PROCESS_ID.value} must be below --num_processes={_NUM_PROCESSES.value}: they count "
+                "from 0"
+            )
     try:
         jax.distributed.initialize(
             _COORDINATOR.value,
@@ -86,11 +95,17 @@ def join() -> None:
             heartbeat_timeout_seconds=_TIMEOUT.value,
         )
     except ValueError as e:
+        if given:
+            raise ValueError(f"--coordinator={_COORDINATOR.value} connects no processes: {e}") from e
         raise ValueError(
             f"--distributed: no cluster was found ({e}); pass --coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from e
+    except RuntimeError as e:
+        raise OSError(f"not all processes appeared ({str(e).splitlines()[0]:.300}): start every one of them") from e
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    # Their communication is set up here, where all of them are: it gives up where one comes half a minute later.
+    wait("joined")
 
 
 def first() -> bool:
@@ -119,6 +134,20 @@ def first_alone(name: str) -> Iterator[None]:
     yield
     if first():
         wait(name)
+
+
+def check_same(what: str, value: int) -> None:
+    """Raises OSError unless all processes have the same value; all call it together."""
+    if not several():
+        return
+    from jax.experimental import multihost_utils
+
+    values = multihost_utils.process_allgather(np.int32(value)).tolist()
+    if len(set(values)) > 1:
+        raise OSError(
+            f"{what} is {values} in the processes 0 to {len(values) - 1}: one of them could not read what the others "
+            "did. Make sure that all of them can read the work directory, and start them again"
+        )
 
 
 def anywhere(asked: bool) -> bool:

@@ -4,12 +4,14 @@ import contextlib
 import hashlib
 import json
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion import layers
@@ -120,7 +122,11 @@ class RunDir(NamedTuple):
         """
         resolved = _to_stored(config, spec)
         if not writes:
-            if not self.is_run:
+            for _ in range(20):  # other machines may see a new file of a network mount late
+                if self.is_run:
+                    break
+                time.sleep(0.5)
+            else:
                 raise OSError(
                     f"the first process wrote to {self.path}, where this one finds nothing: all need one folder"
                 )
@@ -193,11 +199,11 @@ class RunDir(NamedTuple):
         return report
 
     def weights(self, step: int | None = None, decay: float | None = None) -> tuple[Any, int]:
-        """Averaged weights, and the step that they are from; see `trained`."""
+        """Averaged weights as NumPy arrays, and the step that they are from; see `trained`."""
         decays = self.stored()[0].train.ema
         if decay is not None and decay not in decays:
             raise ValueError(f"--ema={decay}: {self.path} has averages with the decays {', '.join(map(str, decays))}")
-        averages, step = checkpoint.restore_ema(self.checkpoints, step, report=print)
+        averages, step = checkpoint.restore_ema(self.checkpoints, step, report=print, on_host=True)
         return averages[str(0 if decay is None else decays.index(decay))], step
 
     def check_teacher(self, config: Config) -> None:
@@ -276,10 +282,13 @@ def default_workdir(config: Config) -> Path:
     return Path("runs") / (config.name if split is None else f"{config.name}_split{split}")
 
 
-def trained(workdirs: Sequence[Path], step: int | None = None, decay: float | None = None) -> Trained:
+def trained(
+    workdirs: Sequence[Path], step: int | None = None, decay: float | None = None, *, on_host: bool = False
+) -> Trained:
     """The run in a work directory, or the experts in several, in any order, one for every range.
 
     Args:
+      on_host: leave the parameters NumPy arrays, to be placed on a mesh.
       step: of training; default the newest.
       decay: which of the averaged weights; default the first of the run's list.
 
@@ -294,7 +303,8 @@ def trained(workdirs: Sequence[Path], step: int | None = None, decay: float | No
                 f"{workdirs[0]} holds expert {config.process.split} of {len(config.process.snr_splits) + 1}, which "
                 "cannot sample alone: pass --workdir=A,B with the work directories of all"
             )
-        return Trained(config, spec, *RunDir(workdirs[0]).weights(step, decay))
+        params, step = RunDir(workdirs[0]).weights(step, decay)
+        return Trained(config, spec, params if on_host else jax.tree.map(jnp.asarray, params), step)
     runs = sorted(
         ((*RunDir(workdir).stored(), workdir) for workdir in workdirs), key=lambda run: run[0].process.split or 0
     )
@@ -313,6 +323,7 @@ def trained(workdirs: Sequence[Path], step: int | None = None, decay: float | No
                 + "\n  ".join(differing or ["the images or the classes that they were trained on"])
             )
     params, steps = zip(*(RunDir(workdir).weights(step, decay) for _, _, workdir in runs), strict=True)
+    params = params if on_host else jax.tree.map(jnp.asarray, params)
     config = replace(first, process=replace(first.process, split=None))
     return Trained(config, spec, params, max(steps), tuple(config for config, _, _ in runs))
 

@@ -7,6 +7,7 @@
     python -m experiments.sample --workdir=runs/mnist --sampler=unipc --steps=12               another sampler
     python -m experiments.sample --workdir=runs/large --guide_workdir=runs/small --guidance=2  autoguidance
     python -m experiments.sample --workdir=runs/mine --sample_size=128,192 --window_stride=32  larger than in training
+    python -m experiments.sample --workdir=runs/large --fsdp=8                       a network split over 8 devices
 
 Writes samples.npz (arr_0 [N, *S, C] of the data's type, uint8 of images, arr_1 labels) and samples.png; with
 --trajectory also a film strip and an animation from noise to sample. Sample i depends on the seed and its number i
@@ -97,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
 
 def sample(mesh: jax.sharding.Mesh, workdirs: Sequence[Path]) -> None:
     """Makes the samples that the flags ask for, on the devices of a mesh, and writes them."""
-    run = trained(workdirs, _CHECKPOINT.value, _EMA.value)
+    run = trained(workdirs, _CHECKPOINT.value, _EMA.value, on_host=True)
     weaker = weaker_run(run, workdirs)
     run = run._replace(config=overridden(run.config, run.spec, autoguided=weaker is not None))
     with flags_of_sample():
@@ -120,9 +121,9 @@ def sample(mesh: jax.sharding.Mesh, workdirs: Sequence[Path]) -> None:
     if _TRAJECTORY.value:
         trajectory(run, parts, members, labels, low, outdir, weak)
     processes.wait("finished")
-    if outdir is None:
-        return
-    print(f"{report.minutes(seconds)}; written to {outdir}: {', '.join(sorted(p.name for p in outdir.iterdir()))}")
+    if outdir is not None:
+        names = ", ".join(sorted(p.name for p in outdir.iterdir()))
+        print(f"{report.minutes(seconds)}; written to {outdir}: {names}")
     if not finite.all():
         raise FloatingPointError(report.non_finite(int((~finite).sum()), len(finite)))
 
@@ -173,7 +174,7 @@ def weaker_run(run: Trained, workdirs: Sequence[Path]) -> Trained | None:
     if own.resolve() == workdirs[0].resolve():
         step = _CHECKPOINT.value if step is None else step
         decay = _EMA.value if decay is None else decay
-    weaker = trained([own], step, decay)
+    weaker = trained([own], step, decay, on_host=True)
     if same_weights(run.params, weaker.params):
         raise ValueError(
             f"{flag} has the weights of the run itself, which guide nowhere: pass another --guide_workdir, an average "

@@ -188,5 +188,6 @@ def in_batches(
         inputs = (index, labels[index % n]) + (() if images is None else (images[index % n],))
         if mesh is not None:
             inputs = sharding.put(inputs, sharding.by_examples(mesh))
-        made = sharding.gathered(sample(params, *inputs))
+        with sharding.in_use(mesh):
+            made = sharding.gathered(sample(params, *inputs))
         yield jax.tree.map(lambda array, left=n - start: array[:left], made)

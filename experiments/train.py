@@ -65,6 +65,8 @@ def train(config: Config, workdir: Path, *, track: Sequence[str] = (), typed: st
     folder = RunDir(workdir)
     with processes.first_alone("data"):  # which may prepare a data set
         source = inputs.source(config)
+        if processes.several():
+            inputs.source(config, config.data.held_out)
     run = parts.resolve(config, inputs.data_spec(config, source))
     preflight.check_shapes(config, run, fresh=folder.latest_step is None)
     with processes.first_alone("folder"):
@@ -121,9 +123,8 @@ def fit(
     if begin >= c.steps or (validation and validation.should_stop()):
         return state.ema[0], begin, seconds
 
-    everywhere, own = sharding.whole(mesh), sharding.rows(mesh, c.batch_size)
-    step = jax.jit(objective.make_step(run), donate_argnums=1, out_shardings=(placed, everywhere))
-    key = sharding.put(parts.key(config.seed, "train"), everywhere)
+    step, own = objective.sharded_step(run, mesh, placed), sharding.rows(mesh, c.batch_size)
+    key = sharding.put(parts.key(config.seed, "train"), sharding.whole(mesh))
 
     def placed_batch(i: int) -> dict[str, jax.Array]:
         return sharding.put_rows(mesh, inputs.batch(config, source, i, own), c.batch_size)
@@ -132,6 +133,8 @@ def fit(
     preview = hooks.Preview(config, run, folder, log)
 
     print(preflight.describe(config, source, state.params))
+    if mesh.size > 1:
+        print(preflight.describe_mesh(mesh, state))
     print(f"{'continuing after' if begin else 'training from'} step {begin} of {c.steps}, writing to {folder.path}")
     with Bar(c.steps, "training", "step", begin, seconds) as bar, contextlib.closing(batches):
         for i, examples in batches:
@@ -177,6 +180,7 @@ def restored(config: Config, run: parts.Parts, folder: RunDir, mesh: jax.shardin
     if not fresh:
         like = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like, placed)
         state, step = checkpoint.restore(folder.checkpoints, like, report=print)
+        processes.check_same("the step of the newest checkpoint", step)
         return state, placed, step
     if init_from is None:
         params = parts.init_params(run, of_params)

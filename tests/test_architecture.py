@@ -49,7 +49,7 @@ ARROWS = {
     "sharding": set(),
     "io": {"sharding"},
     "data": {"io"},
-    "models": {"cpu", "layers", "patch", "predict", "process"},
+    "models": {"cpu", "layers", "patch", "predict", "process", "sharding"},
     "metrics": {"data", "models", "pretrained", "sharding"},
     "pretrained": {"layers", "models"},
 }

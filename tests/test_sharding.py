@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion import data, sharding
+from diffusion.models.unet import unet
+from diffusion.models.vit import vit
 
 
 def mesh(data_, fsdp):
@@ -57,6 +61,27 @@ def test_a_batch_that_devices_cannot_share_is_refused():
         sharding.rows(mesh(2, 4), 12)
 
 
+SMALL = dict(patch_size=4, width=16, depth=2, heads=2)
+UNET = dict(patch_size=2, num_channels=8, channel_mult=(1.0,), num_heads=2)
+
+
+@pytest.mark.parametrize("make", [partial(vit, **SMALL), partial(vit, **SMALL, scan=True), partial(unet, **UNET)])
+def test_networks_split_their_examples_over_the_mesh_in_use(make):
+    def constraints(n, in_use):
+        given = jax.eval_shape(lambda: (jnp.zeros((n, 8, 8, 1)), jnp.zeros(n)))
+        params = jax.eval_shape(model.init, jax.random.key(0), *given)
+        with sharding.in_use(in_use):
+            return str(jax.make_jaxpr(lambda p, xt, t: model.apply(p, xt, t))(params, *given)).count(
+                "sharding_constraint"
+            )
+
+    model = make()
+    assert constraints(16, mesh(2, 4)) > 0
+    assert constraints(16, None) == 0
+    assert constraints(16, mesh(1, 1)) == 0
+    assert constraints(12, mesh(2, 4)) == 0, "12 images cannot be split over 8 devices"
+
+
 PROGRAM = """
 import sys
 import jax, numpy as np
@@ -65,7 +90,7 @@ from diffusion.models.unet import UNet
 from experiments import objective, parts
 from tests.experiments import runs
 
-sharding.of_state.__defaults__ = (64,)  # of arrays that are split
+sharding.SMALLEST = 64
 
 def muon(c):
     c.train.optimizer, c.train.microbatch = "muon", 8
@@ -77,7 +102,7 @@ def expert(c):
     c.process.snr_splits, c.process.split, c.train.ema_power = (0.25,), 1, (0.1,)
 
 def unet(c):
-    c.model = UNet(patch_size=4, num_channels=8, channel_mult=(1.0, 2.0), num_res_blocks=1, num_heads=2)
+    c.model = UNet(patch_size=4, num_channels=8, channel_mult=(1.0,), num_res_blocks=1, num_heads=2)
     # A bias before a norm of single channels has a gradient of rounding alone, which Adam would divide by its own size.
     c.train.adam_eps = 1e-5
 
@@ -96,9 +121,8 @@ run = parts.resolve(config, parts.DataSpec(shape, classes))
 def trained(mesh):
     placed = sharding.of_state(mesh, jax.eval_shape(lambda: objective.init_state(run, parts.init_params(run))))
     state = sharding.put(objective.init_state(run, parts.init_params(run)), placed)
-    whole = sharding.whole(mesh)
-    step = jax.jit(objective.make_step(run), donate_argnums=1, out_shardings=(placed, whole))
-    key, losses = sharding.put(parts.key(0, "train"), whole), []
+    step = objective.sharded_step(run, mesh, placed)
+    key, losses = sharding.put(parts.key(0, "train"), sharding.whole(mesh)), []
     for batch in batches:
         # What must move to the devices is moved before, so that anything else that moves is an error.
         batch = sharding.put_rows(mesh, batch, 16)

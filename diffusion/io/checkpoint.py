@@ -132,12 +132,14 @@ def restore_ema(
     step: int | None = None,
     *,
     like: Any = None,
+    on_host: bool = False,
     report: Callable[[str], object] = warnings.warn,
 ) -> tuple[Any, int]:
     """The averaged parameters of the newest undamaged checkpoint, or of `step`; and the step. Reads no other field.
 
     `like` is a pytree of arrays or `jax.ShapeDtypeStruct`s, as for `restore`. Without it, which needs no model, the
-    averages are nested dicts of JAX arrays, and sequences inside `ema` become dicts with keys "0", "1", ...
+    averages are nested dicts of JAX arrays, or with `on_host` of NumPy arrays, and sequences inside `ema` become dicts
+    with keys "0", "1", ...
 
     Raises:
       FileNotFoundError, OSError, ValueError: as `restore`.
@@ -145,7 +147,7 @@ def restore_ema(
     wanted = {} if like is None else _checked_leaves({"ema": like}, "like", ARRAYS | jax.ShapeDtypeStruct)
     found, step = _newest(directory, step, "ema", report)
     if like is None:
-        return _nest({path: _place(path, leaf) for path, leaf in found.items()})["ema"], step
+        return _nest({path: leaf if on_host else _place(path, leaf) for path, leaf in found.items()})["ema"], step
     return _like(like, wanted, found, f"ema of checkpoint {Path(directory) / str(step)} does not fit `like`"), step
 
 

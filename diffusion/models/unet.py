@@ -31,6 +31,7 @@ from diffusion.models.base import DEFAULT_TASK, Model, Task, check_names, clock_
 from diffusion.patch import patchify, unpatchify
 from diffusion.patch.geometry import geometry
 from diffusion.predict import Output, WithVariance
+from diffusion.sharding import split_examples
 
 Sinusoids = Literal["ddpm", "adm"]
 ClassIn = Literal["gate", "time"]
@@ -172,6 +173,7 @@ class _UNet(nn.Module):
         attention = nn.remat(_Attention) if again else _Attention
 
         def block(x: jax.Array, level: int, name: str) -> jax.Array:
+            x = split_examples(x)
             x = res(net, widths[level], grids[level], name=name)(x, time, label, train)
             attends = min(grids[level]) in net.attention_resolutions
             return attention(net, name=f"{name}_attention")(x) if attends else x

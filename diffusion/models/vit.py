@@ -31,6 +31,7 @@ from diffusion.models.base import DEFAULT_TASK, Model, Task, check_names, clock_
 from diffusion.patch import patchify, unpatchify
 from diffusion.patch.geometry import geometry
 from diffusion.predict import Output, WithVariance, WithVelocity
+from diffusion.sharding import split_examples
 
 Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "swiglu"]
@@ -310,6 +311,7 @@ class _Block(nn.Module):
     def __call__(self, z: jax.Array, c: jax.Array, rotation: np.ndarray | None, train: bool) -> jax.Array:
         net, dtype, width = self.net, jnp.dtype(self.net.dtype), z.shape[-1]
         affine = net.norm == "rms"
+        z = split_examples(z)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _gates(c, 6, width, dtype, "gates")
         h = _modulate(_norm(net.norm, dtype, "norm_attention", affine)(z), shift_a, scale_a)
         z = _rows(z + gate_a * _rows(self._attend(_rows(h), rotation, train)))

@@ -23,7 +23,7 @@ import jax
 from diffusion import sharding
 from experiments import hooks
 
-sharding.of_state.__defaults__ = (64,)
+sharding.SMALLEST = 64
 after, name, process = int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
 check = hooks.check_finite
 
@@ -38,13 +38,18 @@ train.command.run(train.main, train.define_config)
 """
 
 
-def start(workdir, devices, *given, after=0, name="SIGTERM", process=0):
-    """A process of the training with so many devices."""
+SAMPLE = ("--num_samples=11", "--batch_size=6", "--steps=3")
+
+
+def start(workdir, devices, *given, after=0, name="SIGTERM", process=0, sampled=False):
+    """A process of the training, or of sampling, with so many devices."""
     config = ROOT / "experiments/configs/smoke.py"
     command = [sys.executable, "-c", PROGRAM, str(after), name, str(process), f"--config={config}",
                f"--workdir={workdir}", "--config.train.save_every=2", "--config.train.eval_every=3",
                "--config.train.eval_count=8", "--config.train.batch_size=8", "--config.sample.count=20",
-               *given]  # fmt: skip
+               "--config.model.depth=1", "--config.train.sample_every=100", *given]  # fmt: skip
+    if sampled:
+        command = [sys.executable, "-m", "experiments.sample", f"--workdir={workdir}", *SAMPLE, *given]
     forced = f"--xla_force_host_platform_device_count={devices}"
     changed = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {forced}", "NPROC": "16", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, env=os.environ | changed, cwd=ROOT, text=True,
@@ -86,7 +91,7 @@ def test_a_run_goes_from_two_processes_to_one_to_eight_devices_and_is_the_same_r
     ended = together(moved, 2, after=4, name="SIGKILL", process=1)
     assert [status for status, *_ in ended] == [1, -9], ended
     assert "continuing after step 3" in ended[0][1]
-    assert re.search(r"error: process 0 of 2: the others cannot be reached .*same commands", ended[0][2])
+    assert re.search(r"process 0 of 2: the others cannot be reached .*same commands", ended[0][2])
     assert "Traceback" not in ended[0][2]
     # One device, and then eight to the end.
     status, printed, errors = alone(moved, 1, after=4)
@@ -100,13 +105,23 @@ def test_a_run_goes_from_two_processes_to_one_to_eight_devices_and_is_the_same_r
         assert one.keys() == other.keys()
         np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=2e-5)
     assert sum("held_out_loss" in row for row in rows(moved)) == 3
-    a, b = (jax.tree.leaves(state(smoke.get_config(), folder)) for folder in (whole, moved))
+    config = smoke.get_config()
+    config.model.depth = 1
+    a, b = (jax.tree.leaves(state(config, folder)) for folder in (whole, moved))
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
     (images, labels), (others, other_labels) = samples(whole), samples(moved)
     np.testing.assert_array_equal(labels, other_labels)
     assert np.abs(images.astype(int) - others).max() <= 1
     assert (images != others).mean() < 0.01
+
+    # Samples of it on eight devices, in batches that they fill up, are those of one.
+    status, printed, errors = alone(moved, 8, "--fsdp=4", f"--outdir={tmp_path}/eight", sampled=True)
+    assert status == 0, errors
+    call(moved, *SAMPLE, f"--outdir={tmp_path}/one")
+    found = [samples(tmp_path / name)[0].astype(int) for name in ("one", "eight")]
+    assert len(found[0]) == 11
+    assert np.abs(found[0] - found[1]).max() <= 1
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion import sharding
 from diffusion.io import stored_config
 from diffusion.models.unet import ADM, UNet
 from diffusion.models.vit import ViT
@@ -165,8 +166,9 @@ def test_training_starts_from_those_weights_and_needs_them_only_once(expert_runs
     first, second = expert_runs[0]
     config, spec = RunDir(second).stored()
     assert config.train.init_from == str(first)
-    params, state, step = train.restored(config, parts.resolve(config, spec), RunDir(tmp_path))
-    for tree in (params, state.params, *state.ema):
+    state, placed, step = train.restored(config, parts.resolve(config, spec), RunDir(tmp_path), sharding.make_mesh())
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, where: x.sharding == where, state, placed)))
+    for tree in (state.params, *state.ema):
         jax.tree.map(np.testing.assert_array_equal, tree, RunDir(first).weights()[0])
     assert step == 0
     monkeypatch.setattr(run_dir.RunDir, "initial_weights", None)
