@@ -40,7 +40,7 @@ train.command.run(train.main, train.define_config)
 
 
 # What ends the first process: the broken connection, or JAX itself where that is not noticed.
-LOST = "^\\nprocess 0 of 2: the others cannot be reached .* same commands|heartbeat timeout"
+LOST = "^\\nprocess 0 of 2: the others cannot be reached .* same commands|heartbeat"
 SAMPLE = ("--num_samples=11", "--batch_size=6", "--steps=3")
 
 
@@ -68,7 +68,7 @@ def together(workdir, number, *given, **signalled):
         port = free.getsockname()[1]
     started = [
         start(workdir, 2, f"--coordinator=localhost:{port}", f"--num_processes={number}", f"--process_id={i}",
-              "--process_timeout=20", *given, **signalled)
+              "--process_timeout=10", *given, **signalled)
         for i in range(number)
     ]  # fmt: skip
     return [(p.returncode, *said) for p in started for said in [p.communicate(timeout=300)]]
