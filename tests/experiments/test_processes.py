@@ -68,7 +68,7 @@ def together(workdir, number, *given, **signalled):
         port = free.getsockname()[1]
     started = [
         start(workdir, 2, f"--coordinator=localhost:{port}", f"--num_processes={number}", f"--process_id={i}",
-              "--process_timeout=10", *given, **signalled)
+              "--process_timeout=20", *given, **signalled)
         for i in range(number)
     ]  # fmt: skip
     return [(p.returncode, *said) for p in started for said in [p.communicate(timeout=300)]]
