@@ -138,7 +138,7 @@ def test_vit_against_pytorch():
 
 @pytest.mark.slow
 def test_a_scanned_network_beside_the_unrolled_one():
-    config = jax_run.with_model(tiny(), depth=4, class_tokens_from=1)
+    config = jax_run.with_model(tiny(), depth=2, class_tokens_from=1)
     result = scan.run(config, {"tiny": config}, images=1, rounds=1)
     assert result["parity"]["outputs"] < peers.TOLERANCE
     consistent(result["train"], {"unrolled", "scanned"})

@@ -13,7 +13,7 @@ from tests.experiments.runs import ROOT
 
 # The text flags that are no paths. One that is must be defined by `define_path`, which replaces ~.
 NO_PATHS = {"split_name", "respacing", "entry", "compile_for", "compile_only", "child", "name", "split", "reference"}
-NO_PATHS |= {"data", "measure", "sampler"}
+NO_PATHS |= {"coordinator", "data", "measure", "sampler", "target"}
 
 
 @pytest.fixture(autouse=True)
