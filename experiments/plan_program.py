@@ -59,7 +59,8 @@ def mesh_of(data: int | None, fsdp: int, count: int, devices: list[Any] | None =
         must = "must divide" if data is None else "must be"
         raise ValueError(f"{given} {must} the number of devices, {count}")
     if devices is None:
-        return jax.sharding.AbstractMesh((count // fsdp, fsdp), sharding.AXES)
+        auto = (jax.sharding.AxisType.Auto,) * 2
+        return jax.sharding.AbstractMesh((count // fsdp, fsdp), sharding.AXES, axis_types=auto)
     with named("mesh"):
         return sharding.make_mesh(count // fsdp, fsdp, devices)
 

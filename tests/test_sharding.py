@@ -17,7 +17,7 @@ from diffusion.models.vit import vit
 
 def mesh(data_, fsdp):
     """A mesh of devices that this process lacks."""
-    return jax.sharding.AbstractMesh((data_, fsdp), sharding.AXES)
+    return jax.sharding.AbstractMesh((data_, fsdp), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def specs(shapes, fsdp, **options):
