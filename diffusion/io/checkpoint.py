@@ -358,8 +358,8 @@ def _orbax() -> Iterator[Any]:
         yield ocp
     except Exception:
         patience = time.monotonic() + 10  # seconds
-        for thread in set(threading.enumerate()) - threads:
-            thread.join(max(0, patience - time.monotonic()))
+        while set(threading.enumerate()) - threads and time.monotonic() < patience:
+            time.sleep(0.01)  # not join, which fails for a thread that has not started yet
         raise
     finally:
         log.setLevel(level)
