@@ -83,7 +83,7 @@ def _communication(result: Mapping[str, Any]) -> list[str]:
     found = result["compiled"]["collectives"]
     if not found:
         return ["no communication"]
-    lines = ["communication of each device, a step"]
+    lines = ["communication of each device, a step; in loops of unknown length, as on TPUs, counted once"]
     for name, row in found.items():
         lines.append(
             f"  {row['count']:6} {name:18} of {row['bytes'] / 1e9:9.3f} GB in all, sends {row['sent'] / 1e9:9.3f} GB"
