@@ -15,8 +15,8 @@ the memory of a compiled step grows with its images (docs/scale.md compares them
 """
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -33,15 +33,6 @@ class Cost(NamedTuple):
     parameters: int = 0
     flops: int = 0
     kept: int = 0
-
-
-class Line(NamedTuple):
-    """A line of a table: modules of one kind and cost together, or a part of those of the line above."""
-
-    name: str
-    count: int  # of modules
-    depth: int  # 0, or 1 for a part
-    cost: Cost  # of all of them
 
 
 def ledger(apply: Callable[..., Any], params: Any, *inputs: Any) -> dict[Path, Cost]:
@@ -75,38 +66,12 @@ def flops(apply: Callable[..., Any], params: Any, *inputs: Any) -> int:
 
 def total(costs: Mapping[Path, Cost]) -> Cost:
     """The sum of all modules."""
-    return _sum([Cost(), *costs.values()])
+    return added(*costs.values())
 
 
-def lines(costs: Mapping[Path, Cost], most: int = 24) -> list[Line]:
-    """A table of at most `most` lines: the outermost modules, and the parts of the costliest ones as space permits.
-
-    Modules whose names differ by numbers alone and which cost the same share a line, "block_0-3". Where that is not
-    enough, those which cost differently do too, and then all others are the line "rest".
-    """
-    inside = _without_root(costs)
-    modules: dict[str, dict[Path, Cost]] = defaultdict(dict)
-    for path, cost in inside.items():
-        modules[path[0] if path else ""][path[1:]] = cost
-    groups = _groups(modules, lambda name: (_stem(name), total(modules[name])[:2]))
-    if len(groups) > most:
-        groups = _groups(modules, _stem)
-    if len(groups) > most:
-        by_flops = sorted(groups, key=lambda group: total(_merged(modules, group)).flops, reverse=True)
-        shown = by_flops[: most - 1]
-        groups = [g for g in groups if g in shown] + [[n for g in groups if g not in shown for n in g]]
-    found = [(group, _parts(_merged(modules, group))) for group in groups]
-    # The costliest modules show their parts first.
-    left, expanded = most - len(groups), set()
-    for i in sorted(range(len(found)), key=lambda i: -total(found[i][1]).flops):
-        if 1 < len(found[i][1]) <= left:
-            left, expanded = left - len(found[i][1]), expanded | {i}
-    rows = []
-    for i, (group, parts) in enumerate(found):
-        rows.append(Line(_joined(group), len(group), 0, total(parts)))
-        if i in expanded:
-            rows += [Line("".join(name) or "itself", len(group), 1, cost) for name, cost in parts.items()]
-    return rows
+def added(*costs: Cost) -> Cost:
+    """The sum of costs."""
+    return Cost(*map(sum, zip(Cost(), *costs, strict=True)))
 
 
 def _images(inputs: Any, n: int) -> Any:
@@ -333,78 +298,3 @@ def _operands(jaxpr: Jaxpr, found: set[Var]) -> set[Var]:
                 own += [outer for v, outer in zip(body.invars, eqn.invars[skipped:], strict=False) if v in used]
         found.update(v for v in own if not isinstance(v, Literal))
     return found
-
-
-def _without_root(costs: Mapping[Path, Cost]) -> dict[Path, Cost]:
-    """The same costs, in modules named without what all of them have in common: the network's own name."""
-    paths = list(costs)
-    same = 0
-    while paths and all(len(path) > same for path in paths) and len({path[same] for path in paths}) == 1:
-        same += 1
-    return {path[same:]: cost for path, cost in costs.items()}
-
-
-def _groups(modules: Mapping[str, Any], kind: Callable[[str], Any]) -> list[list[str]]:
-    """Names of modules of one kind together, in the order of their first ones."""
-    found: dict[Any, list[str]] = defaultdict(list)
-    for name in modules:
-        found[kind(name)].append(name)
-    return list(found.values())
-
-
-def _named(module: Mapping[Path, Cost]) -> dict[Path, Cost]:
-    """The costs in a module, whose methods are called "block_3._attend": without the module's own name."""
-    found: dict[Path, Cost] = {}
-    for path, cost in module.items():
-        names = tuple(name.rpartition(".")[2].lstrip("_") for name in path)
-        found[names] = _sum([found.get(names, Cost()), cost])
-    return found
-
-
-def _merged(modules: Mapping[str, Mapping[Path, Cost]], names: list[str]) -> dict[Path, Cost]:
-    """The costs in several modules together."""
-    found: dict[Path, Cost] = {}
-    for name in names:
-        for path, cost in _named(modules[name]).items():
-            found[path] = _sum([found.get(path, Cost()), cost])
-    return found
-
-
-def _parts(module: Mapping[Path, Cost]) -> dict[Path, Cost]:
-    """The costs of a module's own modules, and under () what it does itself."""
-    found: dict[Path, Cost] = {}
-    for path, cost in module.items():
-        found[path[:1]] = _sum([found.get(path[:1], Cost()), cost])
-    return found
-
-
-def _sum(costs: Iterable[Cost]) -> Cost:
-    return Cost(*map(sum, zip(*costs, strict=True)))
-
-
-def _stem(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
-
-
-def _joined(names: list[str]) -> str:
-    """One name for modules whose names differ by numbers: "block_0-3", "input_1,4_down"."""
-    if len(names) == 1:
-        return names[0] or "itself"
-    if len({_stem(name) for name in names}) > 1:
-        return "rest"
-    numbers = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
-    different = [i for i, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
-    pieces = re.split(r"\d+", names[0])
-    shown = [_ranges([n[i] for n in numbers]) if i in different else str(numbers[0][i]) for i in range(len(pieces) - 1)]
-    return "".join(piece + number for piece, number in zip(pieces, [*shown, ""], strict=True))
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2,5"."""
-    runs: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if runs and runs[-1][-1] == n - 1:
-            runs[-1] = [runs[-1][0], n]
-        else:
-            runs.append([n])
-    return ",".join("-".join(map(str, run)) for run in runs)

@@ -97,7 +97,7 @@ def of_state(mesh: Mesh, state: Any, smallest: int | None = None) -> Any:
         axes = [axis for axis, n in enumerate(shape) if n % fsdp == 0]
         if fsdp == 1 or prod(shape) < smallest or not axes:
             return whole(mesh)
-        # Of equally long ones the last, whose parts are contiguous for none but are those of a product's output.
+        # Of equally long ones the last, the output of a matrix product.
         longest = max(axes, key=lambda axis: (shape[axis], axis))
         return NamedSharding(mesh, jax.P(*(None,) * longest, "fsdp"))
 

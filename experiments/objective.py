@@ -161,10 +161,10 @@ def _teacher(parts: Parts, state: train.State, drawn: dict[str, Any]) -> Predict
     return predictor(denoise, parts.path, parts.prediction, drawn.get("y"))
 
 
-def make_step(parts: Parts, mesh: jax.sharding.Mesh | None = None) -> train.StepFn:
-    """(key, state, batch) -> (state, metrics): one step of training; networks split their examples over a mesh."""
+def make_step(parts: Parts) -> train.StepFn:
+    """(key, state, batch) -> (state, metrics): one step of training."""
     pieces = objective(parts)
-    step = train.make_step(
+    return train.make_step(
         pieces.loss,
         parts.optimizer,
         ema_decay=parts.ema,
@@ -175,16 +175,16 @@ def make_step(parts: Parts, mesh: jax.sharding.Mesh | None = None) -> train.Step
         gammas=parts.gammas,
     )
 
+
+def sharded_step(parts: Parts, mesh: jax.sharding.Mesh, placed: train.State) -> train.StepFn:
+    """`make_step`, compiled for a mesh, with a state that lies and stays where `placed` says, and is given away."""
+    step = make_step(parts)
+
     def on_mesh(key: jax.Array, state: train.State, batch: Any) -> tuple[train.State, dict[str, jax.Array]]:
         with sharding.in_use(mesh):
             return step(key, state, batch)
 
-    return step if mesh is None else on_mesh
-
-
-def sharded_step(parts: Parts, mesh: jax.sharding.Mesh, placed: train.State) -> train.StepFn:
-    """`make_step`, compiled for a mesh, with a state that lies and stays where `placed` says, and is given away."""
-    return jax.jit(make_step(parts, mesh), donate_argnums=1, out_shardings=(placed, sharding.whole(mesh)))
+    return jax.jit(on_mesh, donate_argnums=1, out_shardings=(placed, sharding.whole(mesh)))
 
 
 def init_state(parts: Parts, params: Any) -> train.State:

@@ -11,7 +11,7 @@ def report(result: Mapping[str, Any]) -> str:
     """The plan of a run, as `plan.plan` returns it."""
     mesh = result["mesh"]
     each = result["batch_size"] / result["devices"]
-    rows = [ledger.Line(**row | {"cost": ledger.Cost(**row["cost"])}) for row in result["ledger"]]
+    rows = [costs.Line(**row | {"cost": ledger.Cost(**row["cost"])}) for row in result["ledger"]]
     head = f"{result['config']} on {result['target']}: data={mesh['data']} x fsdp={mesh['fsdp']}, "
     head += f"{result['batch_size']} images a step, {each:g} a device"
     lines = [head, "", costs.printed(rows), "", *_memory(result), "", *_work(result)]

@@ -20,7 +20,6 @@ class Device(NamedTuple):
     Attributes:
       memory: bytes.
       flops: dense products in bfloat16 per second, at the peak.
-      memory_bandwidth: bytes per second.
       link_bandwidth: bytes per second that it sends to the devices next to it (TPU: all its links; GPU: NVLink).
       host_bandwidth: bytes per second that it sends to other hosts; None where links go on between hosts.
       description: the file in bench/targets that XLA compiles with.
@@ -29,7 +28,6 @@ class Device(NamedTuple):
     kind: str  # tpu, gpu or cpu
     memory: float | None = None
     flops: float | None = None
-    memory_bandwidth: float | None = None
     link_bandwidth: float | None = None
     host_bandwidth: float | None = None
     description: str | None = None
@@ -39,11 +37,11 @@ class Device(NamedTuple):
 # H100 SXM and H200: their data sheets, without sparsity; NVLink 900 GB/s in both directions, 400 Gb/s InfiniBand for
 # each GPU. The H200's processor is the H100's.
 DEVICES = {
-    "v5e": Device("tpu", 16 * GIB, 197 * T, 819 * GB, 200 * GB),
-    "v5p": Device("tpu", 95 * GIB, 459 * T, 2765 * GB, 600 * GB),
-    "v6e": Device("tpu", 32 * GIB, 918 * T, 1638 * GB, 400 * GB),
-    "h100": Device("gpu", 80 * GIB, 989 * T, 3350 * GB, 450 * GB, 50 * GB, "h100"),
-    "h200": Device("gpu", 141 * GIB, 989 * T, 4800 * GB, 450 * GB, 50 * GB, "h100"),
+    "v5e": Device("tpu", 16 * GIB, 197 * T, 200 * GB),
+    "v5p": Device("tpu", 95 * GIB, 459 * T, 600 * GB),
+    "v6e": Device("tpu", 32 * GIB, 918 * T, 400 * GB),
+    "h100": Device("gpu", 80 * GIB, 989 * T, 450 * GB, 50 * GB, "h100"),
+    "h200": Device("gpu", 141 * GIB, 989 * T, 450 * GB, 50 * GB, "h100"),
     "cpu": Device("cpu"),
 }
 EXAMPLES = "cpu:8, v5e:4x4, v5p:4x4x4, v6e:8x8, h100:1, h200:8 or h100:4x8 (hosts x devices)"
@@ -119,7 +117,7 @@ def devices(target: Target) -> list[Any]:
     """The devices to compile for, of which only a CPU's are there; JAX was imported in `environment`.
 
     Raises:
-      ValueError: the compiler knows no slice of this shape.
+      ValueError: the compiler has no slice of this shape.
     """
     import jax
     from jax.experimental import topologies

@@ -28,6 +28,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from diffusion import layers
 from diffusion.models.base import DEFAULT_TASK, Model, Task, check_names, clock_of, from_fields, from_module
+from diffusion.models.positions import frequencies, rotary_angles, rotate, sincos_positions
 from diffusion.patch import patchify, unpatchify
 from diffusion.patch.geometry import geometry
 from diffusion.predict import Output, WithVariance, WithVelocity
@@ -327,7 +328,7 @@ class _Block(nn.Module):
             q = nn.RMSNorm(dtype=dtype, name="norm_q")(q)
             k = nn.RMSNorm(dtype=dtype, name="norm_k")(k)
         if rotation is not None:
-            q, k = _rotate(q, rotation), _rotate(k, rotation)
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if net.attention_dropout and train:
             scores = jnp.einsum("bnhd,bmhd->bhnm", q.astype(jnp.float32), k.astype(jnp.float32))
             weights = nn.softmax(scores / math.sqrt(q.shape[-1]))
@@ -388,7 +389,7 @@ class _Clock(nn.Module):
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        angles = t[:, None] * _frequencies(128)[None]
+        angles = t[:, None] * frequencies(128)[None]
         h = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1).astype(self.dtype)
         h = nn.silu(nn.Dense(self.width, dtype=self.dtype, kernel_init=_NORMAL, name="in")(h))
         return nn.Dense(self.width, dtype=self.dtype, kernel_init=_NORMAL, name="out")(h)
@@ -407,47 +408,6 @@ def hidden_matrices(params: Any) -> Any:
         return bool(inside) and names[1] in ("qkv", "out", "up", "down") and names[2] == "kernel"
 
     return jax.tree_util.tree_map_with_path(is_hidden, params)
-
-
-def sincos_positions(grid: Sequence[int], width: int) -> np.ndarray:
-    """Fixed sine-cosine positions [N, width] of a grid of tokens; for two axes, DiT's (the last axis comes first).
-
-    Raises:
-      ValueError: width is not a multiple of 2 * len(grid).
-    """
-    rank = len(grid)
-    if width % (2 * rank):
-        raise ValueError(f"width={width} must be a multiple of {2 * rank} for sine-cosine positions on {rank} axes")
-    places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, rank)  # (N, rank)
-    angles = places[:, ::-1, None] * _frequencies(width // (2 * rank))  # (N, rank, width / 2 rank)
-    return np.concatenate([np.sin(angles), np.cos(angles)], -1).reshape(len(places), width).astype(np.float32)
-
-
-def rotary_angles(grid: Sequence[int], head_dim: int) -> np.ndarray:
-    """Rotation angles [N, head_dim / 2] of a grid of tokens: each axis turns an equal share of the head's pairs.
-
-    Raises:
-      ValueError: head_dim is not a multiple of 2 * len(grid).
-    """
-    rank = len(grid)
-    if head_dim % (2 * rank):
-        raise ValueError(
-            f"head dimension {head_dim} must be a multiple of {2 * rank} for rotary positions on {rank} axes: pass "
-            "another width or number of heads, or positions without 'rotary'"
-        )
-    places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, rank)
-    return (places[:, :, None] * _frequencies(head_dim // (2 * rank))).reshape(len(places), head_dim // 2)
-
-
-def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """x [B, N, H, D] with its halves turned as pairs by angles [N, D / 2] (Su et al. 2021, 2104.09864)."""
-    cos, sin = (f(angles)[None, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    a, b = jnp.split(x, 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def _frequencies(n: int) -> np.ndarray:
-    return np.exp(-math.log(10000) * np.arange(n) / n).astype(np.float32)
 
 
 def _gates(c: jax.Array, n: int, width: int, dtype: jnp.dtype, name: str) -> list[jax.Array]:

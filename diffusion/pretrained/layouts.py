@@ -313,7 +313,7 @@ def _no_entry(path: ParamPath) -> ValueError:
 
 def _check_positions(x: np.ndarray) -> str | None:
     """What is wrong with the positions [1, N, W] of a DiT, which stores these constants; `vit` computes them."""
-    from diffusion.models.vit import sincos_positions
+    from diffusion.models.positions import sincos_positions
 
     side = math.isqrt(x.shape[1]) if x.ndim == 3 else 0
     if not side or x.shape != (1, side * side, x.shape[2]):

@@ -9,7 +9,8 @@ import pytest
 
 from diffusion import layers, ledger
 from diffusion.models.base import Task
-from diffusion.models.vit import ViT, _rotate, rotary_angles, sincos_positions, vit
+from diffusion.models.positions import rotary_angles, rotate, sincos_positions
+from diffusion.models.vit import ViT, vit
 from tests.models.networks import ready
 from tests.models.vit_flops import vit_flops
 
@@ -127,7 +128,7 @@ def test_rotary_attention_depends_on_distance_alone(key):
     q, k = (jax.random.normal(a, (1, 1, 1, 8)) for a in jax.random.split(key))
 
     def score(i, j):
-        return (_rotate(q, angles[i : i + 1]) * _rotate(k, angles[j : j + 1])).sum()
+        return (rotate(q, angles[i : i + 1]) * rotate(k, angles[j : j + 1])).sum()
 
     np.testing.assert_allclose(score(1, 3), score(3, 5), rtol=1e-4)
     assert abs(score(1, 3) - score(1, 4)) > 1e-4

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from diffusion.models.base import Task
+from diffusion.models.positions import sincos_positions
 from diffusion.models.unet import ADM, unet
-from diffusion.models.vit import JIT, sincos_positions, vit
+from diffusion.models.vit import JIT, vit
 from diffusion.predict import WithVariance
 from diffusion.pretrained import layouts
 
